@@ -1,0 +1,402 @@
+"""The architecture as data: one frozen dataclass per network, and the table of every AutoML variant.
+
+Sources: EfficientDet (Tan, Pang, Le, CVPR 2020) tables 1 and 2; EfficientNet (Tan, Le, ICML 2019)
+table 1; AutoML ``hparams_config.py``, ``backbone/efficientnet_builder.py`` and
+``backbone/efficientnet_lite_builder.py``. Field names are AutoML's hyper-parameter names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+WEIGHT_METHODS = ("fastattn", "attn", "channel_fastattn", "channel_attn", "sum")
+ACTIVATIONS = ("swish", "swish_native", "silu", "relu", "relu6", "hswish", "mish", "identity")
+
+BN_EPSILON = 1e-3
+BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as 0.99
+MAX_BACKBONE_LEVEL = 5  # P3…P5 come from the backbone, P6 and up are resampled from P5
+
+
+class ConfigError(ValueError):
+    """A hyper-parameter has a value no EfficientDet can have. The message names it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of MBConv blocks of one width (EfficientNet table 1, one row).
+
+    Only the first block strides and changes the width; the others repeat ``out_filters``.
+    """
+
+    repeats: int
+    kernel_size: int
+    stride: int
+    expand_ratio: int
+    out_filters: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MBConv block: ``in_filters`` → expand → depthwise → squeeze-excite → project → ``out_filters``."""
+
+    kernel_size: int
+    stride: int
+    expand_ratio: int
+    in_filters: int
+    out_filters: int
+    se_filters: int  # 0: no squeeze-and-excitation (Lite)
+
+    @property
+    def expanded_filters(self) -> int:
+        return self.in_filters * self.expand_ratio
+
+    @property
+    def has_residual(self) -> bool:
+        return self.stride == 1 and self.in_filters == self.out_filters
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """EfficientNet without its classifier. Widths and repeats are final numbers, scaling already applied.
+
+    ``name`` is also the outermost TensorFlow variable scope (``efficientnet-b0/…``).
+    """
+
+    name: str
+    stem_filters: int
+    stages: tuple[Stage, ...]
+    se_ratio: float = 0.25  # 0: none
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Every block in execution order; its index is AutoML's ``blocks_N``."""
+        blocks: list[Block] = []
+        filters = self.stem_filters
+        for stage in self.stages:
+            for repeat in range(stage.repeats):
+                blocks.append(
+                    Block(
+                        kernel_size=stage.kernel_size,
+                        stride=stage.stride if repeat == 0 else 1,
+                        expand_ratio=stage.expand_ratio,
+                        in_filters=filters,
+                        out_filters=stage.out_filters,
+                        # AutoML takes the ratio of the block's own input, before expansion.
+                        se_filters=max(1, int(filters * self.se_ratio)) if self.se_ratio else 0,
+                    )
+                )
+                filters = stage.out_filters
+        return tuple(blocks)
+
+    @cached_property
+    def reduction_blocks(self) -> dict[int, int]:
+        """Level → index of the last block at stride 2**level: the backbone's endpoints (1…5)."""
+        endpoints: dict[int, int] = {}
+        level = 1  # the stem halves once
+        for index, block in enumerate(self.blocks):
+            level += block.stride == 2
+            endpoints[level] = index
+        return endpoints
+
+    def filters_at(self, level: int) -> int:
+        """Channels of the backbone's endpoint at ``level``."""
+        return self.blocks[self.reduction_blocks[level]].out_filters
+
+
+@dataclass(frozen=True)
+class Node:
+    """One BiFPN node. ``inputs`` are node ids; ids below the number of levels are the cell's own inputs."""
+
+    level: int
+    inputs: tuple[int, ...]
+    id: int
+
+
+@dataclass(frozen=True)
+class EfficientDetConfig:
+    """Everything that decides an EfficientDet's variables, its function, its input and its anchors.
+
+    ``image_size`` is (height, width). ``mean_rgb`` and ``stddev_rgb`` are in grey levels, 0…255.
+    Raises :class:`ConfigError` on a value that cannot be built.
+    """
+
+    name: str
+    backbone: BackboneConfig
+    image_size: tuple[int, int]
+    fpn_num_filters: int
+    fpn_cell_repeats: int
+    box_class_repeats: int
+    num_classes: int = 90
+    min_level: int = 3
+    max_level: int = 7
+    num_scales: int = 3
+    aspect_ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
+    anchor_scale: float = 4.0
+    fpn_weight_method: str = "fastattn"
+    act_type: str = "swish"
+    conv_after_downsample: bool = False
+    conv_bn_act_pattern: bool = False
+    survival_prob: float | None = None  # when set, heads add a residual, at inference too
+    mean_rgb: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+    stddev_rgb: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def levels(self) -> range:
+        return range(self.min_level, self.max_level + 1)
+
+    @property
+    def num_anchors(self) -> int:
+        """Anchors per location."""
+        return self.num_scales * len(self.aspect_ratios)
+
+    @property
+    def extra_levels(self) -> range:
+        """Levels above the backbone, each resampled from the one below."""
+        return range(MAX_BACKBONE_LEVEL + 1, self.max_level + 1)
+
+    @cached_property
+    def level_filters(self) -> tuple[int, ...]:
+        """Channels of each of the first BiFPN cell's inputs, in level order."""
+        return tuple(
+            self.backbone.filters_at(level) if level <= MAX_BACKBONE_LEVEL else self.fpn_num_filters
+            for level in self.levels
+        )
+
+    @cached_property
+    def bifpn_nodes(self) -> tuple[Node, ...]:
+        """The nodes of one BiFPN cell in execution order (paper section 3.2; AutoML ``fpn_configs.py``)."""
+        ids = {level: [index] for index, level in enumerate(self.levels)}
+        next_id = itertools.count(len(self.levels))
+        nodes: list[Node] = []
+
+        def add(level: int, inputs: list[int]) -> None:
+            node = Node(level, tuple(inputs), next(next_id))
+            nodes.append(node)
+            ids[level].append(node.id)
+
+        for level in reversed(self.levels[:-1]):  # top-down
+            add(level, [ids[level][-1], ids[level + 1][-1]])
+        for level in self.levels[1:]:  # bottom-up: everything at this level, and the node below
+            add(level, [*ids[level], ids[level - 1][-1]])
+        return tuple(nodes)
+
+    def node_input_filters(self, cell: int, node_input: int) -> int:
+        """Channels that reach a node of ``cell`` from ``node_input``, before resampling."""
+        if cell == 0 and node_input < len(self.levels):
+            return self.level_filters[node_input]
+        return self.fpn_num_filters
+
+    def feature_sizes(self, image_size: tuple[int, int] | None = None) -> dict[int, tuple[int, int]]:
+        """Level → (height, width) of its feature map; each level is ``(size - 1) // 2 + 1`` of the last."""
+        height, width = image_size or self.image_size
+        sizes: dict[int, tuple[int, int]] = {}
+        for level in range(1, self.max_level + 1):
+            height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
+            sizes[level] = (height, width)
+        return {level: sizes[level] for level in self.levels}
+
+    def replace(self, **changes: Any) -> EfficientDetConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-serialisable dict; :meth:`from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EfficientDetConfig:
+        """Inverse of :meth:`to_dict`. Raises :class:`ConfigError` on a missing, unknown or bad field."""
+        try:
+            values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+            backbone = dict(values.pop("backbone"))
+            backbone["stages"] = tuple(Stage(**stage) for stage in backbone["stages"])
+            return cls(backbone=BackboneConfig(**backbone), **values)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"not an EfficientDet configuration: {error}") from None
+
+
+def _check(config: EfficientDetConfig) -> None:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(f"{config.name}: {message}")
+
+    counts = {
+        "num_classes": config.num_classes,
+        "num_scales": config.num_scales,
+        "fpn_num_filters": config.fpn_num_filters,
+        "fpn_cell_repeats": config.fpn_cell_repeats,
+        "image_size height": config.image_size[0],
+        "image_size width": config.image_size[1],
+    }
+    for what, value in counts.items():
+        require(value >= 1, f"{what} is {value}, must be at least 1")
+    require(
+        config.box_class_repeats >= 0, f"box_class_repeats is {config.box_class_repeats}, must be 0 or more"
+    )
+    require(len(config.aspect_ratios) >= 1, "aspect_ratios is empty")
+    endpoints = config.backbone.reduction_blocks
+    require(
+        config.min_level in endpoints and config.min_level <= MAX_BACKBONE_LEVEL,
+        f"min_level is {config.min_level}, must be one of the backbone's levels {sorted(endpoints)}",
+    )
+    require(
+        config.max_level > config.min_level,
+        f"max_level is {config.max_level}, must be above min_level ({config.min_level})",
+    )
+    require(
+        max(endpoints) == MAX_BACKBONE_LEVEL,
+        f"the backbone ends at level {max(endpoints)}, must end at {MAX_BACKBONE_LEVEL}",
+    )
+    require(
+        config.fpn_weight_method in WEIGHT_METHODS,
+        f"fpn_weight_method is {config.fpn_weight_method!r}, must be one of {', '.join(WEIGHT_METHODS)}",
+    )
+    require(
+        config.act_type in ACTIVATIONS,
+        f"act_type is {config.act_type!r}, must be one of {', '.join(ACTIVATIONS)}",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# The table
+# ---------------------------------------------------------------------------------------------------
+
+_BASE_STEM = 32
+_BASE_STAGES = (
+    Stage(1, 3, 1, 1, 16),
+    Stage(2, 3, 2, 6, 24),
+    Stage(2, 5, 2, 6, 40),
+    Stage(3, 3, 2, 6, 80),
+    Stage(3, 5, 1, 6, 112),
+    Stage(4, 5, 2, 6, 192),
+    Stage(1, 3, 1, 6, 320),
+)
+# backbone → (width coefficient, depth coefficient)
+_BACKBONES = {
+    "efficientnet-b0": (1.0, 1.0),
+    "efficientnet-b1": (1.0, 1.1),
+    "efficientnet-b2": (1.1, 1.2),
+    "efficientnet-b3": (1.2, 1.4),
+    "efficientnet-b4": (1.4, 1.8),
+    "efficientnet-b5": (1.6, 2.2),
+    "efficientnet-b6": (1.8, 2.6),
+    "efficientnet-b7": (2.0, 3.1),
+    "efficientnet-lite0": (1.0, 1.0),
+    "efficientnet-lite1": (1.0, 1.1),
+    "efficientnet-lite2": (1.1, 1.2),
+    "efficientnet-lite3": (1.2, 1.4),
+    "efficientnet-lite4": (1.4, 1.8),
+}
+
+
+def round_filters(filters: int, width: float) -> int:
+    """Scale a width and round it to a multiple of 8, never below 90 % of the scaled value."""
+    scaled = filters * width
+    rounded = max(8, int(scaled + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * scaled else rounded
+
+
+def backbone_config(name: str) -> BackboneConfig:
+    """The EfficientNet called ``name`` (``efficientnet-b0``…``b7``, ``efficientnet-lite0``…``lite4``).
+
+    Raises :class:`ConfigError` for any other name.
+    """
+    if name not in _BACKBONES:
+        raise ConfigError(f"unknown backbone {name!r}; known: {', '.join(_BACKBONES)}")
+    width, depth = _BACKBONES[name]
+    lite = "lite" in name
+    last = len(_BASE_STAGES) - 1
+
+    def repeats(index: int, stage: Stage) -> int:
+        # Lite keeps the first and the last stage at one block whatever the depth.
+        return stage.repeats if lite and index in (0, last) else math.ceil(stage.repeats * depth)
+
+    return BackboneConfig(
+        name=name,
+        stem_filters=_BASE_STEM if lite else round_filters(_BASE_STEM, width),
+        stages=tuple(
+            dataclasses.replace(
+                stage, repeats=repeats(i, stage), out_filters=round_filters(stage.out_filters, width)
+            )
+            for i, stage in enumerate(_BASE_STAGES)
+        ),
+        se_ratio=0.0 if lite else 0.25,
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of the variant table; what is not written is AutoML's default."""
+
+    backbone: str
+    image_size: int
+    fpn_num_filters: int
+    fpn_cell_repeats: int
+    box_class_repeats: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SUM = {"fpn_weight_method": "sum"}
+_LITE = {
+    "fpn_weight_method": "sum",
+    "act_type": "relu6",
+    "mean_rgb": (127.0, 127.0, 127.0),
+    "stddev_rgb": (128.0, 128.0, 128.0),
+}
+_VARIANTS = {
+    "efficientdet-d0": _Row("efficientnet-b0", 512, 64, 3, 3),
+    "efficientdet-d1": _Row("efficientnet-b1", 640, 88, 4, 3),
+    "efficientdet-d2": _Row("efficientnet-b2", 768, 112, 5, 3),
+    "efficientdet-d3": _Row("efficientnet-b3", 896, 160, 6, 4),
+    "efficientdet-d4": _Row("efficientnet-b4", 1024, 224, 7, 4),
+    "efficientdet-d5": _Row("efficientnet-b5", 1280, 288, 7, 4),
+    "efficientdet-d6": _Row("efficientnet-b6", 1280, 384, 8, 5, _SUM),
+    "efficientdet-d7": _Row("efficientnet-b6", 1536, 384, 8, 5, {**_SUM, "anchor_scale": 5.0}),
+    "efficientdet-d7x": _Row("efficientnet-b7", 1536, 384, 8, 5, {**_SUM, "max_level": 8}),
+    "efficientdet-lite0": _Row("efficientnet-lite0", 320, 64, 3, 3, {**_LITE, "anchor_scale": 3.0}),
+    "efficientdet-lite1": _Row("efficientnet-lite1", 384, 88, 4, 3, {**_LITE, "anchor_scale": 3.0}),
+    "efficientdet-lite2": _Row("efficientnet-lite2", 448, 112, 5, 3, {**_LITE, "anchor_scale": 3.0}),
+    "efficientdet-lite3": _Row("efficientnet-lite3", 512, 160, 6, 4, _LITE),
+    "efficientdet-lite3x": _Row("efficientnet-lite3", 640, 200, 6, 4, {**_LITE, "anchor_scale": 3.0}),
+    "efficientdet-lite4": _Row("efficientnet-lite4", 640, 224, 7, 4, _LITE),
+}
+MODELS = tuple(_VARIANTS)
+
+
+def model_config(name: str, **overrides: Any) -> EfficientDetConfig:
+    """The configuration of a variant: ``efficientdet-d0`` as AutoML writes it, or ``efficientdet_d0``.
+
+    ``overrides`` replace fields of :class:`EfficientDetConfig`. Raises :class:`ConfigError` on an unknown
+    name or an impossible value.
+    """
+    key = name.lower().replace("_", "-")
+    if key not in _VARIANTS:
+        raise ConfigError(f"unknown model {name!r}; known: {', '.join(MODELS)}")
+    row = _VARIANTS[key]
+    values: dict[str, Any] = {
+        "name": key,
+        "backbone": backbone_config(row.backbone),
+        "image_size": (row.image_size, row.image_size),
+        "fpn_num_filters": row.fpn_num_filters,
+        "fpn_cell_repeats": row.fpn_cell_repeats,
+        "box_class_repeats": row.box_class_repeats,
+        **row.extra,
+    }
+    try:
+        return EfficientDetConfig(**{**values, **overrides})
+    except TypeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def all_configs() -> Iterator[EfficientDetConfig]:
+    """Every variant, in the table's order."""
+    for name in MODELS:
+        yield model_config(name)
