@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pytorch_model.errors import ConfigError, PortingError, WeightsError
 
-class PortingError(Exception):
-    """Bad input or a refused conversion. Command lines print the message alone and exit with 2."""
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "OutputError",
+    "PortingError",
+    "WeightsError",
+]
 
 
 class CheckpointError(PortingError):

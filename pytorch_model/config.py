@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from pytorch_model.errors import ConfigError
+
 WEIGHT_METHODS = ("fastattn", "attn", "channel_fastattn", "channel_attn", "sum")
-ACTIVATIONS = ("swish", "swish_native", "silu", "relu", "relu6", "hswish", "mish", "identity")
+ACTIVATIONS = ("swish", "swish_native", "silu", "relu", "relu6", "hswish", "mish")
 
 BN_EPSILON = 1e-3
 BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as 0.99
 MAX_BACKBONE_LEVEL = 5  # P3…P5 come from the backbone, P6 and up are resampled from P5
-
-
-class ConfigError(ValueError):
-    """A hyper-parameter has a value no EfficientDet can have. The message names it."""
 
 
 @dataclass(frozen=True)
