@@ -1,0 +1,24 @@
+"""Open any source of AutoML EfficientDet weights as one thing: a mapping from variable name to array."""
+
+from __future__ import annotations
+
+import os
+
+from .base import Checkpoint
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
+    """Open the checkpoint at ``path`` without reading its variables' values.
+
+    ``path``: a checkpoint folder, a prefix (``…/model``, ``…/model.ckpt-1000``), or one of a checkpoint's
+    files. ``step`` picks one of several in a folder; by default the one its state file names, or the newest.
+
+    Raises :class:`~porting.errors.CheckpointError`: nothing there, several and no way to choose, damaged,
+    incomplete, or not a checkpoint.
+    """
+    from .bundle import TensorBundle, read_index
+    from .locate import locate
+
+    return TensorBundle(read_index(locate(path, step)))

@@ -1,0 +1,92 @@
+"""What every source of weights looks like from inside the project."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from types import MappingProxyType, TracebackType
+
+import numpy as np
+
+STEP_VARIABLE = "global_step"
+
+
+class Checkpoint(Mapping[str, np.ndarray], ABC):
+    """A read-only mapping from variable name to array, whatever file it came from.
+
+    Nothing is read until a variable is asked for; each request reads it anew and returns an array that owns
+    its memory. Names iterate in the order of ``shapes``. Not for use by two threads at once.
+
+    Looking up an unknown name raises :class:`KeyError`, as in any mapping; a variable that is damaged or of a
+    kind that cannot be read raises :class:`~porting.errors.CheckpointError`.
+
+    A subclass passes what it knows without reading data to ``__init__`` and implements :meth:`_read`.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        format: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, np.dtype],
+    ) -> None:
+        """``dtypes`` are those of the arrays that reading returns; ``object`` where it cannot be read."""
+        self.source = source  # what the user would recognise: a path
+        self.format = format  # "TensorFlow V2 checkpoint"
+        self.shapes = MappingProxyType(dict(shapes))
+        self.dtypes = MappingProxyType(dict(dtypes))
+
+    @abstractmethod
+    def _read(self, name: str) -> np.ndarray:
+        """The variable ``name``, which is one of ``shapes``, as a fresh array of its shape and dtype."""
+
+    def close(self) -> None:
+        """Release the files held open, if any. Reading afterwards raises CheckpointError."""
+        return
+
+    def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield (name, array) for each of ``names``, in whatever order the file is read fastest."""
+        wanted = list(names)
+        for name in wanted:
+            if name not in self.shapes:
+                raise KeyError(name)
+        for name in self._reading_order(wanted):
+            yield name, self._read(name)
+
+    def _reading_order(self, names: list[str]) -> list[str]:
+        return names
+
+    @cached_property
+    def step(self) -> int | None:
+        """The training step (variable ``global_step``), None where the checkpoint does not hold one."""
+        if STEP_VARIABLE not in self or self.shapes[STEP_VARIABLE] != ():
+            return None
+        if not np.issubdtype(self.dtypes[STEP_VARIABLE], np.integer):
+            return None
+        return int(self[STEP_VARIABLE])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would read the data
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.source!r}: {self.format}, {len(self)} variables>"

@@ -1,0 +1,147 @@
+"""From what a user points at (a folder, a prefix, one of the files) to the prefix of one V2 checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from porting.errors import CheckpointError
+
+STATE_FILE = "checkpoint"
+
+_FILE_SUFFIX = re.compile(r"\.(index|meta|data-\d{5,}-of-\d{5,})$")
+_STATE_LINE = re.compile(
+    r"""^\s*model_checkpoint_path\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""", re.M
+)
+_STATE_LIMIT = 1 << 20  # bytes; a state file is a few lines
+_MOST_LISTED = 10
+
+
+def locate(path: str | os.PathLike[str], step: int | None) -> Path:
+    """The ``.index`` file of the checkpoint that ``path`` means.
+
+    ``path``: a folder (its ``checkpoint`` state file decides; without one, or with ``step``, the index files
+    in it do), a prefix with or without its step number, or a checkpoint's ``.index``, ``.data-…`` or
+    ``.meta`` file. ``step``: take ``…-STEP``. Raises CheckpointError if that does not settle on one.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _in_folder(path, step)
+        if path.name == STATE_FILE and path.is_file() and not _index_of(path).is_file():
+            return _in_folder(path.parent, step)
+        return _from_prefix(path, step)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; check the path") from None
+
+
+def _in_folder(folder: Path, step: int | None) -> Path:
+    prefixes = _prefixes(folder)
+    state = folder / STATE_FILE
+    if step is None and state.is_file():
+        return _named_by_state(folder, state, prefixes)
+    if not prefixes:
+        raise CheckpointError(
+            f"{folder} holds no TensorFlow V2 checkpoint: no file in it ends in .index; "
+            "point at the folder or prefix of one"
+        )
+    return _pick(folder, prefixes, step)
+
+
+def _from_prefix(path: Path, step: int | None) -> Path:
+    prefix = path.with_name(_FILE_SUFFIX.sub("", path.name))
+    index = _index_of(prefix)
+    if index.is_file():
+        if step not in (None, _step_of(prefix.name)):
+            raise CheckpointError(f"{prefix} is not step {step}; leave out the step or name another prefix")
+        return index
+    if prefix == path and not path.exists() and path.parent.is_dir():
+        steps = [name for name in _prefixes(path.parent) if _stem_of(name) == path.name]
+        if steps:
+            return _pick(path.parent, steps, step)
+    if prefix != path and path.exists():
+        raise CheckpointError(f"{path} is there but its index {index.name} is not; put it beside the data")
+    if path.exists():
+        raise CheckpointError(f"{path} is not a TensorFlow V2 checkpoint: there is no {index.name} beside it")
+    raise CheckpointError(f"{path} does not exist, nor does {index}; check the path")
+
+
+def _pick(folder: Path, prefixes: list[str], step: int | None) -> Path:
+    """The only one, the one at ``step``, or else the newest of one family ``stem-N``."""
+    if step is not None:
+        chosen = [name for name in prefixes if _step_of(name) == step]
+        if not chosen:
+            raise CheckpointError(
+                f"{folder} holds no step {step}, only {_listing(prefixes)}; name one of them"
+            )
+        if len(chosen) > 1:
+            raise CheckpointError(
+                f"{folder} holds step {step} as {_listing(chosen)}; name the prefix you mean"
+            )
+        return _index_of(folder / chosen[0])
+    if len({_stem_of(name) for name in prefixes}) > 1:
+        raise CheckpointError(
+            f"{folder} holds several checkpoints: {_listing(prefixes)}; "
+            "name the prefix you mean, or use --step"
+        )
+    return _index_of(folder / max(prefixes, key=lambda name: _step_of(name) or 0))
+
+
+def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
+    """What the state file calls the latest. Its paths may come from another machine."""
+    with open(state, "rb") as file:
+        text = file.read(_STATE_LIMIT).decode("utf-8", "replace")
+    match = _STATE_LINE.search(text)
+    if not match:
+        raise CheckpointError(
+            f"{state} is not a checkpoint state file: it has no model_checkpoint_path; "
+            "remove it, or name the prefix you mean"
+        )
+    named = _unescape(match[1] if match[1] is not None else match[2])
+    # The folder may have been copied: what lies here goes before what an absolute path points to.
+    basename = PureWindowsPath(PurePosixPath(named).name).name
+    candidates = (
+        [folder / basename, Path(named)] if os.path.isabs(named) else [folder / named, folder / basename]
+    )
+    for candidate in candidates:
+        if basename and _index_of(candidate).is_file():
+            return _index_of(candidate)
+    found = f"it holds {_listing(prefixes)}" if prefixes else "no file here ends in .index"
+    raise CheckpointError(
+        f"{state} names {named!r}, but there is no {basename}.index in {folder} ({found}); "
+        "fetch the missing files or name another prefix"
+    )
+
+
+def _prefixes(folder: Path) -> list[str]:
+    with os.scandir(folder) as files:
+        names = [file.name for file in files if file.name.endswith(".index") and file.is_file()]
+    return sorted(name.removesuffix(".index") for name in names)
+
+
+def _index_of(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".index")
+
+
+def _step_of(prefix: str) -> int | None:
+    """N of ``stem-N``."""
+    match = re.search(r"-([0-9]{1,18})$", prefix)
+    return int(match[1]) if match else None
+
+
+def _stem_of(prefix: str) -> str:
+    """``stem`` of ``stem-N``; a prefix without a step is its own."""
+    return re.sub(r"-[0-9]{1,18}$", "", prefix)
+
+
+def _unescape(text: str) -> str:
+    """Undo the backslashes of a protocol buffer text string, as far as paths need (no octal, no hex)."""
+    return re.sub(r"\\(.)", r"\1", text)
+
+
+def _listing(prefixes: Iterable[str]) -> str:
+    names = sorted(prefixes, key=lambda name: (_stem_of(name), _step_of(name) or 0))
+    more = len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")

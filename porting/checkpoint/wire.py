@@ -1,0 +1,111 @@
+"""The protocol buffer wire format, as much of it as the small messages of a checkpoint need.
+
+Source: protobuf.dev, "Encoding". Every length is checked against the bytes at hand before it is used, so
+garbage costs no more than its own size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are long gone
+
+_MAX_FIELD_NUMBER = (1 << 29) - 1
+
+
+class Malformed(Exception):  # noqa: N818 - never leaves this package
+    """Bytes that break their format. Caught where file and place are known, and told as a CheckpointError."""
+
+
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """(value in 0…2**64-1, position after it). Raises :class:`Malformed`."""
+    value = shift = 0
+    try:
+        byte = data[position]
+        if byte < 0x80:  # nearly always
+            return byte, position + 1
+        while byte >= 0x80:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if shift > 63:
+                _fail("a variable-length integer is longer than 10 bytes")
+            position += 1
+            byte = data[position]
+    except IndexError:
+        raise Malformed("a variable-length integer runs past the end") from None
+    value |= byte << shift
+    if value >> 64:
+        _fail("a variable-length integer exceeds 64 bits")
+    return value, position + 1
+
+
+def write_varint(value: int) -> bytes:
+    """``value`` in 0…2**64-1."""
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def read_fields(message: bytes) -> Iterator[tuple[int, int, int | bytes]]:
+    """Yield (field number, wire type, value) in file order.
+
+    The value is an unsigned int for VARINT, FIXED32 and FIXED64, bytes for BYTES. Raises :class:`Malformed`.
+    """
+    position, end = 0, len(message)
+    while position < end:
+        tag, position = read_varint(message, position)
+        number, wire_type = tag >> 3, tag & 7
+        if not 0 < number <= _MAX_FIELD_NUMBER:
+            _fail(f"field number {number} is not allowed")
+        if wire_type == VARINT:
+            value, position = read_varint(message, position)
+            yield number, wire_type, value
+            continue
+        if wire_type == BYTES:
+            size, position = read_varint(message, position)
+        elif wire_type in (FIXED32, FIXED64):
+            size = 4 if wire_type == FIXED32 else 8
+        else:
+            _fail(f"field {number} has the unknown wire type {wire_type}")
+        if size > end - position:
+            _fail(f"field {number} runs past the end of its message")
+        chunk = message[position : position + size]
+        position += size
+        yield number, wire_type, chunk if wire_type == BYTES else int.from_bytes(chunk, "little")
+
+
+def expect_int(number: int, value: int | bytes) -> int:
+    """An integer field as int64. Raises :class:`Malformed` when the field holds bytes."""
+    if not isinstance(value, int):
+        _fail(f"field {number} holds bytes where a number belongs")
+    return value - (1 << 64) if value >> 63 else value
+
+
+def expect_bytes(number: int, value: int | bytes) -> bytes:
+    """A bytes, string or message field. Raises :class:`Malformed` when the field holds a number."""
+    if not isinstance(value, bytes):
+        _fail(f"field {number} holds a number where bytes belong")
+    return value
+
+
+def int_field(number: int, value: int) -> bytes:
+    """Field ``number`` as a varint; nothing for zero, the default that protocol buffers leave out."""
+    return write_varint(number << 3 | VARINT) + write_varint(value) if value else b""
+
+
+def bytes_field(number: int, value: bytes) -> bytes:
+    """Field ``number`` as bytes, a string or an embedded message."""
+    return write_varint(number << 3 | BYTES) + write_varint(len(value)) + value
+
+
+def fixed32_field(number: int, value: int) -> bytes:
+    """Field ``number`` as four bytes."""
+    return write_varint(number << 3 | FIXED32) + value.to_bytes(4, "little")
+
+
+def _fail(reason: str) -> NoReturn:
+    raise Malformed(reason)
