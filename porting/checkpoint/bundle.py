@@ -367,21 +367,19 @@ def _extents(index: BundleIndex) -> dict[int, tuple[int, str]]:
 def _open_shard(index: BundleIndex, shard: int, stop: int, name: str) -> BinaryIO:
     path = index.shard_path(shard)
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 - the caller closes it
-        size = os.fstat(file.fileno()).st_size
+        size = path.stat().st_size
+        if size >= stop:
+            return open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise CheckpointError(
             f"{index.path} is there but its data file {path.name} is not; put it beside the index"
         ) from None
     except OSError as error:
         raise _unreadable(path, error) from None
-    if size < stop:
-        file.close()
-        raise CheckpointError(
-            f"{path} is cut short: it has {size} bytes, but variable {name!r} ends at byte {stop}; "
-            "fetch the file again"
-        )
-    return file
+    raise CheckpointError(
+        f"{path} is cut short: it has {size} bytes, but variable {name!r} ends at byte {stop}; "
+        "fetch the file again"
+    )
 
 
 def _widen_bfloat16(halves: np.ndarray) -> np.ndarray:

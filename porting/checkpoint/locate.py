@@ -13,8 +13,9 @@ STATE_FILE = "checkpoint"
 
 _FILE_SUFFIX = re.compile(r"\.(index|meta|data-\d{5,}-of-\d{5,})$")
 _STATE_LINE = re.compile(
-    r"""^\s*model_checkpoint_path\s*:\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')""", re.M
+    rb"""^\s*model_checkpoint_path\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)')""", re.M
 )
+_ESCAPE = re.compile(rb"\\(?:([0-3][0-7]{2})|(.))")
 _STATE_LIMIT = 1 << 20  # bytes; a state file is a few lines
 _MOST_LISTED = 10
 
@@ -64,8 +65,12 @@ def _from_prefix(path: Path, step: int | None) -> Path:
     if prefix != path and path.exists():
         raise CheckpointError(f"{path} is there but its index {index.name} is not; put it beside the data")
     if path.exists():
-        raise CheckpointError(f"{path} is not a TensorFlow V2 checkpoint: there is no {index.name} beside it")
-    raise CheckpointError(f"{path} does not exist, nor does {index}; check the path")
+        raise CheckpointError(
+            f"{path} is not a TensorFlow V2 checkpoint: there is no {index.name} beside it; "
+            "point at the folder or prefix of one"
+        )
+    missing = f"{path} does not exist" if path == index else f"neither {path} nor {index} exists"
+    raise CheckpointError(f"{missing}; check the path")
 
 
 def _pick(folder: Path, prefixes: list[str], step: int | None) -> Path:
@@ -92,14 +97,13 @@ def _pick(folder: Path, prefixes: list[str], step: int | None) -> Path:
 def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
     """What the state file calls the latest. Its paths may come from another machine."""
     with open(state, "rb") as file:
-        text = file.read(_STATE_LIMIT).decode("utf-8", "replace")
-    match = _STATE_LINE.search(text)
+        match = _STATE_LINE.search(file.read(_STATE_LIMIT))
     if not match:
         raise CheckpointError(
             f"{state} is not a checkpoint state file: it has no model_checkpoint_path; "
             "remove it, or name the prefix you mean"
         )
-    named = _unescape(match[1] if match[1] is not None else match[2])
+    named = _unescape(match[1] or match[2] or b"")
     # The folder may have been copied: what lies here goes before what an absolute path points to.
     basename = PureWindowsPath(PurePosixPath(named).name).name
     candidates = (
@@ -136,9 +140,9 @@ def _stem_of(prefix: str) -> str:
     return re.sub(r"-[0-9]{1,18}$", "", prefix)
 
 
-def _unescape(text: str) -> str:
-    """Undo the backslashes of a protocol buffer text string, as far as paths need (no octal, no hex)."""
-    return re.sub(r"\\(.)", r"\1", text)
+def _unescape(text: bytes) -> str:
+    """The path that a protocol buffer text string stands for; whatever is not ASCII is in octal there."""
+    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]) if match[1] else match[2], text))
 
 
 def _listing(prefixes: Iterable[str]) -> str:

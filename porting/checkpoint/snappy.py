@@ -64,7 +64,8 @@ def _copy(data: bytes, position: int) -> tuple[int, int, int]:
 
 def _repeat(output: bytearray, offset: int, size: int) -> None:
     """Append ``size`` bytes starting ``offset`` before the end; the copy may run into what it has written."""
-    pattern = output[len(output) - offset :][:size]
+    start = len(output) - offset
+    pattern = output[start : start + size]
     repeats, rest = divmod(size, len(pattern))
     output += pattern * repeats + pattern[:rest]
 
