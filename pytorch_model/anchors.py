@@ -1,0 +1,67 @@
+"""Anchor boxes, and the arithmetic that turns regressions into boxes.
+
+Sources: EfficientDet (Tan, Pang, Le, CVPR 2020) section 5.1 (three scales, three aspect ratios per
+location); AutoML ``tf2/anchors.py``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytorch_model.config import EfficientDetConfig
+
+
+def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> Tensor:
+    """Every anchor of the network: float32 [A, 4], order yxyx, in pixels of the network's input.
+
+    ``image_size`` (height, width) defaults to ``config.image_size``. A runs over level, row, column, scale,
+    aspect ratio, the last fastest. Anchors may reach outside the image.
+    """
+    height, width = image_size or config.image_size
+    levels = []
+    for rows, columns in config.feature_sizes((height, width)).values():
+        # AutoML's stride is the ratio of the sizes, so it is fractional where a size does not divide.
+        stride_y, stride_x = height / rows, width / columns
+        centres_y = stride_y / 2 + np.arange(rows) * stride_y
+        centres_x = stride_x / 2 + np.arange(columns) * stride_x
+        half_heights, half_widths = _half_sizes(config, stride_y, stride_x)
+        boxes_yxyx = np.empty((rows, columns, config.num_anchors, 4))
+        boxes_yxyx[..., 0] = centres_y[:, None, None] - half_heights
+        boxes_yxyx[..., 1] = centres_x[None, :, None] - half_widths
+        boxes_yxyx[..., 2] = centres_y[:, None, None] + half_heights
+        boxes_yxyx[..., 3] = centres_x[None, :, None] + half_widths
+        levels.append(boxes_yxyx.reshape(-1, 4))
+    # float64 until here: AutoML computes anchors in NumPy and rounds once.
+    return torch.from_numpy(np.concatenate(levels).astype(np.float32))
+
+
+def _half_sizes(
+    config: EfficientDetConfig, stride_y: float, stride_x: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Half heights and half widths of one location's anchors: float64 [num_anchors] each."""
+    scales = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
+    # An aspect ratio is width / height; the area does not change with it.
+    stretch = np.sqrt(np.asarray(config.aspect_ratios, dtype=np.float64))
+    half_heights = config.anchor_scale * stride_y * scales[:, None] / stretch / 2
+    half_widths = config.anchor_scale * stride_x * scales[:, None] * stretch / 2
+    return half_heights.reshape(-1), half_widths.reshape(-1)
+
+
+def decode_boxes(box_outputs: Tensor, anchors_yxyx: Tensor) -> Tensor:
+    """Turn regressions into boxes: ``box_outputs`` [..., 4] as (ty, tx, th, tw) → boxes_yxyx [..., 4].
+
+    ``anchors_yxyx`` [..., 4] broadcasts against ``box_outputs``. A centre moves by ty, tx anchor sizes and
+    the anchor's sides grow by exp(th), exp(tw). The result is in the anchors' unit and is not clipped.
+    """
+    top, left, bottom, right = anchors_yxyx.unbind(-1)
+    ty, tx, th, tw = box_outputs.unbind(-1)
+    anchor_height, anchor_width = bottom - top, right - left
+    centre_y = ty * anchor_height + (top + bottom) / 2
+    centre_x = tx * anchor_width + (left + right) / 2
+    half_height = th.exp() * anchor_height / 2
+    half_width = tw.exp() * anchor_width / 2
+    return torch.stack(
+        (centre_y - half_height, centre_x - half_width, centre_y + half_height, centre_x + half_width), dim=-1
+    )

@@ -1,0 +1,263 @@
+"""Images in, network input out, as AutoML evaluates: decode, normalise, resize, pad. Equal to it bit for bit.
+
+Sources: AutoML ``dataloader.py`` (``DetectionInputProcessor``); TensorFlow's ``ResizeBilinear`` kernel with
+half-pixel centres; ``tf.io.decode_jpeg``. The order matters and is AutoML's: normalise before resizing,
+pad with zeros after both, so padding is the mean colour.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pytorch_model.config import EfficientDetConfig
+from pytorch_model.errors import PortingError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
+
+DECODERS = ("pillow", "fast-dct")
+
+
+class ImageError(PortingError):
+    """An image cannot be read, or is not one the network can be given."""
+
+
+class DecodedImage(NamedTuple):
+    pixels: Tensor  # uint8 [3, h, w], RGB
+    decoder: str  # what decoded it: "pillow", "fast-dct", or "none" for an image given as pixels
+
+
+class NetworkInput(NamedTuple):
+    images: Tensor  # float32 [N, 3, H, W], normalised, padded with 0 at the bottom or the right
+    image_scales: Tensor  # float32 [N]: original pixels per network pixel
+    decoders: tuple[str, ...]  # per image, as in DecodedImage
+
+
+def preprocess(
+    images: Sequence[ImageSource] | Tensor,
+    config: EfficientDetConfig,
+    image_size: tuple[int, int] | None = None,
+    decoder: str = "pillow",
+    device: torch.device | str | None = None,
+) -> NetworkInput:
+    """Read images and make of them one batch, ready for ``EfficientDet``.
+
+    ``images``: any mix of files, PIL images, uint8 RGB arrays [h, w, 3] and uint8 RGB tensors [3, h, w], of
+    any sizes; or one uint8 tensor [N, 3, h, w]. ``image_size`` (height, width) defaults to
+    ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is where the work is
+    done and the result lies; unless given, that of a tensor and the CPU for anything else.
+    Raises :class:`ImageError` with the image's name or number.
+    """
+    target = image_size or config.image_size
+    batches, decoders = _load(images, decoder)
+    inputs, scales = [], []
+    for index, pixels in enumerate(batches):
+        try:
+            batch, scale = _preprocess_batch(pixels.to(device), config, target)
+        except ImageError as error:
+            raise ImageError(f"{_describe(images[index], index)}: {error}") from None
+        inputs.append(batch)
+        scales.extend([scale] * len(batch))
+    return NetworkInput(torch.cat(inputs), torch.from_numpy(np.stack(scales)).to(inputs[0].device), decoders)
+
+
+def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> tuple[list[Tensor], tuple[str, ...]]:
+    """Batches of equal-sized pixels, uint8 [n, 3, h, w]: one per image, or the one that was given."""
+    _check_decoder(decoder)
+    if isinstance(images, Tensor) and images.ndim == 4:
+        return [torch.stack([_check_tensor(image) for image in images])], ("none",) * len(images)
+    if isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence):
+        raise ImageError("images must be a list of images or one uint8 tensor [N, 3, h, w]")
+    if not images:
+        raise ImageError("there are no images; give at least one")
+    decoded = []
+    for index, image in enumerate(images):
+        try:
+            decoded.append(load_image(image, decoder))
+        except ImageError as error:
+            raise ImageError(f"{_describe(image, index)}: {error}") from None
+    return [image.pixels[None] for image in decoded], tuple(image.decoder for image in decoded)
+
+
+def _describe(image: object, index: int) -> str:
+    return str(image) if isinstance(image, (str, os.PathLike)) else f"image number {index}"
+
+
+def _preprocess_batch(
+    pixels: Tensor, config: EfficientDetConfig, target: tuple[int, int]
+) -> tuple[Tensor, np.float32]:
+    """uint8 [n, 3, h, w] → (float32 [n, 3, H, W], original pixels per network pixel)."""
+    scale, scaled_size = scale_to_fit((pixels.shape[2], pixels.shape[3]), target)
+    resized = resize_bilinear(normalize(pixels, config), scaled_size)
+    padding = (0, target[1] - scaled_size[1], 0, target[0] - scaled_size[0])
+    return torch.nn.functional.pad(resized, padding), np.float32(1) / scale
+
+
+def scale_to_fit(size: tuple[int, int], target: tuple[int, int]) -> tuple[np.float32, tuple[int, int]]:
+    """The scale that makes ``size`` fit ``target``, and the scaled size, both sizes (height, width).
+
+    In float32 with the scaled size truncated, as AutoML computes it: 1080 x 1920 becomes 288 x 512.
+    Raises :class:`ImageError` when a side would vanish.
+    """
+    height, width = np.float32(size[0]), np.float32(size[1])
+    scale = np.minimum(np.float32(target[0]) / height, np.float32(target[1]) / width)
+    scaled = (int(height * scale), int(width * scale))
+    if min(scaled) < 1:
+        raise ImageError(
+            f"{size[1]} x {size[0]} pixels is too long and thin: scaled into {target[1]} x {target[0]} "
+            "its short side has no pixel left; crop it first"
+        )
+    return scale, scaled
+
+
+def normalize(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
+    """uint8 [..., 3, h, w] → float32 of the same shape, (pixels - mean_rgb) / stddev_rgb."""
+    mean, stddev = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
+        for values in (config.mean_rgb, config.stddev_rgb)
+    )
+    return (pixels.float() - mean) / stddev
+
+
+def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize float32 [..., h, w] to ``size`` (height, width) as TensorFlow does, without antialiasing.
+
+    ``torch.nn.functional.interpolate`` weighs the four neighbours in another order and differs in the last
+    bits. TensorFlow steps from the left neighbour towards the right one, then from the top to the bottom.
+    """
+    left, right, step_x = _neighbours(images.shape[-1], size[1], images.device)
+    top, bottom, step_y = _neighbours(images.shape[-2], size[0], images.device)
+    left_columns = images.index_select(-1, left)
+    rows = left_columns + (images.index_select(-1, right) - left_columns) * step_x
+    top_rows = rows.index_select(-2, top)
+    return top_rows + (rows.index_select(-2, bottom) - top_rows) * step_y[:, None]
+
+
+def _neighbours(size: int, new_size: int, device: torch.device) -> list[Tensor]:
+    """Per output position: the input positions around its centre, and how far it is from the first."""
+    ratio = np.float32(size) / np.float32(new_size)
+    centres = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * ratio - np.float32(0.5)
+    below = np.floor(centres)
+    first = np.maximum(below, 0).astype(np.int64)
+    second = np.minimum(np.ceil(centres), size - 1).astype(np.int64)
+    # The step is taken from the unclamped position: at an edge both neighbours are the same, so it is idle.
+    step = centres - below
+    return [torch.from_numpy(array).to(device) for array in (first, second, step)]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Decoding
+# ---------------------------------------------------------------------------------------------------
+
+
+def load_image(image: ImageSource, decoder: str = "pillow") -> DecodedImage:
+    """Read one image. As with ``tf.io.decode_image``, EXIF orientation and alpha are ignored.
+
+    ``decoder="pillow"`` reads every format with Pillow, whose JPEG arithmetic is accurate and equals
+    TensorFlow's ``dct_method="INTEGER_ACCURATE"``. ``decoder="fast-dct"`` reads JPEG files with the fast DCT
+    of libjpeg-turbo (package ``simplejpeg``), which equals the default of ``tf.io.decode_jpeg`` and so what
+    AutoML's evaluation sees; other formats go to Pillow. Greyscale becomes three equal channels.
+    Raises :class:`ImageError` when the file is missing, damaged or no image, or the pixels are not uint8 RGB.
+    """
+    _check_decoder(decoder)
+    if isinstance(image, (str, os.PathLike)):
+        return _load_file(Path(image), decoder)
+    if isinstance(image, Tensor):
+        return DecodedImage(_check_tensor(image), "none")
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3:
+            raise ImageError(f"an array must be uint8 [h, w, 3] in RGB order, not {list(image.shape)}")
+        if image.dtype != np.uint8:
+            raise ImageError(f"pixels must be uint8, 0 to 255, not {image.dtype}")
+        return DecodedImage(_check_tensor(_channels_first(image)), "none")
+    if type(image).__module__.startswith("PIL."):
+        return DecodedImage(_pillow_pixels(image), "pillow")
+    raise ImageError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor")
+
+
+def _check_decoder(decoder: str) -> None:
+    if decoder not in DECODERS:
+        raise ImageError(f"unknown decoder {decoder!r}; known: {', '.join(DECODERS)}")
+
+
+def _check_tensor(pixels: Tensor) -> Tensor:
+    if pixels.dtype != torch.uint8:
+        raise ImageError(f"pixels must be uint8, 0 to 255, not {str(pixels.dtype).removeprefix('torch.')}")
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ImageError(f"a tensor must be uint8 [3, h, w] in RGB order, not {list(pixels.shape)}")
+    if 0 in pixels.shape:
+        raise ImageError(f"the image has no pixels: {pixels.shape[2]} x {pixels.shape[1]}")
+    return pixels
+
+
+def _load_file(path: Path, decoder: str) -> DecodedImage:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read the file: {error.strerror or error}") from None
+    if decoder == "fast-dct" and data.startswith(b"\xff\xd8\xff"):
+        return DecodedImage(_fast_dct_pixels(data), "fast-dct")
+    pillow = _require("PIL.Image", "Pillow")
+    try:
+        with pillow.open(io.BytesIO(data)) as image:
+            return DecodedImage(_pillow_pixels(image), "pillow")
+    # Pillow's decoders also raise SyntaxError, ValueError and others on damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+        raise ImageError(f"not a readable image: {error}") from None
+
+
+def _require(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ImageError(f"reading this image needs the package {package}: pip install {package}") from None
+
+
+def _fast_dct_pixels(jpeg: bytes) -> Tensor:
+    """JPEG bytes → uint8 [3, h, w], equal to ``tf.io.decode_jpeg(jpeg, channels=3)``."""
+    simplejpeg: ModuleType = _require("simplejpeg", "simplejpeg")
+    try:
+        if simplejpeg.decode_jpeg_header(jpeg)[2] not in ("CMYK", "YCCK"):
+            return _channels_first(simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=True))
+        inks = simplejpeg.decode_jpeg(jpeg, "CMYK", fastdct=True)
+    except ValueError as error:
+        raise ImageError(f"not a readable JPEG file: {error}") from None
+    with _require("PIL.Image", "Pillow").open(io.BytesIO(jpeg)) as header:
+        return _channels_first(_cmyk_to_rgb(inks, inverted="adobe" in header.info))
+
+
+def _pillow_pixels(image: Image.Image) -> Tensor:
+    """A Pillow image of any 8- or 16-bit mode → uint8 [3, h, w]."""
+    if image.mode == "CMYK":
+        # Pillow inverts the inks of every CMYK JPEG; only files with an Adobe marker store them inverted.
+        inverted = image.format == "JPEG" and "adobe" not in image.info
+        return _channels_first(_cmyk_to_rgb(np.asarray(image), inverted))
+    if image.mode.startswith("I;16"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)  # the high byte, as TensorFlow reads 16-bit PNG
+        return _channels_first(np.repeat(grey[..., None], 3, axis=2))
+    if image.mode in ("I", "F"):
+        raise ImageError(f"Pillow mode {image.mode} (32 bits) has no known value range; convert to RGB")
+    return _channels_first(np.asarray(image.convert("RGB")))
+
+
+def _cmyk_to_rgb(inks: np.ndarray, inverted: bool) -> np.ndarray:
+    """uint8 [h, w, 4] → uint8 [h, w, 3]. ``inverted``: 255 stands for no ink, as Adobe writes it."""
+    light = (inks if inverted else 255 - inks).astype(np.uint16)
+    return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:
+    # Copied first: Pillow's arrays are read-only, a caller's may have negative strides, tensors have neither.
+    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
