@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import reprlib
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -52,6 +53,7 @@ _OTHER_DTYPES = {DT_STRING: "string", 8: "complex64", 18: "complex128", 20: "res
 DTYPE_NUMBERS = {dtype: number for number, (_, dtype) in _DTYPES.items() if number != DT_BFLOAT16}
 
 _MAX_DIMENSIONS = 32  # NumPy 1's limit
+_LONGEST_SHOWN = 200  # characters of a name; AutoML's reach about 100, damaged ones anything
 
 
 class Entry(NamedTuple):
@@ -141,14 +143,12 @@ def _parse_index(path: Path, data: bytes) -> BundleIndex:
                 raise Malformed("its first key is not the header of a TensorFlow V2 checkpoint")
             num_shards = _parse_header(path, value)
             continue
+        if key.startswith(SLICE_PREFIX.encode()):
+            continue  # its whole is listed under the variable's own name, marked as partitioned
         try:
             name = key.decode()
         except UnicodeDecodeError:
-            if key.startswith(SLICE_PREFIX.encode()):
-                continue
-            raise Malformed(f"the variable name {key!r} is not UTF-8") from None
-        if name.startswith(SLICE_PREFIX):
-            continue  # its whole is listed under the variable's own name, marked as partitioned
+            raise Malformed(f"the variable name {reprlib.repr(key)} is not UTF-8") from None
         entries[name] = _parse_entry(name, value, num_shards)
     if num_shards is None:
         raise Malformed("it holds no header")
@@ -205,7 +205,8 @@ def _parse_entry(name: str, message: bytes, num_shards: int) -> Entry:
         entry = Entry(dtype, shape, shard, offset, size, crc32c, partitioned)
         _check_entry(entry, num_shards)
     except Malformed as error:
-        raise Malformed(f"the entry of variable {name!r} is wrong: {error}") from None
+        shown = repr(name if len(name) <= _LONGEST_SHOWN else name[:_LONGEST_SHOWN] + "…")
+        raise Malformed(f"the entry of variable {shown} is wrong: {error}") from None
     return entry
 
 

@@ -63,6 +63,7 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
         if last_key is not None and last_key > separator:
             raise Malformed(f"the block at byte {offset} holds keys beyond the one its index entry promises")
+        last_key = separator  # which keys of the next block must exceed
 
 
 def _read_footer(footer: bytes) -> list[int]:
