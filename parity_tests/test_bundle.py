@@ -19,6 +19,7 @@ from porting.checkpoint.bundle import TensorBundle, read_index
 from porting.checkpoint.writer import write_bundle
 from porting.errors import CheckpointError
 
+GOLDENS = Path(__file__).resolve().parent / "goldens" / "bundle"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = [SHARED / "oracle/checkpoints/efficientdet-d0", SHARED / "lite0/efficientdet-lite0"]
 REAL_INDEXES = sorted((SHARED / "checkpoint_index").glob("*/*.index"))
@@ -107,13 +108,38 @@ def test_real_index_reads_without_its_data(tf: Any, path: Path) -> None:
         open_checkpoint(path)
 
 
-@pytest.mark.skipif(not REAL_INDEXES, reason="outside data absent")
-def test_real_object_based_index_is_compressed() -> None:
-    """The snappy path is exercised by a real file: none of its names appear whole in the raw bytes."""
-    path = SHARED / "checkpoint_index/odapi_d1/ckpt-0.index"
-    longest = max(read_index(path).entries, key=len)
-    assert longest.encode() not in path.read_bytes()
-    assert len(path.read_bytes()) < sum(map(len, read_index(path).entries))
+def test_golden_compressed_index() -> None:
+    """A public index with snappy-compressed blocks (EfficientDet D1 of the Object Detection API)."""
+    path = GOLDENS / "snappy.index"
+    entries = read_index(path).entries
+    assert len(entries) == 877
+    assert path.stat().st_size < sum(map(len, entries))
+    name = "model/_feature_extractor/_bifpn_stage/node_input_blocks/0/0/1/0/kernel/.ATTRIBUTES/VARIABLE_VALUE"
+    assert entries[name].shape == (1, 1, 320, 88)
+    # Every entry is right if together they tile the data file.
+    position = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.offset):
+        assert entry.offset == position
+        position += entry.size
+
+
+def test_golden_checkpoint_of_tensorflow() -> None:
+    """Written by TensorFlow 2.21 (``SaveV2``): every dtype, values (-2…3), a string and a partitioned one."""
+    with open_checkpoint(GOLDENS / "tensorflow") as checkpoint:
+        assert isinstance(checkpoint, TensorBundle)
+        assert set(checkpoint) == {
+            *(np.dtype(d).name for d in FIXED_DTYPES),
+            *("bfloat16", "empty", "global_step", "part", "string"),
+        }
+        for dtype in FIXED_DTYPES:
+            name = np.dtype(dtype).name
+            assert_same_bits(checkpoint[name], (np.arange(6) - 2).reshape(2, 3).astype(dtype), name)
+        assert_same_bits(checkpoint["bfloat16"], checkpoint["float32"], "bfloat16")
+        assert checkpoint["empty"].shape == (0, 3)
+        assert checkpoint.step == 7
+        assert checkpoint.read_string("string") == b"text" * 40
+        with pytest.raises(CheckpointError, match="'part' is split into slices"):
+            checkpoint["part"]
 
 
 def test_object_graph_bytes_equal_tensorflows(tf: Any, tmp_path: Path) -> None:

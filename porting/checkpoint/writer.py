@@ -148,6 +148,9 @@ class _Replacement:
         return open(self._temporary(name), "wb")
 
     def commit(self) -> None:
+        for name in self._names:  # on the disk first, or a crash could leave the new names without contents
+            with open(self._temporary(name), "rb") as file:
+                os.fsync(file.fileno())
         for name in self._names:
             final = self._folder / name
             if final.is_dir():
