@@ -213,7 +213,7 @@ class EfficientDetConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> EfficientDetConfig:
         """Inverse of :meth:`to_dict`. Raises :class:`ConfigError` on a missing, unknown or bad field."""
         try:
-            values = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
             backbone = dict(values.pop("backbone"))
             backbone["stages"] = tuple(Stage(**stage) for stage in backbone["stages"])
             return cls(backbone=BackboneConfig(**backbone), **values)

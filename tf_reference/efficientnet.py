@@ -5,7 +5,7 @@ from __future__ import annotations
 import tensorflow as tf
 
 from pytorch_model.config import BackboneConfig, Block
-from tf_reference.layers import Network, Tensor, activation, batch_norm, conv, depthwise_conv
+from tf_reference.layers import Network, Tensor, activation, batch_norm, conv, depthwise_conv, sigmoid
 
 
 def block(net: Network, x: Tensor, scope: str, config: Block, act_type: str) -> Tensor:
@@ -28,7 +28,7 @@ def block(net: Network, x: Tensor, scope: str, config: Block, act_type: str) -> 
         gate = tf.reduce_mean(x, [1, 2], keepdims=True)
         gate = activation(conv(net, gate, f"{scope}/se/conv2d"), act_type)
         gate = conv(net, gate, f"{scope}/se/conv2d_1")
-        x = net.tap(f"{scope}/se", x * tf.sigmoid(gate))
+        x = net.tap(f"{scope}/se", x * sigmoid(gate))
     x = unit(conv(net, x, f"{scope}/{project}"), None)
     if config.has_residual:
         x = x + shortcut

@@ -143,7 +143,7 @@ class _Writer:
         weights = self.draw(name, (kernel, kernel, x.shape[-1], 1), spread)
         taps = weights.reshape(kernel * kernel, -1)
         slices = _same_slices(x, kernel, stride, 0.0)
-        return sum(view * tap for view, tap in zip(slices, taps, strict=True))  # type: ignore[return-value]
+        return np.asarray(sum(view * tap for view, tap in zip(slices, taps, strict=True)))
 
     def separable(self, scope: str, x: np.ndarray, filters: int, gain: float = 1.0) -> np.ndarray:
         x = self.depthwise(f"{scope}/depthwise_kernel", x, 3)
@@ -158,7 +158,12 @@ class _Writer:
         mean = _rounded(trust * x.mean((0, 1, 2)))
         deviation = np.square(x - mean).mean((0, 1, 2))
         variance = _rounded(trust * deviation + (1 - trust) * deviation.mean() + 1e-3)
-        statistics = {"gamma": gamma, "beta": beta, "moving_mean": mean, "moving_variance": variance}
+        statistics: dict[str, np.ndarray] = {
+            "gamma": gamma,
+            "beta": beta,
+            "moving_mean": mean,
+            "moving_variance": variance,
+        }
         for leaf, value in statistics.items():
             self.values[f"{scope}/{leaf}"] = value.astype(np.float32)
         return ((x - mean) * (gamma / np.sqrt(variance + BN_EPSILON)) + beta).astype(np.float32)
@@ -178,7 +183,9 @@ class _Writer:
         config = self.config
         size = CALIBRATION_SIZE
         pictures = np.stack([synthetic_image(size, size, self.seed + i) for i in range(2)])
-        endpoints = self.backbone((pictures - np.float32(config.mean_rgb)) / np.float32(config.stddev_rgb))
+        endpoints = self.backbone(
+            (pictures - np.array(config.mean_rgb, np.float32)) / np.array(config.stddev_rgb, np.float32)
+        )
         features = [endpoints[level] for level in config.levels if level in endpoints]
         for level in config.extra_levels:
             features.append(self.max_pool(self.match_width(f"resample_p{level}", features[-1])))

@@ -1,0 +1,202 @@
+"""Apply the rules to a checkpoint, and account for every variable on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from porting.checkpoint import Checkpoint
+from porting.errors import ConversionError
+from porting.names import EMA_SUFFIX, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
+from porting.rules import Rule, rules
+from porting.transforms import FOLD_BIAS_INTO_MEAN
+from pytorch_model.config import EfficientDetConfig
+from pytorch_model.efficientdet import EfficientDet
+from tf_reference.variables import variable_shapes
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The account of one conversion: every TensorFlow variable and every PyTorch tensor is in it once."""
+
+    used: int  # TensorFlow variables that went into the port
+    unused: Mapping[str, tuple[str, ...]]  # why → the variables left out for that reason
+    written: int  # PyTorch tensors
+    folded: int  # biases that went into batch-norm means
+
+    @property
+    def unused_count(self) -> int:
+        return sum(len(names) for names in self.unused.values())
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """``state_dict`` fits ``EfficientDet(config)``; ``variables`` are the AutoML values it was made of."""
+
+    config: EfficientDetConfig
+    state_dict: dict[str, torch.Tensor]
+    variables: dict[str, np.ndarray]
+    weights: str  # "EMA" or "raw"
+    coverage: Coverage
+    digest: str  # SHA-256 over names, shapes and values of `variables`
+
+
+def convert(
+    checkpoint: Checkpoint, config: EfficientDetConfig, raw: bool = False, dtype: str = "float32"
+) -> Conversion:
+    """Port ``checkpoint`` to the state dict of ``EfficientDet(config)``.
+
+    The exponential moving averages are used where the checkpoint has them, unless ``raw``. ``dtype`` is the
+    tensors' type: ``float32``, or ``float64`` to keep the folded means exact. Raises
+    :class:`ConversionError` naming the first missing, unknown, misshapen or non-finite variable, and
+    :class:`CheckpointError` where the file is damaged.
+    """
+    chosen, unused, weights = choose_variables(checkpoint, config, raw)
+    stored = {name: base for base, name in chosen.items()}
+    variables = {stored[name]: value for name, value in checkpoint.read_many(stored)}
+    for name in chosen:
+        _check_values(name, variables[name])
+    table = list(rules(config))
+    state_dict = apply_rules(table, variables, dtype)
+    check_targets(state_dict, config)
+    folded = {rule.sources[1] for rule in table if rule.transform is FOLD_BIAS_INTO_MEAN}
+    return Conversion(
+        config=config,
+        state_dict=state_dict,
+        variables=variables,
+        weights=weights,
+        coverage=Coverage(len(variables), unused, len(state_dict), len(folded)),
+        digest=variables_digest(variables),
+    )
+
+
+def apply_rules(
+    table: Iterable[Rule], variables: Mapping[str, np.ndarray], dtype: str = "float32"
+) -> dict[str, torch.Tensor]:
+    """Run every rule. Counters stay int64; everything else becomes ``dtype``."""
+    state_dict = {}
+    for rule in table:
+        array = rule.transform.forward(*(variables[source] for source in rule.sources))
+        kind = array.dtype if array.dtype == np.int64 else np.dtype(dtype)
+        state_dict[rule.target] = torch.from_numpy(np.array(array, kind, order="C"))
+    return state_dict
+
+
+def choose_variables(
+    checkpoint: Checkpoint, config: EfficientDetConfig, raw: bool
+) -> tuple[dict[str, str], dict[str, tuple[str, ...]], str]:
+    """Decide which entry stands for each model variable, and why every other entry is left out.
+
+    Returns (model variable → entry to read, reason → entries left out, "EMA" or "raw"). Raises
+    :class:`ConversionError` unless names and shapes fit the configuration exactly.
+    """
+    expected = variable_shapes(config)
+    averaged = [name for name in checkpoint.shapes if name.endswith(EMA_SUFFIX)]
+    use_ema = bool(averaged) and not raw
+    suffix = EMA_SUFFIX if use_ema else ""
+    chosen = {name: name + suffix for name in expected}
+    unused: dict[str, list[str]] = defaultdict(list)
+    taken = set(chosen.values())
+    for name in checkpoint.shapes:
+        if name not in taken:
+            unused[_why_unused(name, expected, config)].append(name)
+    for name, entry in chosen.items():
+        if entry not in checkpoint.shapes:
+            raise ConversionError(_missing(name, entry, checkpoint, config, use_ema))
+        if checkpoint.shapes[entry] != expected[name]:
+            raise ConversionError(
+                f"{entry} in {checkpoint.source} has shape {list(checkpoint.shapes[entry])}, {config.name} "
+                f"needs {list(expected[name])}; check --model and --hparams"
+            )
+    return chosen, {why: tuple(names) for why, names in unused.items()}, "EMA" if use_ema else "raw"
+
+
+def _why_unused(name: str, expected: Mapping[str, tuple[int, ...]], config: EfficientDetConfig) -> str:
+    """Why a checkpoint entry is left out on purpose. Raises :class:`ConversionError` if unexplained."""
+    if name in TRAINING_SCALARS:
+        return "training scalar"
+    if model_name(name) in expected:
+        if name.endswith(EMA_SUFFIX):
+            return "moving average (raw weights were asked for)"
+        if name.endswith(SLOT_SUFFIXES):
+            return "optimizer slot"
+        return "raw value (its moving average is used)"
+    raise ConversionError(
+        f"{name} is not a variable of {config.name}, so this checkpoint holds something this port does not "
+        "know; check --model and --hparams"
+    )
+
+
+def _missing(name: str, entry: str, checkpoint: Checkpoint, config: EfficientDetConfig, use_ema: bool) -> str:
+    if use_ema and name in checkpoint.shapes:
+        return (
+            f"{name} in {checkpoint.source} has no moving average while other variables do; "
+            "--raw ports the raw values instead"
+        )
+    return f"{config.name} needs {entry}, which {checkpoint.source} lacks; check --model and --hparams"
+
+
+def _check_values(name: str, value: np.ndarray) -> None:
+    if not np.issubdtype(value.dtype, np.floating):
+        raise ConversionError(
+            f"{name} holds {value.dtype} where weights are floating point; wrong checkpoint?"
+        )
+    if not np.isfinite(value).all():
+        bad = int(value.size - np.isfinite(value).sum())
+        raise ConversionError(
+            f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} of {value.size}; the "
+            "training run diverged, use an earlier checkpoint"
+        )
+    if name.endswith("/moving_variance") and value.size and value.min() < 0:
+        raise ConversionError(f"{name} holds a negative variance ({value.min():.3g}); the file is damaged")
+
+
+def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetConfig) -> None:
+    """Every tensor of the model is written once, in its shape.
+
+    Raises :class:`ConversionError` otherwise: a fault in the rules, not in the checkpoint.
+    """
+    with torch.device("meta"):
+        expected = {key: tensor.shape for key, tensor in EfficientDet(config).state_dict().items()}
+    for what, keys in (
+        ("leave unwritten", expected.keys() - state_dict.keys()),
+        ("write to no tensor called", state_dict.keys() - expected.keys()),
+    ):
+        if keys:
+            raise ConversionError(
+                f"the rules {what} {min(keys)} ({len(keys)} in all); rules and model disagree"
+            )
+    for key, shape in expected.items():
+        if state_dict[key].shape != shape:
+            raise ConversionError(
+                f"the rules make {key} of shape {list(state_dict[key].shape)}, the model needs {list(shape)}"
+            )
+
+
+def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over sorted names, shapes and float32 bytes: the identity of the weights, whatever the file."""
+    digest = hashlib.sha256()
+    for name in sorted(variables):
+        value = np.ascontiguousarray(variables[name], np.float32)
+        digest.update(json.dumps([name, list(value.shape)]).encode())
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def metadata(conversion: Conversion, checkpoint: Checkpoint, assumed: Iterable[str]) -> dict[str, Any]:
+    """What travels with the weights about where they came from; JSON-serialisable."""
+    return {
+        "source_format": checkpoint.format,
+        "model": conversion.config.name,
+        "weights": conversion.weights,
+        "step": checkpoint.step,
+        "variables_sha256": conversion.digest,
+        "assumed": list(assumed),
+    }

@@ -1,0 +1,310 @@
+"""Find out what a checkpoint is: from the names and shapes of its variables to a configuration.
+
+Everything that decides a variable is read off the variables. What leaves no trace in them (image size,
+anchor scale, activation, normalisation, strides) is taken from the nearest released variant and listed as
+assumed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from porting.errors import ConfigError, ConversionError
+from porting.names import model_name
+from pytorch_model.config import (
+    MODELS,
+    BackboneConfig,
+    EfficientDetConfig,
+    Stage,
+    model_config,
+)
+from tf_reference.variables import variable_shapes
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+#: Strides leave no trace in the weights. Every EfficientNet has these, one for each stage.
+STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
+
+#: Fusion methods with the same variables: the weights cannot say which it was.
+INDISTINGUISHABLE = ({"fastattn", "attn"}, {"channel_fastattn", "channel_attn"})
+
+ADVPROP = {"mean_rgb": (127.5, 127.5, 127.5), "stddev_rgb": (127.5, 127.5, 127.5)}
+
+
+@dataclass(frozen=True)
+class Inference:
+    """``config``; ``variant``, the released model whose variables these are, or None; ``assumed``, one line
+    for each thing the weights cannot tell."""
+
+    config: EfficientDetConfig
+    variant: str | None
+    assumed: tuple[str, ...]
+
+
+def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] | None = None) -> Inference:
+    """The configuration whose variables have these names and ``shapes``; EMA twins and slots may be there.
+
+    ``source`` is the checkpoint's path: its name may tell apart what the weights cannot (d6 from d7, AdvProp
+    from not, a 640-pixel d2). ``overrides`` are fields the user gave; they win and are not called assumed.
+    Raises :class:`ConversionError` if this is not an EfficientDet, or is one we cannot build.
+    """
+    overrides = dict(overrides or {})
+    model = {base: shape for name, shape in shapes.items() if (base := model_name(name)) is not None}
+    found = _Structure(model).read()
+    for key, value in overrides.items():
+        if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
+            raise ConversionError(
+                f"{key} is {value!r} as given, but the variables in {source or 'the checkpoint'} say "
+                f"{found[key]!r}; leave it out"
+            )
+    base, variant, notes = _nearest_variant(found, source)
+    hints = _hints(variant, source, notes)
+    anchors = found.pop("num_anchors")
+    fields: dict[str, Any] = {**found, **hints, **overrides}
+    config = base.replace(name=variant or "custom", **fields)
+    if config.num_anchors != anchors:
+        raise ConversionError(
+            f"the box net predicts {anchors} anchors a location, which num_scales={config.num_scales} and "
+            f"{len(config.aspect_ratios)} aspect_ratios do not give; say "
+            "--hparams num_scales=…,aspect_ratios=[…]"
+        )
+    assumed = {
+        "image_size": f"image size {config.image_size[0]}×{config.image_size[1]}",
+        "anchor_scale": f"anchor scale {config.anchor_scale:g}",
+        "aspect_ratios": f"aspect ratios {', '.join(f'{r:g}' for r in config.aspect_ratios)}",
+        "act_type": f"activation {config.act_type}",
+        "fpn_weight_method": f"fusion {config.fpn_weight_method}",
+        "mean_rgb": f"mean {_triple(config.mean_rgb)}, standard deviation {_triple(config.stddev_rgb)}",
+    }
+    if config.fpn_weight_method == "sum":
+        del assumed["fpn_weight_method"]  # the absence of fusion weights is no assumption
+    lines = [*notes, *(text for name, text in assumed.items() if name not in overrides)]
+    return Inference(config, variant, tuple(lines))
+
+
+def _triple(values: tuple[float, float, float]) -> str:
+    return "/".join(f"{v:.5g}" for v in values)
+
+
+def _hints(variant: str | None, source: str, notes: list[str]) -> dict[str, Any]:
+    """What a release's file name says that its weights do not."""
+    hints: dict[str, Any] = {}
+    last = "/".join(source.replace("\\", "/").split("/")[-3:]).lower()
+    if "advprop" in last and variant:
+        hints.update(ADVPROP)
+        notes.append("AdvProp input range [-1, 1], from the name")
+    if variant and re.search(r"(?<![a-z0-9])(efficientdet-)?d[2-6]-640(?![0-9])", last):
+        hints["image_size"] = (640, 640)
+    return hints
+
+
+def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetConfig, str | None, list[str]]:
+    """The released model with this structure (classes and anchors apart), or the one nearest to it."""
+    free = {"num_anchors", "num_classes"}
+    structure = {key: value for key, value in found.items() if key not in free}
+    matches = [
+        name
+        for name in MODELS
+        if all(getattr(model_config(name), key) == value for key, value in structure.items())
+    ]
+    if matches:
+        name = _named_in(source, matches) or matches[0]
+        notes = []
+        if len(matches) > 1 and not _named_in(source, matches):
+            others = " and ".join(m for m in matches if m != name)
+            notes = [f"{name}, not {others}, which has the same variables (--model chooses)"]
+        return model_config(name), name, notes
+    backbone = found["backbone"].name
+    same_backbone = [name for name in MODELS if model_config(name).backbone.name == backbone]
+    lite = "lite" in backbone
+    name = same_backbone[0] if same_backbone else ("efficientdet-lite0" if lite else "efficientdet-d0")
+    return model_config(name), None, [f"no released variant has these variables; input settings of {name}"]
+
+
+def _named_in(source: str, names: list[str]) -> str | None:
+    """The one of ``names`` that the last folders of ``source`` spell out, longest first (d7x before d7)."""
+    last = "/".join(source.replace("\\", "/").split("/")[-3:]).lower().replace("_", "-")
+    for name in sorted(names, key=len, reverse=True):
+        if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", last):
+            return name
+    return None
+
+
+@dataclass
+class _Structure:
+    """Reads the shape-deciding fields off the variables."""
+
+    shapes: Shapes
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def read(self) -> dict[str, Any]:
+        self._refuse_what_we_cannot_build()
+        fpn = self.shape(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/pointwise_kernel")
+        backbone = self._backbone()
+        nodes = 1 + max(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/"))
+        bn_levels = self.numbers(r"box_net/box-0-bn-(\d+)/")
+        min_level = min(bn_levels, default=3)
+        anchors = self.shape(r"box_net/box-predict/bias")[0] // 4
+        classes = self.shape(r"class_net/class-predict/bias")[0]
+        if not anchors or classes % anchors:
+            raise ConversionError(
+                f"class_net predicts {classes} values a location for {anchors} anchors, which is no whole "
+                "number of classes; this checkpoint mixes two models"
+            )
+        first_after = r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/bias"
+        return {
+            "backbone": backbone,
+            "fpn_num_filters": fpn[-1],
+            "fpn_cell_repeats": 1 + max(self.numbers(r"fpn_cells/cell_(\d+)/")),
+            "box_class_repeats": 1 + max(self.numbers(r"box_net/box-(\d+)/"), default=-1),
+            "min_level": min_level,
+            "max_level": max(bn_levels, default=min_level + nodes // 2),
+            "num_classes": classes // anchors,
+            "num_anchors": anchors,
+            "fpn_weight_method": self._weight_method(),
+            "conv_bn_act_pattern": not self.matches(first_after),
+        }
+
+    def matches(self, pattern: str) -> list[str]:
+        regex = re.compile(pattern)
+        return [name for name in self.shapes if regex.match(name)]
+
+    def numbers(self, pattern: str) -> set[int]:
+        regex = re.compile(pattern)
+        return {int(m.group(1)) for name in self.shapes if (m := regex.match(name))}
+
+    def shape(self, pattern: str) -> tuple[int, ...]:
+        names = self.matches(pattern)
+        if not names:
+            looks = ", ".join(sorted(self.shapes)[:3]) or "nothing"
+            raise ConversionError(
+                f"this is not an AutoML EfficientDet: no variable is called like {_readable(pattern)}; "
+                f"the file holds {len(self.shapes)} variables such as {looks}"
+            )
+        return tuple(self.shapes[names[0]])
+
+    def _refuse_what_we_cannot_build(self) -> None:
+        backbones = sorted({name.split("/")[0] for name in self.matches(r"efficientnet-[^/]+/")})
+        if len(backbones) > 1:
+            raise ConversionError(
+                f"the checkpoint holds two models, {' and '.join(backbones)}; save one of them alone"
+            )
+        twice = self.matches(r"efficientnet-[^/]+/(stem|blocks_\d+)_1/") or self.matches(
+            r"(fpn_cells|class_net|box_net|resample_p6)_1/"
+        )
+        if twice:
+            raise ConversionError(
+                f"two models were built in one graph: {twice[0]} is the second one's name; save one model in "
+                "a process of its own"
+            )
+        if self.matches(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/kernel"):
+            raise ConversionError(
+                "this model was trained with separable_conv=False, which this project does not build; only "
+                "separable convolutions are supported"
+            )
+
+    def _weight_method(self) -> str:
+        wsm = self.matches(r"fpn_cells/cell_0/fnode0/WSM$")
+        if not wsm:
+            return "sum"
+        return "channel_fastattn" if self.shapes[wsm[0]] else "fastattn"
+
+    def _backbone(self) -> BackboneConfig:
+        stem = self.shape(r"efficientnet-[^/]+/stem/conv2d/kernel")
+        scope = self.matches(r"efficientnet-[^/]+/stem/conv2d/kernel")[0].split("/")[0]
+        blocks: list[tuple[int, int, int, int]] = []  # kernel, expand ratio, out, se
+        filters = stem[-1]
+        for i in range(1 + max(self.numbers(rf"{re.escape(scope)}/blocks_(\d+)/"), default=-1)):
+            block = self._block(f"{scope}/blocks_{i}", filters)
+            blocks.append(block)
+            filters = block[2]
+        stages = _group_stages(blocks)
+        config = BackboneConfig(scope, stem[-1], stages, se_ratio=0.25 if blocks[0][3] else 0.0)
+        for i, (built, (_, _, _, se)) in enumerate(zip(config.blocks, blocks, strict=True)):
+            if built.se_filters != se:
+                raise ConversionError(
+                    f"{scope}/blocks_{i}/se has {se} squeeze filters where an EfficientNet has "
+                    f"{built.se_filters}; other squeeze-and-excitation ratios are not supported"
+                )
+        return config
+
+    def _block(self, scope: str, filters: int) -> tuple[int, int, int, int]:
+        where = re.escape(scope)
+        depthwise = self.shape(rf"{where}/depthwise_conv2d/depthwise_kernel")
+        expands = f"{scope}/conv2d_1/kernel" in self.shapes
+        project = self.shape(rf"{where}/conv2d_1/kernel" if expands else rf"{where}/conv2d/kernel")
+        se = self.shapes.get(f"{scope}/se/conv2d/bias", (0,))[0]
+        if len(depthwise) != 4 or len(project) != 4 or depthwise[2] % filters:
+            raise ConversionError(
+                f"{scope}/depthwise_conv2d/depthwise_kernel has shape {list(depthwise)}, no whole multiple "
+                f"of the block's {filters} input channels; the backbone is not an EfficientNet"
+            )
+        return depthwise[0], depthwise[2] // filters, project[-1], se
+
+
+def _readable(pattern: str) -> str:
+    return pattern.replace(r"\d+", "N").replace("[^/]+", "…").replace("\\", "")
+
+
+def _group_stages(blocks: list[tuple[int, int, int, int]]) -> tuple[Stage, ...]:
+    """Consecutive blocks of one kernel, expansion and width are a stage. Raises ConversionError unless 7."""
+    runs: list[tuple[tuple[int, int, int], int]] = []
+    for kernel, expand, out, _ in blocks:
+        key = (kernel, expand, out)
+        if runs and runs[-1][0] == key:
+            runs[-1] = (key, runs[-1][1] + 1)
+        else:
+            runs.append((key, 1))
+    if len(runs) != len(STAGE_STRIDES):
+        raise ConversionError(
+            f"the backbone has {len(runs)} stages where EfficientNet has {len(STAGE_STRIDES)}, so its "
+            "strides cannot be known from the weights; this backbone_config is not supported"
+        )
+    return tuple(
+        Stage(repeats, kernel, stride, expand, out)
+        for ((kernel, expand, out), repeats), stride in zip(runs, STAGE_STRIDES, strict=True)
+    )
+
+
+def named_config(name: str, shapes: Shapes, overrides: Mapping[str, Any] | None = None) -> Inference:
+    """The variant the user named, with the classes and anchors of the variables where they can be read.
+
+    Raises :class:`ConversionError` when the variables are another model's, and says which, if it is known.
+    """
+    overrides = dict(overrides or {})
+    config = model_config(name)
+    model = {base: shape for key, shape in shapes.items() if (base := model_name(key)) is not None}
+    anchors = model.get("box_net/box-predict/bias", (0,))[0] // 4
+    classes = model.get("class_net/class-predict/bias", (0,))[0]
+    if anchors and classes % anchors == 0:
+        overrides.setdefault("num_classes", classes // anchors)
+    config = config.replace(**overrides)
+    expected = variable_shapes(config)
+    wrong = next((key for key, shape in expected.items() if model.get(key) != shape), None)
+    if wrong is not None or model.keys() - expected.keys():
+        raise ConversionError(_explain_mismatch(config, model, wrong))
+    return Inference(config, config.name, ())
+
+
+def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | None) -> str:
+    if wrong is None:
+        extra = min(model.keys() - variable_shapes(config).keys())
+        what = f"the checkpoint has {extra}, which {config.name} does not"
+    elif wrong not in model:
+        what = f"{config.name} needs {wrong}, which the checkpoint lacks"
+    else:
+        needed = list(variable_shapes(config)[wrong])
+        what = f"{wrong} has shape {list(model[wrong])}, {config.name} needs {needed}"
+    try:
+        likely = infer_config(model).config.name
+    except (ConfigError, ConversionError):
+        return f"{what}; leave out --model to have it found out"
+    hint = (
+        "leave out --model"
+        if likely in ("custom", config.name)
+        else f"these are {likely}'s variables: say that"
+    )
+    return f"{what}; {hint}"

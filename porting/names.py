@@ -1,0 +1,21 @@
+"""What the suffixes and stray names of an AutoML checkpoint mean."""
+
+from __future__ import annotations
+
+EMA_SUFFIX = "/ExponentialMovingAverage"
+
+#: Optimizer slots: suffixes TensorFlow's optimizers add to a trainable variable's name.
+SLOT_SUFFIXES = ("/Momentum", "/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1")
+
+#: Scalars of the training loop, no part of the model.
+TRAINING_SCALARS = frozenset({"global_step", "beta1_power", "beta2_power"})
+
+
+def model_name(name: str) -> str | None:
+    """The model variable that a checkpoint entry belongs to; None for training's own scalars."""
+    if name in TRAINING_SCALARS:
+        return None
+    for suffix in (EMA_SUFFIX, *SLOT_SUFFIXES):
+        if name.endswith(suffix):
+            return name[: -len(suffix)]
+    return name

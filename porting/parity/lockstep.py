@@ -1,0 +1,208 @@
+"""Run both networks side by side and compare every tap as it is produced.
+
+PyTorch runs once on a doubled batch. The first half is left alone: its differences are *accumulated*. The
+second half is reset to the reference's activation at every tap, so each module works on the reference's own
+input: its differences are *isolated*, and a fault shows where it is. Evaluation-mode layers never mix
+images of a batch, so the halves do not touch each other.
+
+The reference runs in a thread that waits until each of its activations has been taken; no more than a few
+are alive at once, whatever the network's depth.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from porting.parity.measure import Difference, difference, tolerances
+from porting.rules import TapPair, taps
+from pytorch_model.efficientdet import EfficientDet
+
+#: Calls its argument with (tap name, NHWC array) at every tap, in execution order.
+Reference = Callable[[Callable[[str, np.ndarray], None]], None]
+
+
+@dataclass(frozen=True)
+class TapResult:
+    """One compared activation. ``shape`` is the reference's, [N, H, W, C]."""
+
+    pair: TapPair
+    shape: tuple[int, ...]
+    accumulated: Difference
+    isolated: Difference
+    dtype: str
+
+    @property
+    def passed(self) -> bool:
+        accumulated, isolated = tolerances(self.dtype)
+        return self.accumulated.relative <= accumulated and self.isolated.relative <= isolated
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """Every tap of one run, in execution order."""
+
+    taps: tuple[TapResult, ...]
+    dtype: str
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.taps) and all(tap.passed for tap in self.taps)
+
+    @property
+    def first_divergence(self) -> TapResult | None:
+        """The earliest tap whose *isolated* error is out of tolerance; failing that, whose accumulated is."""
+        _, isolated = tolerances(self.dtype)
+        for tap in self.taps:
+            if not tap.isolated.relative <= isolated:
+                return tap
+        return next((tap for tap in self.taps if not tap.passed), None)
+
+    def worst(self, figure: str) -> TapResult:
+        """The tap with the largest ``accumulated`` or ``isolated`` relative difference."""
+        return max(self.taps, key=lambda tap: getattr(tap, figure).relative)
+
+
+def tensorflow_reference(
+    variables: Mapping[str, np.ndarray], config: Any, images: np.ndarray, dtype: str
+) -> Reference:
+    """AutoML's network by :mod:`tf_reference` on ``images`` [N, H, W, 3]. Imports TensorFlow when run."""
+
+    def run(emit: Callable[[str, np.ndarray], None]) -> None:
+        from tf_reference.efficientdet import as_tensors, efficientdet
+
+        def tap(name: str, x: Any) -> Any:
+            emit(name, x.numpy())
+            return x
+
+        efficientdet(as_tensors(variables, dtype), config, np.asarray(images, dtype), tap)
+
+    return run
+
+
+def compare(
+    model: EfficientDet,
+    reference: Reference,
+    images: np.ndarray,
+    progress: Callable[[TapResult], None] = lambda result: None,
+) -> ParityResult:
+    """Compare ``model`` (in evaluation mode, on any device) with ``reference``, both on ``images``.
+
+    ``images``: [N, H, W, 3], normalised; taken to the model's own float type. ``progress`` sees each tap as
+    it is compared. Raises whatever the reference raises.
+    """
+    parameter = next(model.parameters())
+    dtype = str(parameter.dtype).removeprefix("torch.")
+    results: list[TapResult] = []
+
+    def visit(pair: TapPair, ours: torch.Tensor) -> torch.Tensor:
+        expected = stream.take(pair.tap)
+        count = len(expected)
+        nhwc = ours.detach().permute(0, 2, 3, 1).cpu().numpy()
+        result = TapResult(
+            pair,
+            expected.shape,
+            difference(nhwc[:count], expected),
+            difference(nhwc[count:], expected),
+            dtype,
+        )
+        results.append(result)
+        progress(result)
+        if expected.shape != nhwc[count:].shape:
+            return ours
+        forced = torch.from_numpy(expected).to(ours).permute(0, 3, 1, 2)
+        return torch.cat([ours[:count], forced])
+
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(parameter)
+    with _Stream(reference) as stream, tapped(model, visit), torch.no_grad():
+        model(torch.cat([x, x]))
+    return ParityResult(tuple(results), dtype)
+
+
+@contextmanager
+def tapped(model: EfficientDet, visit: Callable[[TapPair, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """While it lasts, ``visit`` sees every tapped activation [N, C, H, W] and returns what flows on."""
+    by_module: dict[str, list[TapPair]] = {}
+    for pair in taps(model.config):
+        by_module.setdefault(pair.module, []).append(pair)
+
+    def hook_for(pairs: list[TapPair]) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+            if isinstance(output, torch.Tensor):
+                return visit(pairs[0], output)
+            for pair in pairs:
+                assert pair.output is not None
+                output[pair.output] = visit(pair, output[pair.output])
+            return output
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook_for(pairs)) for name, pairs in by_module.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _StoppedError(Exception):
+    """Ends the reference's thread early, once nobody is listening."""
+
+
+class _Stream:
+    """The reference in a thread of its own, handing over one activation at a time."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._queue: queue.Queue[tuple[str, np.ndarray] | BaseException | None] = queue.Queue(maxsize=1)
+        self._early: dict[str, np.ndarray] = {}  # heads finish level by level here, all at once in PyTorch
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reference", daemon=True)
+
+    def __enter__(self) -> _Stream:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _put(self, item: tuple[str, np.ndarray] | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+        raise _StoppedError
+
+    def _run(self) -> None:
+        try:
+            try:
+                self._reference(lambda name, value: self._put((name, value)))
+                self._put(None)
+            except _StoppedError:
+                raise
+            except BaseException as error:
+                self._put(error)
+        except _StoppedError:
+            pass
+
+    def take(self, name: str) -> np.ndarray:
+        """The reference's activation at tap ``name``. Raises ``KeyError`` if it never gets there."""
+        while name not in self._early:
+            item = self._queue.get()
+            if item is None:
+                raise KeyError(f"the reference has no tap {name}")
+            if isinstance(item, BaseException):
+                raise item
+            self._early[item[0]] = item[1]
+        return self._early.pop(name)

@@ -1,0 +1,54 @@
+"""What every command line here shares: finding the packages, one way to fail, one look."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+# Run from a clone, the packages lie beside this folder, installed or not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# TensorFlow, where a tool imports it, should not talk over the tables.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Eigen's plain float32, as in the recordings of Google's code; oneDNN fuses, and announces itself.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+EXIT_FAILED = 1  # a check ran and failed
+EXIT_USAGE = 2  # bad usage or bad input
+EXIT_INTERRUPTED = 130
+
+EXIT_CODES = "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted"
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """Run a tool's ``main`` and exit with its status; what a user can cause ends in one sentence."""
+    from porting.errors import PortingError
+
+    try:
+        status = main()
+    except PortingError as error:
+        status = fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was left half-written")
+        status = EXIT_INTERRUPTED
+    except MemoryError:
+        status = fail("out of memory; try a smaller --size")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_FAILED
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return EXIT_USAGE

@@ -1,0 +1,178 @@
+#!/usr/bin/env python3
+"""Port an AutoML EfficientDet checkpoint to bias-free PyTorch weights."""
+
+from __future__ import annotations
+
+import _cli  # first: finds the packages
+
+# isort: split
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from porting.audit import audit_parameters
+from porting.convert import Conversion, convert, metadata
+from porting.errors import PortingError
+from porting.files import check_writable, replacing
+from porting.infer import Inference, infer_config, named_config
+from porting.sources import SYNTHETIC, open_source
+from pytorch_model.config import MODELS
+from pytorch_model.weights import SUFFIXES, write_weights
+
+if TYPE_CHECKING:
+    from porting.checkpoint import Checkpoint
+
+EXAMPLES = f"""
+examples:
+  # a folder holding model.index, model.data-… and checkpoint
+  python tools/convert.py --ckpt path/to/efficientdet-d0
+  # no checkpoint at hand: write a seeded one in AutoML's format, port it, prove it
+  python tools/convert.py --ckpt synthetic:efficientdet-d4 --verify
+  # the last raw values instead of their moving averages
+  python tools/convert.py --ckpt run/model.ckpt-30000 --raw --out mine.safetensors
+
+{_cli.EXIT_CODES}
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
+    parser.add_argument(
+        "--ckpt", required=True, help=f"checkpoint folder, prefix or file; or {SYNTHETIC}MODEL"
+    )
+    parser.add_argument("--model", choices=MODELS, metavar="MODEL", help="variant (default: found out)")
+    parser.add_argument("--step", type=int, help="which of several steps in the folder (default: the newest)")
+    parser.add_argument("--raw", action="store_true", help="port the raw values, not the moving averages")
+    parser.add_argument(
+        "--out", type=Path, help=f"weight file, {' or '.join(SUFFIXES)} (default: MODEL.safetensors here)"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every layer with TensorFlow; write only if it passes"
+    )
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="side of the picture --verify runs on (default: ≤ 512)"
+    )
+    parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    console = Console(stderr=arguments.json, highlight=False)
+    out: Path = arguments.out or Path()
+    if arguments.out:
+        check_output(out)
+    folder = out.parent if arguments.out else Path()
+    if arguments.ckpt.startswith(SYNTHETIC):
+        console.print(f"writing a seeded checkpoint to {folder / 'synthetic'} …")
+    with open_source(arguments.ckpt, folder, arguments.step) as checkpoint:
+        inference = find_config(arguments, checkpoint)
+        if not arguments.out:
+            out = Path(inference.config.name.replace("-", "_") + ".safetensors")
+            check_output(out)
+        conversion = convert(checkpoint, inference.config, raw=arguments.raw)
+        print_conversion(console, checkpoint, inference, conversion)
+        summary = summarise(checkpoint, inference, conversion, out)
+    if arguments.verify:
+        from _verify import verify
+
+        passed, summary["parity"] = verify(console, conversion, arguments.size)
+        if not passed:
+            print_json(arguments, {**summary, "weights_file": None})
+            console.print("[red bold]not written:[/] the port does not match the reference")
+            return _cli.EXIT_FAILED
+    with replacing(out) as temporary:
+        about = {
+            key: json.dumps(value)
+            for key, value in metadata(conversion, checkpoint, inference.assumed).items()
+        }
+        write_weights(temporary, conversion.state_dict, conversion.config, about)
+    console.print(f"[bold]wrote[/] {out} ({out.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    print_json(arguments, summary)
+    return 0
+
+
+def check_output(out: Path) -> None:
+    if out.suffix not in SUFFIXES:
+        raise PortingError(f"cannot write {out}: use a name that ends in {' or '.join(SUFFIXES)}")
+    check_writable(out)
+
+
+def find_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Inference:
+    if arguments.model:
+        return named_config(arguments.model, checkpoint.shapes)
+    return infer_config(checkpoint.shapes, checkpoint.source)
+
+
+def print_conversion(
+    console: Console, checkpoint: Checkpoint, inference: Inference, conversion: Conversion
+) -> None:
+    config, coverage = conversion.config, conversion.coverage
+    audit = audit_parameters(config)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    step = f", step {checkpoint.step:,}" if checkpoint.step is not None else ""
+    table.add_row("read", f"{checkpoint.source} ({checkpoint.format}{step})")
+    table.add_row(
+        "model",
+        f"{config.name}: {config.num_classes} classes, P{config.min_level}–P{config.max_level}, "
+        f"{config.backbone.name}, BiFPN {config.fpn_cell_repeats}×{config.fpn_num_filters} "
+        f"({config.fpn_weight_method}), heads ×{config.box_class_repeats}",
+    )
+    if inference.assumed:
+        table.add_row("assumed", "; ".join(inference.assumed))
+    kind = "moving averages (EMA)" if conversion.weights == "EMA" else "raw values"
+    table.add_row("weights", kind)
+    table.add_row(
+        "coverage",
+        f"{coverage.used + coverage.unused_count} TensorFlow variables = {coverage.used} used + "
+        f"{coverage.unused_count} deliberately unused; {coverage.written} PyTorch tensors, each written "
+        f"once; {coverage.folded} biases folded into batch-norm means",
+    )
+    for why, names in coverage.unused.items():
+        table.add_row("", f"unused: {len(names)} × {why}")
+    published = ""
+    if audit.published:
+        verdict = "agrees" if audit.agrees else "does NOT agree"
+        published = f"; paper {audit.published}M, {verdict}"
+    table.add_row(
+        "parameters",
+        f"{audit.ours:,} bias-free + {audit.removed_biases:,} biases removed = "
+        f"{audit.automl:,} in AutoML{published}",
+    )
+    console.print(table)
+
+
+def summarise(
+    checkpoint: Checkpoint, inference: Inference, conversion: Conversion, out: Path
+) -> dict[str, Any]:
+    audit, coverage = audit_parameters(conversion.config), conversion.coverage
+    return {
+        **metadata(conversion, checkpoint, inference.assumed),
+        "source": checkpoint.source,
+        "config": conversion.config.to_dict(),
+        "coverage": {
+            "used": coverage.used,
+            "unused": {why: len(names) for why, names in coverage.unused.items()},
+            "written": coverage.written,
+            "folded_biases": coverage.folded,
+        },
+        "parameters": {"ours": audit.ours, "automl": audit.automl, "published_millions": audit.published},
+        "weights_file": str(out),
+    }
+
+
+def print_json(arguments: argparse.Namespace, summary: dict[str, Any]) -> None:
+    if arguments.json:
+        json.dump(summary, sys.stdout, indent=2)
+        print()
+
+
+if __name__ == "__main__":
+    _cli.run(main)
