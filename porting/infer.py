@@ -52,7 +52,7 @@ def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] 
     Raises :class:`ConversionError` if this is not an EfficientDet, or is one we cannot build.
     """
     overrides = dict(overrides or {})
-    model = {base: shape for name, shape in shapes.items() if (base := model_name(name)) is not None}
+    model = _model_variables(shapes)
     found = _Structure(model).read()
     for key, value in overrides.items():
         if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
@@ -83,6 +83,12 @@ def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] 
         del assumed["fpn_weight_method"]  # the absence of fusion weights is no assumption
     lines = [*notes, *(text for name, text in assumed.items() if name not in overrides)]
     return Inference(config, variant, tuple(lines))
+
+
+def _model_variables(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """What is left when twins and slots are taken for the variable they belong to."""
+    named = ((model_name(entry), shape) for entry, shape in shapes.items())
+    return {name: shape for name, shape in named if name is not None}
 
 
 def _triple(values: tuple[float, float, float]) -> str:
@@ -276,7 +282,7 @@ def named_config(name: str, shapes: Shapes, overrides: Mapping[str, Any] | None 
     """
     overrides = dict(overrides or {})
     config = model_config(name)
-    model = {base: shape for key, shape in shapes.items() if (base := model_name(key)) is not None}
+    model = _model_variables(shapes)
     anchors = model.get("box_net/box-predict/bias", (0,))[0] // 4
     classes = model.get("class_net/class-predict/bias", (0,))[0]
     if anchors and classes % anchors == 0:

@@ -151,14 +151,15 @@ class _Writer:
 
     def bn(self, scope: str, x: np.ndarray, gain: float = 1.0) -> np.ndarray:
         rng, filters = _rng(self.seed, scope), x.shape[-1]
-        gamma, beta = gain * rng.uniform(0.5, 1.5, filters), rng.normal(0, 0.1, filters)
+        gamma: np.ndarray = gain * np.asarray(rng.uniform(0.5, 1.5, filters))
+        beta: np.ndarray = np.asarray(rng.normal(0, 0.1, filters))
         # A small map has few samples a channel: lean on what the channels have in common.
         samples = x.size // filters
         trust = samples / (samples + 32)
         mean = _rounded(trust * x.mean((0, 1, 2)))
         deviation = np.square(x - mean).mean((0, 1, 2))
         variance = _rounded(trust * deviation + (1 - trust) * deviation.mean() + 1e-3)
-        statistics: dict[str, np.ndarray] = {
+        statistics = {
             "gamma": gamma,
             "beta": beta,
             "moving_mean": mean,

@@ -1,0 +1,27 @@
+# make demo: from a fresh clone to a checkpoint ported and proven. make test: everything CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check clean
+
+demo: $(STAMP)
+	mkdir -p demo
+	$(BIN)/python tools/convert.py --ckpt synthetic:efficientdet-d0 --verify --out demo/efficientdet_d0.safetensors
+
+test: check
+	$(BIN)/pytest parity_tests
+
+check: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[tensorflow,coco,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo
