@@ -129,17 +129,17 @@ def postprocess_global(
     nms: NMSConfig | None = None,
     image_scales: Tensor | None = None,
 ) -> Detections:
-    """Detections by suppression across classes: AutoML's exported models and its TFLite path.
+    """Detections by suppression across classes: a box acts on every other, whatever their classes.
 
-    As :func:`postprocess_per_class`, but every anchor enters with its best class (``max_nms_inputs`` does
-    not apply), boxes are clipped to ``image_size`` (height, width, of the network's input) after suppression,
-    and padding repeats candidate 0 with score 0, as TensorFlow's padded operation does.
+    As :func:`postprocess_per_class`, but boxes are clipped to ``image_size`` (height, width, of the network's
+    input) after suppression, and padding repeats candidate 0 with score 0, as TensorFlow's padded operation
+    does. AutoML's exported models do this, with ``max_nms_inputs=0``.
     Raises :class:`ConfigError` for ``pyfunc``, which has no such path.
     """
     nms = nms or NMSConfig()
     if nms.pyfunc:
         raise ConfigError("nms_configs.pyfunc suppresses per class; it cannot be used with global NMS")
-    candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, max_nms_inputs=0)
+    candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
     selected, scores, valid_len = non_max_suppression(candidates.boxes_yxyx, candidates.scores, nms)
     height, width = image_size
     limits = candidates.boxes_yxyx.new_tensor([height, width, height, width])

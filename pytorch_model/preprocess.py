@@ -213,6 +213,8 @@ def _load_file(path: Path, decoder: str) -> DecodedImage:
     try:
         with pillow.open(io.BytesIO(data)) as image:
             return DecodedImage(_pillow_pixels(image), "pillow")
+    except pillow.UnidentifiedImageError:
+        raise ImageError("not an image in any format that Pillow reads") from None
     # Pillow's decoders also raise SyntaxError, ValueError and others on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
         raise ImageError(f"not a readable image: {error}") from None
