@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from parity_tests.conftest import GOLDENS, SHARED
 from porting.checkpoint import open_checkpoint, snappy, table, wire
 from porting.checkpoint.bundle import TensorBundle, read_index
 from porting.checkpoint.writer import write_bundle
 from porting.errors import CheckpointError
 
-GOLDENS = Path(__file__).resolve().parent / "goldens" / "bundle"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+BUNDLES = GOLDENS / "bundle"
 REAL = [SHARED / "oracle/checkpoints/efficientdet-d0", SHARED / "lite0/efficientdet-lite0"]
 REAL_INDEXES = sorted((SHARED / "checkpoint_index").glob("*/*.index"))
 FIXED_DTYPES = [
@@ -52,10 +51,9 @@ real_indexes = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(scope="module")
-def tf() -> Any:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return pytest.importorskip("tensorflow", reason="compares with TensorFlow's own reader and writer")
+@pytest.fixture(scope="session")
+def tf(tensorflow: Any) -> Any:
+    return tensorflow
 
 
 def assert_same_bits(ours: np.ndarray, theirs: np.ndarray, name: str) -> None:
@@ -110,7 +108,7 @@ def test_real_index_reads_without_its_data(tf: Any, path: Path) -> None:
 
 def test_golden_compressed_index() -> None:
     """A public index with snappy-compressed blocks (EfficientDet D1 of the Object Detection API)."""
-    path = GOLDENS / "snappy.index"
+    path = BUNDLES / "snappy.index"
     entries = read_index(path).entries
     assert len(entries) == 877
     assert path.stat().st_size < sum(map(len, entries))
@@ -125,7 +123,7 @@ def test_golden_compressed_index() -> None:
 
 def test_golden_checkpoint_of_tensorflow() -> None:
     """Written by TensorFlow 2.21 (``SaveV2``): every dtype, values (-2…3), a string and a partitioned one."""
-    with open_checkpoint(GOLDENS / "tensorflow") as checkpoint:
+    with open_checkpoint(BUNDLES / "tensorflow") as checkpoint:
         assert isinstance(checkpoint, TensorBundle)
         assert set(checkpoint) == {
             *(np.dtype(d).name for d in FIXED_DTYPES),
@@ -378,6 +376,7 @@ def test_snappy(case: tuple[bytes, bytes]) -> None:
     assert snappy.decompress(compressed) == plain
 
 
+@example({b"az": b"", b"b": b""}, 1)  # no short key lies between the two
 @given(st.dictionaries(st.binary(max_size=12), st.binary(max_size=40), max_size=80), st.integers(30, 400))
 def test_table_round_trip(items: dict[bytes, bytes], block_size: int) -> None:
     ordered = sorted(items.items())

@@ -19,10 +19,8 @@ from hypothesis import strategies as st
 from porting.checkpoint import Checkpoint, open_checkpoint, snappy, table, wire
 from porting.checkpoint.bundle import TensorBundle, read_index
 from porting.checkpoint.locate import locate
-from porting.checkpoint.writer import write_bundle
+from porting.checkpoint.writer import _Replacement, write_bundle
 from porting.errors import CheckpointError, OutputError
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def sample() -> dict[str, np.ndarray]:
@@ -244,6 +242,20 @@ def test_huge_claims_allocate_nothing(tmp_path: Path) -> None:
     index = read_index(tmp_path / "model.index")
     checkpoint = TensorBundle(type(index)(index.path, 1, {"b": index.entries["b"]}))
     assert "does not fit in memory" in message(lambda: checkpoint["b"])
+
+
+@pytest.mark.parametrize("claimed", [3, 5, 1 << 40])
+def test_string_of_another_length(tmp_path: Path, claimed: int) -> None:
+    fixed = claimed.to_bytes(4 if claimed < 1 << 32 else 8, "little")
+    rest = bytes(4) + b"text"
+    raw = wire.write_varint(claimed) + rest
+    crc = table.mask_crc(google_crc32c.value(fixed + rest))
+    string = entry(dtype=7, shape=(), size=len(raw)) + wire.fixed32_field(6, crc)
+    (tmp_path / "model.index").write_bytes(table.write_table([(b"", HEADER), (b"s", string)]))
+    (tmp_path / "model.data-00000-of-00001").write_bytes(raw)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert isinstance(checkpoint, TensorBundle)
+        assert f"its string of {claimed} bytes does not fill" in message(checkpoint.read_string, "s")
 
 
 def test_every_flipped_bit_of_a_string_is_detected(tmp_path: Path) -> None:
@@ -518,8 +530,10 @@ def test_state_file_naming_what_is_not_there(tmp_path: Path) -> None:
     text = message(locate, tmp_path, None)
     assert "names 'model.ckpt-10'" in text
     assert "it holds model.ckpt-9" in text
-    touch(tmp_path, state='model_checkpoint_path: ""')
-    message(locate, tmp_path, None)
+    inner = tmp_path / "inner"
+    touch(tmp_path, "inner")  # a neighbour that an empty name must not lead to
+    touch(inner, "model", state='model_checkpoint_path: ""')
+    assert "names ''" in message(locate, inner, None)
 
 
 def test_without_state_file(tmp_path: Path) -> None:
@@ -537,6 +551,12 @@ def test_without_state_file(tmp_path: Path) -> None:
     assert "step 9 as emackpt-9, model.ckpt-9" in message(locate, tmp_path, 9)
     assert located(tmp_path / "model.ckpt") == "model.ckpt-10"
     assert located(tmp_path / "model.ckpt", step=9) == "model.ckpt-9"
+
+
+def test_prefix_called_as_the_state_file(tmp_path: Path) -> None:
+    touch(tmp_path, "checkpoint", "model", state='model_checkpoint_path: "model"')
+    assert located(tmp_path / "checkpoint") == "checkpoint"
+    assert located(tmp_path) == "model"
 
 
 def test_prefix_and_files(tmp_path: Path) -> None:
@@ -613,6 +633,19 @@ def test_failure_at_any_rename_restores_the_folder(
     write_bundle(tmp_path / "model", sample())
     assert set(read_all(tmp_path)) == set(sample())
     assert len(snapshot(tmp_path)) == 4
+
+
+def test_failure_to_create_a_file_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bundle(tmp_path / "model", {"old": np.ones(2, np.float32)})
+    before = snapshot(tmp_path)
+
+    def temporary(self: _Replacement, name: str) -> Path:
+        return tmp_path / ("absent" if name.endswith(".index") else "") / f"{name}.new"
+
+    monkeypatch.setattr(_Replacement, "_temporary", temporary)
+    with pytest.raises(OutputError, match="No such file"):
+        write_bundle(tmp_path / "model", sample())
+    assert snapshot(tmp_path) == before
 
 
 def test_full_disk(tmp_path: Path) -> None:

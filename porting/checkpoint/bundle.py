@@ -302,14 +302,9 @@ class TensorBundle(Checkpoint):
             raise self._damage(name, entry, f"its string of {length} bytes does not fill {len(raw)}")
         # TensorFlow sums the length as a fixed-width number, not as the varint it stores.
         fixed = length.to_bytes(4 if length < 1 << 32 else 8, "little")
-        length_crc = raw[start : start + 4]
-        crc = google_crc32c.value(fixed)
-        if int.from_bytes(length_crc, "little") != mask_crc(crc):
-            raise self._damage(name, entry, "the length of its string fails its CRC32C checksum")
-        value = raw[start + 4 :]
-        if mask_crc(google_crc32c.extend(google_crc32c.extend(crc, length_crc), value)) != entry.crc32c:
+        if mask_crc(google_crc32c.value(fixed + raw[start:])) != entry.crc32c:
             raise self._damage(name, entry, "it fails its CRC32C checksum")
-        return value
+        return raw[start + 4 :]
 
     def _read_bool(self, name: str, entry: Entry) -> np.ndarray:
         array = self._read_array(name, entry, np.dtype("u1"))

@@ -107,11 +107,10 @@ def _read_block(data: bytes, offset: int, size: int, end: int) -> bytes:
 
 
 def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the (key, value) pairs of one block in strictly ascending order; ``offset`` is for messages."""
+    """Yield the (key, value) pairs of one block, in its order; ``offset`` is for messages."""
     try:
         restarts, end = _restarts(block)
         key = b""
-        first = True
         position = restarts_met = 0
         while position < end:
             is_restart = position in restarts
@@ -122,10 +121,7 @@ def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
             if shared > len(key) or (is_restart and shared) or unshared + size > end - position:
                 raise Malformed("an entry does not fit")
             value_start = position + unshared
-            next_key = key[:shared] + block[position:value_start]
-            if next_key <= key and not first:
-                raise Malformed("keys are out of order")
-            key, first = next_key, False
+            key = key[:shared] + block[position:value_start]
             position = value_start + size
             yield key, block[value_start:position]
         if restarts_met != len(restarts) and end:
