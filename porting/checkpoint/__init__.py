@@ -13,12 +13,16 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     """Open the checkpoint at ``path`` without reading its variables' values.
 
     ``path``: a checkpoint folder, a prefix (``…/model``, ``…/model.ckpt-1000``), or one of a checkpoint's
-    files. ``step`` picks one of several in a folder; by default the one its state file names, or the newest.
+    files; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one. ``step`` picks one of several in a folder; by
+    default the one its state file names, or the newest.
 
     Raises :class:`~porting.errors.CheckpointError`: nothing there, several and no way to choose, damaged,
     incomplete, or not a checkpoint.
     """
+    from .archive import is_archive, open_archive
     from .bundle import TensorBundle, read_index
     from .locate import locate
 
+    if is_archive(path):
+        return open_archive(path, step)
     return TensorBundle(read_index(locate(path, step)))
