@@ -1,13 +1,37 @@
-"""EfficientDet in PyTorch, bias-free. Needs torch and numpy only, and knows nothing of TensorFlow."""
+"""EfficientDet in PyTorch, bias-free. Needs torch and numpy only, and knows nothing of TensorFlow.
 
-from pytorch_model.config import MODELS, EfficientDetConfig, model_config
-from pytorch_model.efficientdet import EfficientDet, create_model
-from pytorch_model.errors import ConfigError, PortingError, WeightsError
-from pytorch_model.weights import load_model
+Names are imported when first used, so that ``pytorch_model.config`` alone does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytorch_model.config import MODELS, EfficientDetConfig, model_config
+    from pytorch_model.detector import Detector
+    from pytorch_model.efficientdet import EfficientDet, create_model
+    from pytorch_model.errors import ConfigError, PortingError, WeightsError
+    from pytorch_model.weights import load_model
+
+_HOMES = {
+    "MODELS": "config",
+    "ConfigError": "errors",
+    "Detector": "detector",
+    "EfficientDet": "efficientdet",
+    "EfficientDetConfig": "config",
+    "PortingError": "errors",
+    "WeightsError": "errors",
+    "create_model": "efficientdet",
+    "load_model": "weights",
+    "model_config": "config",
+}
 
 __all__ = [
     "MODELS",
     "ConfigError",
+    "Detector",
     "EfficientDet",
     "EfficientDetConfig",
     "PortingError",
@@ -16,3 +40,9 @@ __all__ = [
     "load_model",
     "model_config",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,8 +1,8 @@
 """Seeded, healthy weights for any configuration, so that every variant can be tried without a download.
 
-Does not import TensorFlow. Kernels are random; each batch norm's moving statistics are those that a seeded
-picture has at that point, found by running the network once in NumPy while it is written, so activations
-stay of order one at every depth. The statistics are rounded, to be the same on every machine.
+Does not import TensorFlow. Kernels are random; each batch norm's moving statistics are those that a few
+seeded pictures have at that point, found by running the network once in NumPy while it is written, so
+activations stay of order one at every depth. They are rounded, to be the same on every machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GLOBAL_STEP = 300_000
 
 RESIDUAL_GAIN = 0.5  # on the gamma of a projection that is added to a shortcut: depth adds variance slowly
 SMALLEST_MAP = 8  # pixels a side: P6 and up are calibrated as if the pictures were larger
-CALIBRATION_SIZE = 256  # pixels a side of the two pictures that set the batch-norm statistics
+CALIBRATION_PICTURES, CALIBRATION_SIZE = 4, 256  # how many pictures set the statistics; their side
 
 
 def synthetic_variables(config: EfficientDetConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -98,20 +98,24 @@ def _rounded(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.round(mantissa * 1024) / 1024, exponent)
 
 
-def _same_slices(x: np.ndarray, kernel: int, stride: int, fill: float) -> Iterator[np.ndarray]:
-    """The kernel² shifted views of [N, H, W, C] under SAME padding, row by row."""
+def _same_slices(x: np.ndarray, kernel: int, stride: int) -> Iterator[np.ndarray]:
+    """The kernel² shifted views of [N, H, W, C] under SAME padding, row by row.
+
+    Padding wraps around instead of being zero, so that statistics are those of a picture's inside, at any
+    size: deep maps here are mostly border, those of larger pictures are not.
+    """
     out = [-(-n // stride) for n in x.shape[1:3]]
     pads = [max((o - 1) * stride + kernel - n, 0) for o, n in zip(out, x.shape[1:3], strict=True)]
     before = [p // 2 for p in pads]
     widths = [(0, 0), *((b, p - b) for b, p in zip(before, pads, strict=True)), (0, 0)]
-    x = np.pad(x, widths, constant_values=fill)
+    x = np.pad(x, widths, mode="wrap")
     for i in range(kernel):
         for j in range(kernel):
             yield x[:, i : i + (out[0] - 1) * stride + 1 : stride, j : j + (out[1] - 1) * stride + 1 : stride]
 
 
 class _Writer:
-    """Walks the network once, drawing every variable and running it. Maps are float32 [2, H, W, C]."""
+    """Walks the network once, drawing every variable and running it. Maps are float32 [N, H, W, C]."""
 
     def __init__(self, config: EfficientDetConfig, seed: int) -> None:
         self.config = config
@@ -142,7 +146,7 @@ class _Writer:
         spread[kernel // 2, kernel // 2] = np.sqrt(0.5)
         weights = self.draw(name, (kernel, kernel, x.shape[-1], 1), spread)
         taps = weights.reshape(kernel * kernel, -1)
-        slices = _same_slices(x, kernel, stride, 0.0)
+        slices = _same_slices(x, kernel, stride)
         return np.asarray(sum(view * tap for view, tap in zip(slices, taps, strict=True)))
 
     def separable(self, scope: str, x: np.ndarray, filters: int, gain: float = 1.0) -> np.ndarray:
@@ -176,14 +180,14 @@ class _Writer:
         statistics that fit no other image.
         """
         stride = 2 if x.shape[1] > SMALLEST_MAP else 1
-        return np.max(list(_same_slices(x, 3, stride, -np.inf)), axis=0)
+        return np.max(list(_same_slices(x, 3, stride)), axis=0)
 
     # --- rooms ---
 
     def network(self) -> None:
         config = self.config
         size = CALIBRATION_SIZE
-        pictures = np.stack([synthetic_image(size, size, self.seed + i) for i in range(2)])
+        pictures = np.stack([synthetic_image(size, size, self.seed + i) for i in range(CALIBRATION_PICTURES)])
         endpoints = self.backbone(
             (pictures - np.array(config.mean_rgb, np.float32)) / np.array(config.stddev_rgb, np.float32)
         )
@@ -200,7 +204,7 @@ class _Writer:
         stem = f"{config.name}/stem"
         kernel = self.draw(f"{stem}/conv2d/kernel", (3, 3, 3, config.stem_filters), 1 / np.sqrt(27))
         taps = kernel.reshape(9, 3, -1)
-        x = sum(view @ tap for view, tap in zip(_same_slices(images, 3, 2, 0.0), taps, strict=True))
+        x = sum(view @ tap for view, tap in zip(_same_slices(images, 3, 2), taps, strict=True))
         x = self.act(self.bn(f"{stem}/tpu_batch_normalization", np.asarray(x)))
         outputs = []
         for i, block in enumerate(config.blocks):

@@ -1,0 +1,169 @@
+"""Conversion: which values are taken, what is accounted for, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from parity_tests.recordings import golden_recording
+from porting.checkpoint import open_checkpoint
+from porting.checkpoint.writer import write_bundle
+from porting.convert import Conversion, convert
+from porting.errors import ConversionError
+from porting.infer import infer_config
+from pytorch_model import EfficientDet
+from pytorch_model.config import EfficientDetConfig, model_config
+from tf_reference.synthetic import EMA_SUFFIX, synthetic_checkpoint
+
+Variables = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def config() -> EfficientDetConfig:
+    return model_config("efficientdet-lite0", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
+
+
+@pytest.fixture(scope="module")
+def content(config: EfficientDetConfig) -> Variables:
+    return synthetic_checkpoint(config, momentum=True)
+
+
+def port(folder: Path, content: Variables, config: EfficientDetConfig, raw: bool = False) -> Conversion:
+    write_bundle(folder / "model", content)
+    with open_checkpoint(folder) as checkpoint:
+        return convert(checkpoint, config, raw)
+
+
+def test_moving_averages_are_taken_unless_raw(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    name, target = "box_net/box-predict/bias", "box_net.predict.pointwise.bias"
+    averaged = port(tmp_path, content, config)
+    assert averaged.weights == "EMA"
+    np.testing.assert_array_equal(averaged.state_dict[target].numpy(), content[name + EMA_SUFFIX])
+    raw = port(tmp_path, content, config, raw=True)
+    assert raw.weights == "raw"
+    np.testing.assert_array_equal(raw.state_dict[target].numpy(), content[name])
+    assert raw.digest != averaged.digest
+
+
+def test_without_moving_averages_the_values_are_raw(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    plain = {name: value for name, value in content.items() if not name.endswith(EMA_SUFFIX)}
+    assert port(tmp_path, plain, config).weights == "raw"
+
+
+def test_the_account_balances(tmp_path: Path, content: Variables, config: EfficientDetConfig) -> None:
+    conversion = port(tmp_path, content, config)
+    coverage = conversion.coverage
+    assert coverage.used + coverage.unused_count == len(content)
+    assert coverage.written == len(EfficientDet(config).state_dict())
+    reasons = {why: len(names) for why, names in coverage.unused.items()}
+    assert reasons == {
+        "raw value (its moving average is used)": coverage.used,
+        "optimizer slot": sum(name.endswith("/Momentum") for name in content),
+        "training scalar": 1,
+    }
+    EfficientDet(config).load_state_dict(conversion.state_dict)
+
+
+def drop(name: str) -> Callable[[Variables], None]:
+    def change(content: Variables) -> None:
+        del content[name]
+
+    return change
+
+
+def put(name: str, value: np.ndarray) -> Callable[[Variables], None]:
+    def change(content: Variables) -> None:
+        content[name] = value
+
+    return change
+
+
+STEM = "efficientnet-lite0/stem/conv2d/kernel"
+REFUSED = {
+    "missing": (drop(STEM + EMA_SUFFIX), rf"{STEM} in .* has no moving average while others?|--raw"),
+    "misshapen": (
+        put("resample_p6/bn/beta" + EMA_SUFFIX, np.zeros(3, np.float32)),
+        r"shape \[3\].*needs \[64\]",
+    ),
+    "unknown": (
+        put("fpn_cells/cell_7/extra", np.zeros(3, np.float32)),
+        "fpn_cells/cell_7/extra is not a variable",
+    ),
+    "nan": (
+        put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, np.nan, np.float32)),
+        "resample_p6/bn/beta holds 64 NaN",
+    ),
+    "infinite": (
+        put("resample_p6/bn/beta" + EMA_SUFFIX, np.float32([np.inf] + [0] * 63)),
+        "resample_p6/bn/beta holds 1 NaN or infinite value of 64",
+    ),
+    "negative variance": (
+        put("resample_p6/bn/moving_variance" + EMA_SUFFIX, np.full(64, -1, np.float32)),
+        "resample_p6/bn/moving_variance holds a negative variance",
+    ),
+    "integers": (
+        put("resample_p6/bn/beta" + EMA_SUFFIX, np.zeros(64, np.int32)),
+        "resample_p6/bn/beta holds int32",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_checkpoint_that_does_not_fit_is_refused(
+    fault: str, tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    change, message = REFUSED[fault]
+    broken = dict(content)
+    change(broken)
+    with pytest.raises(ConversionError, match=message):
+        port(tmp_path, broken, config)
+
+
+def test_missing_on_both_sides_names_the_variable(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    broken = {name: value for name, value in content.items() if not name.startswith(STEM)}
+    with pytest.raises(ConversionError, match=rf"needs {STEM}.*which .* lacks"):
+        port(tmp_path, broken, config)
+
+
+def test_float64_keeps_the_folded_mean_exact(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    write_bundle(tmp_path / "model", content)
+    with open_checkpoint(tmp_path) as checkpoint:
+        exact = convert(checkpoint, config, dtype="float64").state_dict["resample.p6.bn.running_mean"]
+    scope = "resample_p6"
+    mean = content[f"{scope}/bn/moving_mean{EMA_SUFFIX}"].astype(np.float64)
+    np.testing.assert_array_equal(exact.numpy(), mean - content[f"{scope}/conv2d/bias{EMA_SUFFIX}"])
+
+
+def test_removing_biases_keeps_the_function_in_training_mode() -> None:
+    """A bias ahead of a batch norm cancels against the batch's own mean: training sees no difference."""
+    recording = golden_recording("efficientdet-lite0")
+    kernel = recording.variables()["resample_p6/conv2d/kernel"][0, 0]
+    x = torch.randn(2, kernel.shape[0], 4, 4, dtype=torch.float64)
+    conv = torch.nn.Conv2d(*kernel.shape, 1, dtype=torch.float64)
+    bn = torch.nn.BatchNorm2d(kernel.shape[1], dtype=torch.float64)
+    with_bias = bn(conv(x))
+    torch.testing.assert_close(with_bias, bn(torch.nn.functional.conv2d(x, conv.weight)), rtol=0, atol=1e-12)
+
+
+def test_the_real_d0_checkpoint(shared: Path) -> None:
+    with open_checkpoint(shared / "oracle" / "checkpoints" / "efficientdet-d0") as checkpoint:
+        inference = infer_config(checkpoint.shapes, checkpoint.source)
+        conversion = convert(checkpoint, inference.config)
+        assert checkpoint.step is not None
+    assert inference.variant == "efficientdet-d0"
+    assert (conversion.coverage.used, conversion.coverage.unused_count) == (709, 710)
+    recording = golden_recording("efficientdet-d0")
+    for name, value in recording.variables().items():
+        np.testing.assert_array_equal(conversion.variables[name], value, err_msg=name)

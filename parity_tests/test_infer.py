@@ -1,0 +1,142 @@
+"""What a checkpoint is, from its names and shapes alone."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+
+from parity_tests.configs import configs
+from porting.errors import ConversionError
+from porting.infer import INDISTINGUISHABLE, infer_config, named_config
+from pytorch_model.config import MODELS, EfficientDetConfig, model_config
+from tf_reference.variables import variable_shapes
+
+#: Fields that leave no trace in the variables.
+UNSEEN = {
+    "name": "x",
+    "image_size": (512, 512),
+    "num_scales": 3,
+    "aspect_ratios": (1.0, 2.0, 0.5),
+    "anchor_scale": 4.0,
+    "act_type": "swish",
+    "conv_after_downsample": False,
+    "survival_prob": None,
+    "mean_rgb": (0.0, 0.0, 0.0),
+    "stddev_rgb": (1.0, 1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_variant_is_recognised(model: str) -> None:
+    config = model_config(model)
+    inference = infer_config(variable_shapes(config), f"somewhere/{model}/model")
+    assert inference.variant == model
+    assert inference.config == config
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_custom_classes_keep_the_variant(model: str) -> None:
+    config = model_config(model, num_classes=7)
+    inference = infer_config(variable_shapes(config), f"{model}/model")
+    assert inference.config == config
+
+
+@settings(deadline=None, max_examples=150)
+@given(configs())
+def test_any_configuration_is_recovered(config: EfficientDetConfig) -> None:
+    given_anchors = {"num_scales": config.num_scales, "aspect_ratios": config.aspect_ratios}
+    found = infer_config(variable_shapes(config), overrides=given_anchors).config
+    methods = {found.fpn_weight_method, config.fpn_weight_method}
+    assert len(methods) == 1 or methods in INDISTINGUISHABLE
+    seen = config.replace(fpn_weight_method=found.fpn_weight_method, **UNSEEN)
+    assert found.replace(**UNSEEN) == seen
+    assert variable_shapes(found) == variable_shapes(config)
+
+
+def test_what_cannot_be_seen_is_said_to_be_assumed() -> None:
+    assumed = infer_config(variable_shapes(model_config("efficientdet-d0"))).assumed
+    assert "image size 512×512" in assumed
+    assert "fusion fastattn" in assumed
+    told = infer_config(
+        variable_shapes(model_config("efficientdet-d0")), overrides={"image_size": (640, 640)}
+    )
+    assert told.config.image_size == (640, 640)
+    assert not any("image size" in line for line in told.assumed)
+
+
+def test_the_name_tells_what_the_weights_cannot() -> None:
+    shapes = variable_shapes(model_config("efficientdet-d6"))
+    unnamed = infer_config(shapes, "somewhere/model")
+    assert unnamed.variant == "efficientdet-d6"
+    assert any("efficientdet-d7" in line for line in unnamed.assumed)
+    assert infer_config(shapes, "cache/efficientdet-d7/model").config == model_config("efficientdet-d7")
+    d2 = variable_shapes(model_config("efficientdet-d2"))
+    assert infer_config(d2, "efficientdet-d2-640/model").config.image_size == (640, 640)
+    advprop = infer_config(variable_shapes(model_config("efficientdet-d0")), "efficientdet-d0-advprop/model")
+    assert advprop.config.mean_rgb == (127.5, 127.5, 127.5)
+    assert any("AdvProp" in line for line in advprop.assumed)
+
+
+def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
+    return dict(variable_shapes(model_config(model)))
+
+
+def test_two_models_in_one_graph_are_refused() -> None:
+    shapes = shapes_of("efficientdet-d0")
+    shapes["efficientnet-b0/stem_1/conv2d_1/kernel"] = (3, 3, 3, 32)
+    with pytest.raises(ConversionError, match="two models were built in one graph"):
+        infer_config(shapes)
+    shapes = shapes_of("efficientdet-d0") | shapes_of("efficientdet-d1")
+    with pytest.raises(ConversionError, match="two models, efficientnet-b0 and efficientnet-b1"):
+        infer_config(shapes)
+
+
+def test_something_else_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"not an AutoML EfficientDet.*resnet/conv1"):
+        infer_config({"resnet/conv1": (7, 7, 3, 64)})
+    backbone = {n: s for n, s in shapes_of("efficientdet-d3").items() if n.startswith("efficientnet")}
+    with pytest.raises(ConversionError, match="not an AutoML EfficientDet"):
+        infer_config(backbone)
+
+
+def test_unsupported_structures_are_refused_by_name() -> None:
+    shapes = shapes_of("efficientdet-d0")
+    shapes["fpn_cells/cell_0/fnode0/op_after_combine5/conv/kernel"] = (3, 3, 64, 64)
+    with pytest.raises(ConversionError, match="separable_conv=False"):
+        infer_config(shapes)
+    shapes = shapes_of("efficientdet-d0")
+    shapes["efficientnet-b0/blocks_3/se/conv2d/bias"] = (99,)
+    with pytest.raises(ConversionError, match="blocks_3/se has 99 squeeze filters"):
+        infer_config(shapes)
+
+
+def test_anchors_that_do_not_factor_ask_for_help() -> None:
+    shapes = variable_shapes(model_config("efficientdet-d0", num_scales=2))
+    with pytest.raises(ConversionError, match=r"6 anchors a location.*--hparams num_scales"):
+        infer_config(shapes)
+    assert infer_config(shapes, overrides={"num_scales": 2}).config.num_anchors == 6
+
+
+def test_a_wrong_model_name_says_what_it_is() -> None:
+    shapes = shapes_of("efficientdet-d0")
+    with pytest.raises(ConversionError, match=r"these are efficientdet-d0's variables"):
+        named_config("efficientdet-d1", shapes)
+    with pytest.raises(ConversionError, match=r"efficientnet-b0/stem/conv2d/kernel has shape \[5\]"):
+        named_config("efficientdet-d0", {**shapes, "efficientnet-b0/stem/conv2d/kernel": (5,)})
+
+
+def test_a_named_model_takes_its_classes_from_the_variables() -> None:
+    shapes = variable_shapes(model_config("efficientdet-d7", num_classes=5))
+    inference = named_config("efficientdet-d7", shapes)
+    assert inference.config == model_config("efficientdet-d7", num_classes=5)
+
+
+def test_an_override_against_the_variables_is_refused() -> None:
+    with pytest.raises(ConversionError, match="num_classes is 20 as given, but the variables"):
+        infer_config(shapes_of("efficientdet-d0"), overrides={"num_classes": 20})
+    assert (
+        infer_config(
+            shapes_of("efficientdet-d0"), overrides={"fpn_weight_method": "attn"}
+        ).config.fpn_weight_method
+        == "attn"
+    )

@@ -1,0 +1,176 @@
+"""The network by itself: bias-free, flexible, and at home in PyTorch's own machinery."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pytorch_model import (
+    ConfigError,
+    EfficientDet,
+    EfficientDetConfig,
+    WeightsError,
+    create_model,
+    load_model,
+)
+from pytorch_model.config import MODELS, model_config
+from pytorch_model.layers import same_padding
+from pytorch_model.weights import read_weights, write_weights
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_no_convolution_that_feeds_a_batch_norm_has_a_bias(model: str) -> None:
+    with torch.device("meta"):
+        network = EfficientDet(model_config(model))
+    biased = {name for name, m in network.named_modules() if isinstance(m, nn.Conv2d) and m.bias is not None}
+    allowed = {"class_net.predict.pointwise", "box_net.predict.pointwise"}
+    assert all(".se." in name for name in biased - allowed)
+    assert allowed <= biased
+
+
+@pytest.mark.parametrize("height", [128, 150])
+@pytest.mark.parametrize("width", [128, 201])
+def test_output_shapes(height: int, width: int) -> None:
+    network = create_model("efficientdet_d0", num_classes=3, max_level=6).eval()
+    config = network.config
+    with torch.no_grad():
+        classes, boxes = network(torch.zeros(2, 3, height, width))
+    sizes = list(config.feature_sizes((height, width)).values())
+    assert [tuple(x.shape) for x in classes] == [(2, 27, *size) for size in sizes]
+    assert [tuple(x.shape) for x in boxes] == [(2, 36, *size) for size in sizes]
+
+
+def test_an_image_too_thin_to_resample_is_refused() -> None:
+    network = create_model("efficientdet_d0").eval()
+    with pytest.raises(ConfigError, match="short side is larger"), torch.no_grad():
+        network(torch.zeros(1, 3, 60, 512))
+
+
+def tiny() -> EfficientDet:
+    torch.manual_seed(0)
+    return create_model("efficientdet_d0", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1).eval()
+
+
+def flat(outputs: tuple[list[torch.Tensor], list[torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([x.flatten() for level in outputs for x in level])
+
+
+def test_torch_export() -> None:
+    network, images = tiny(), torch.randn(1, 3, 128, 128)
+    program = torch.export.export(network, (images,))
+    with torch.no_grad():
+        torch.testing.assert_close(flat(program.module()(images)), flat(network(images)))
+
+
+def test_torch_compile() -> None:
+    network, images = tiny(), torch.randn(1, 3, 128, 128)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(flat(compiled(images)), flat(network(images)))
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    network = tiny().train()
+    flat(network(torch.randn(2, 3, 128, 128))).square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+@given(st.integers(1, 600), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2]))
+def test_same_padding_gives_the_size_tensorflow_gives(size: int, kernel: int, stride: int) -> None:
+    before, after = same_padding(size, kernel, stride)
+    assert (size + before + after - kernel) // stride + 1 == -(-size // stride)
+    assert 0 <= after - before <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_classes": 0}, "num_classes is 0"),
+        ({"fpn_weight_method": "mean"}, "fpn_weight_method is 'mean'"),
+        ({"act_type": "srelu"}, "act_type is 'srelu'"),
+        ({"min_level": 6}, "min_level is 6"),
+        ({"max_level": 3}, "max_level is 3"),
+        ({"aspect_ratios": ()}, "aspect_ratios is empty"),
+        ({"learning_rate": 1}, "learning_rate"),
+    ],
+)
+def test_an_impossible_configuration_is_named(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model("efficientdet_d0", **change)
+
+
+def test_an_unknown_model_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'efficientdet-d9'.*efficientdet-d7x"):
+        create_model("efficientdet-d9")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_configurations_survive_json(model: str) -> None:
+    import json
+
+    config = model_config(model)
+    assert EfficientDetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_weight_files_round_trip(tmp_path: Path, suffix: str) -> None:
+    network, images = tiny(), torch.randn(1, 3, 128, 128)
+    path = tmp_path / f"weights{suffix}"
+    write_weights(path, network.state_dict(), network.config, {"source": "a test"})
+    loaded = load_model(path)
+    assert loaded.config == network.config
+    assert read_weights(path)[2]["source"] == "a test"
+    assert not loaded.training
+    assert all(p.requires_grad for p in loaded.parameters())
+    with torch.no_grad():
+        assert torch.equal(flat(loaded(images)), flat(network(images)))
+
+
+def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
+    network = tiny()
+    for suffix in (".safetensors", ".pth"):
+        path = tmp_path / f"w{suffix}"
+        with pytest.raises(WeightsError, match="no weight file"):
+            load_model(path)
+        write_weights(path, network.state_dict(), network.config, {})
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+        with pytest.raises(WeightsError, match="damaged"):
+            load_model(path)
+        state = network.state_dict()
+        write_weights(
+            path, {k: v for k, v in state.items() if k != "backbone.stem.conv.weight"}, network.config, {}
+        )
+        with pytest.raises(WeightsError, match=r"lacks tensor backbone\.stem\.conv\.weight"):
+            load_model(path)
+        write_weights(path, {**state, "extra": torch.zeros(1)}, network.config, {})
+        with pytest.raises(WeightsError, match="unknown tensor extra"):
+            load_model(path)
+        write_weights(path, state, network.config.replace(num_classes=5), {})
+        with pytest.raises(WeightsError, match=r"class_net\.predict\.pointwise"):
+            load_model(path)
+
+
+def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+
+    torch.save({"state_dict": {"x": Evil()}}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match="damaged or not a weight file"):
+        load_model(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300), st.sampled_from([".safetensors", ".pth"]))
+def test_garbage_is_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
+    path = tmp_path_factory.mktemp("garbage") / f"w{suffix}"
+    path.write_bytes(data)
+    with pytest.raises(WeightsError):
+        load_model(path)
