@@ -1,0 +1,195 @@
+#!/usr/bin/env python3
+"""Measure speed as ratios, side by side in one run.
+
+Conversion against `import torch`; reading against a plain read and TensorFlow's reader.
+"""
+
+from __future__ import annotations
+
+import _cli  # first: finds the packages
+
+# isort: split
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+EXAMPLES = f"""
+examples:
+  python tools/bench.py convert                       # converting D0 against `import torch`
+  python tools/bench.py read --model efficientdet-d7x # our reader, a plain read, TensorFlow's reader
+
+{_cli.EXIT_CODES}
+"""
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
+    parser.add_argument("what", choices=("convert", "read"))
+    parser.add_argument("--model", default="efficientdet-d0", help="default: efficientdet-d0")
+    parser.add_argument("--repeat", type=int, default=5, help="runs of each side, interleaved (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        bench = {"convert": bench_convert, "read": bench_read}[arguments.what]
+        figures = bench(Path(folder), arguments.model, arguments.repeat)
+    if arguments.json:
+        json.dump(figures, sys.stdout, indent=2)
+        print()
+    else:
+        draw(Console(highlight=False), figures)
+    return 0
+
+
+def synthetic(folder: Path, model: str, momentum: bool) -> Path:
+    from porting.checkpoint.writer import write_bundle
+    from pytorch_model.config import model_config
+    from tf_reference.synthetic import synthetic_checkpoint
+
+    prefix = folder / model / "model"
+    write_bundle(prefix, synthetic_checkpoint(model_config(model), momentum=momentum))
+    return prefix
+
+
+def side_by_side(sides: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
+    """Seconds of each side, taken in turn, so that a busy moment hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeat):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def python(*arguments: str) -> Callable[[], Any]:
+    command = [sys.executable, *arguments]
+    return lambda: subprocess.run(command, check=True, capture_output=True)
+
+
+def bench_convert(folder: Path, model: str, repeat: int) -> dict[str, Any]:
+    """Whole processes, with TensorFlow out of reach, as on a machine that does not have it."""
+    prefix = synthetic(folder, model, momentum=False)
+    convert = (
+        "import sys, runpy; sys.modules['tensorflow'] = None; "
+        f"sys.argv = ['convert.py', '--ckpt', {str(prefix)!r}, '--out', {str(folder / 'w.safetensors')!r}]; "
+        f"sys.path.insert(0, {str(ROOT / 'tools')!r}); "
+        f"runpy.run_path({str(ROOT / 'tools' / 'convert.py')!r}, run_name='__main__')"
+    )
+    sides = {
+        "import torch": python("-c", "import torch"),
+        f"convert {model}, no TensorFlow": python("-c", convert),
+    }
+    return summarise(side_by_side(sides, repeat), "import torch")
+
+
+def bench_read(folder: Path, model: str, repeat: int) -> dict[str, Any]:
+    """The variables a port needs (the moving averages) out of a training checkpoint, file cache warm."""
+    from porting.checkpoint import open_checkpoint
+    from porting.checkpoint.bundle import read_index
+    from porting.names import EMA_SUFFIX
+
+    prefix = synthetic(folder, model, momentum=True)
+    entries = read_index(f"{prefix}.index").entries
+    wanted = {name: entry for name, entry in entries.items() if name.endswith(EMA_SUFFIX)}
+
+    def plain() -> None:
+        with open(f"{prefix}.data-00000-of-00001", "rb", buffering=0) as file:
+            for entry in sorted(wanted.values(), key=lambda entry: entry.offset):
+                file.seek(entry.offset)
+                buffer = bytearray(entry.size)
+                assert file.readinto(buffer) == entry.size
+
+    def ours() -> int:
+        with open_checkpoint(prefix) as checkpoint:
+            return len(dict(checkpoint.read_many(wanted)))
+
+    sides: dict[str, Callable[[], Any]] = {
+        "plain read of the same bytes": plain,
+        "ours, checksums verified": ours,
+    }
+    import_seconds = None
+    try:
+        start = time.perf_counter()
+        import tensorflow as tf
+
+        import_seconds = time.perf_counter() - start
+    except ImportError:
+        pass
+    else:
+
+        def theirs() -> int:
+            reader = tf.train.load_checkpoint(str(prefix))
+            return len([reader.get_tensor(name) for name in wanted])
+
+        sides["tf.train.load_checkpoint"] = theirs
+    figures = summarise(side_by_side(sides, repeat), "plain read of the same bytes")
+    size = sum(entry.size for entry in wanted.values())
+    peak = peak_memory(prefix)
+    figures |= {
+        "megabytes_kept": size / 1e6,
+        "peak_megabytes": peak / 1e6,
+        "peak_over_kept": peak / size,
+        "tensorflow_import_seconds": import_seconds,
+    }
+    return figures
+
+
+def peak_memory(prefix: Path) -> float:
+    """Bytes that reading the moving averages allocates at its peak, in a fresh process, NumPy's included."""
+    code = (
+        f"import sys, tracemalloc; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from porting.checkpoint import open_checkpoint\n"
+        "import porting.checkpoint.bundle, porting.checkpoint.locate\n"
+        "tracemalloc.start()\n"
+        f"with open_checkpoint({str(prefix)!r}) as c:\n"
+        "    kept = dict(c.read_many(n for n in c if n.endswith('/ExponentialMovingAverage')))\n"
+        "print(tracemalloc.get_traced_memory()[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return float(done.stdout)
+
+
+def summarise(seconds: dict[str, list[float]], base: str) -> dict[str, Any]:
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds": {name: {"median": median[name], "best": min(values)} for name, values in seconds.items()},
+        "ratio": {name: value / median[base] for name, value in median.items()},
+    }
+
+
+def draw(console: Console, figures: dict[str, Any]) -> None:
+    table = Table("", "median s", "best s", "ratio of medians")
+    for name, seconds in figures["seconds"].items():
+        table.add_row(
+            name, f"{seconds['median']:.4f}", f"{seconds['best']:.4f}", f"{figures['ratio'][name]:.2f}"
+        )
+    console.print(table)
+    if "megabytes_kept" in figures:
+        console.print(
+            f"kept {figures['megabytes_kept']:.1f} MB; reading allocates "
+            f"{figures['peak_megabytes']:.1f} MB at its peak, {figures['peak_over_kept']:.2f} × what is kept"
+        )
+    if figures.get("tensorflow_import_seconds"):
+        console.print(
+            f"importing TensorFlow took {figures['tensorflow_import_seconds']:.1f} s, not counted above"
+        )
+
+
+if __name__ == "__main__":
+    _cli.run(main)
