@@ -363,7 +363,7 @@ def test_links_and_devices_are_not_followed(kind: bytes, folder: Path, tmp_path:
     with tarfile.open(path, "w") as tar:
         tar.add(folder / "model.data-00000-of-00001", "d/model.data-00000-of-00001")
         add(tar, "d/model.index", kind=kind, linkname=str(secret))
-    with pytest.raises(CheckpointError, match=r"as a link or device|is damaged|not the index"):
+    with pytest.raises(CheckpointError, match=r"as a link, device|is damaged|not the index"):
         open_checkpoint(path)
 
 
@@ -384,7 +384,7 @@ def test_links_in_zip_are_not_followed(folder: Path, tmp_path: Path) -> None:
         info = zipfile.ZipInfo("efficientdet-d0/other.index")
         info.external_attr = (stat.S_IFLNK | 0o777) << 16
         out.writestr(info, "/etc/passwd")
-    with pytest.raises(CheckpointError, match="as a link or device"):
+    with pytest.raises(CheckpointError, match="as a link, device"):
         open_checkpoint(tmp_path / "l.zip")
 
 
@@ -491,12 +491,41 @@ def test_what_follows_the_end_of_a_tar_is_bounded(folder: Path, tmp_path: Path, 
 def test_a_sparse_file_is_not_believed(tmp_path: Path) -> None:
     header = bytearray(tarfile.TarInfo("model.h5").tobuf(tarfile.GNU_FORMAT))
     header[156:157] = tarfile.GNUTYPE_SPARSE
-    header[483:495] = b"%011o\0" % (5 << 30)  # what it says it would be, of no bytes stored
+    header[483:495] = b"%011o\0" % 5000  # what it says it would be, of no bytes stored
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "s.tar").write_bytes(bytes(header) + bytes(1024))
-    with pytest.raises(CheckpointError, match=r"s\.tar"):
+    with pytest.raises(CheckpointError, match=r"s\.tar holds 'model\.h5' as a link, device or sparse file"):
         open_checkpoint(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(("name", "message"), [("model.h5", "declares -1 bytes"), ("README", "no weights")])
+def test_a_negative_size(name: str, message: str, tmp_path: Path) -> None:
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 12  # tar's binary form of -1
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "n.tar").write_bytes(bytes(header) + bytes(1024))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "n.tar")
+
+
+def test_a_zip_that_declares_more_than_it_holds(tmp_path: Path) -> None:
+    path = tmp_path / "short.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("model.h5", b"abc" * 100)
+    path.write_bytes(path.read_bytes().replace(struct.pack("<I", 300), struct.pack("<I", 400)))
+    with pytest.raises(CheckpointError, match=r"'model\.h5' declares 400 bytes and has 300"):
+        open_checkpoint(path)
+
+
+def test_a_zip_whose_directory_lies_before_its_start(folder: Path, tmp_path: Path) -> None:
+    zip_stored(folder, tmp_path / "m.zip")
+    content = bytearray((tmp_path / "m.zip").read_bytes())
+    content[content.rindex(b"PK\x05\x06") + 19] = 255
+    (tmp_path / "m.zip").write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match=r"m\.zip is damaged"):
+        open_checkpoint(tmp_path / "m.zip")
 
 
 def test_too_many_members(tmp_path: Path, small_limits: None) -> None:

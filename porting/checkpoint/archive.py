@@ -77,7 +77,7 @@ class _Member(NamedTuple):
 
     name: str
     size: int  # bytes, as declared
-    is_file: bool  # a plain one: no folder, link or device
+    is_file: bool  # a plain one: no folder, link, device or sparse file
     is_folder: bool
     data: IO[bytes] | None  # of plain files
 
@@ -268,7 +268,7 @@ class _Metered:
         self.allow(0)
 
     def allow(self, size: int) -> None:
-        self._allowed = min(self._limit, max(self._position, self._allowed) + size + _HEADER_ROOM)
+        self._allowed = min(self._limit, self._position + size + _HEADER_ROOM)
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
@@ -282,8 +282,6 @@ def _tar_members(stream: _Metered) -> Iterator[_Member]:
     # As a stream, tarfile reads straight on and never seeks: each byte is decompressed once.
     with tarfile.open(mode="r|", fileobj=stream, bufsize=_CHUNK) as tar:  # type: ignore[call-overload]
         for info in tar:
-            if info.size < 0:
-                raise _Refused(f"is damaged: {_shown(info.name)} claims {info.size} bytes; fetch it again")
             is_file = info.isreg() and not info.issparse()
             stream.allow(info.size)
             data = tar.extractfile(info) if is_file else None
@@ -324,7 +322,7 @@ def _bounded(members: Iterable[_Member], limit: int) -> Iterator[_Member]:
 
 def _is_wanted(name: str) -> bool:
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or "__MACOSX" in parts or parts[-1].startswith("._"):  # macOS's own notes about files
+    if not parts or parts[-1].startswith("._"):  # macOS's own notes about a file
         return False
     return _WANTED.fullmatch(parts[-1]) is not None
 
@@ -335,7 +333,8 @@ def _place(member: _Member) -> PurePosixPath | None:
         return None
     if not member.is_file:
         raise _Refused(
-            f"holds {_shown(member.name)} as a link or device, which is not followed; pack the file itself"
+            f"holds {_shown(member.name)} as a link, device or sparse file, which is not followed; "
+            "pack a plain file"
         )
     path = PurePosixPath(member.name.replace("\\", "/"))
     if len(path.parts) > _MOST_DEPTH:
