@@ -35,13 +35,25 @@ def write_weights(
         from safetensors.torch import save
 
         data = save(dict(state_dict), {**metadata, "config": config_json, "format": "pt"})
-        path.write_bytes(data)
+        _write_sorted(path, data)
     elif path.suffix == ".pth":
         content = {"state_dict": dict(state_dict), "config": config_json, "metadata": dict(metadata)}
         with path.open("wb") as file:
             torch.save(content, file)
     else:
         raise WeightsError(f"cannot write {path.name}: use a name that ends in {' or '.join(SUFFIXES)}")
+
+
+def _write_sorted(path: Path, data: bytes) -> None:
+    """Write serialised safetensors with the metadata sorted: the library leaves their order to chance."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its tensors
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(data)[8 + size :])
 
 
 def read_weights(
