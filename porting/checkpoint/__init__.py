@@ -13,8 +13,8 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     """Open the checkpoint at ``path`` without reading its variables' values.
 
     ``path``: a checkpoint folder, a prefix (``…/model``, ``…/model.ckpt-1000``), or one of a checkpoint's
-    files; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one. ``step`` picks one of several in a folder; by
-    default the one its state file names, or the newest.
+    files; an EfficientDet-Lite ``.tflite`` file; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one. ``step``
+    picks one of several in a folder; by default the one its state file names, or the newest.
 
     Raises :class:`~porting.errors.CheckpointError`: nothing there, several and no way to choose, damaged,
     incomplete, or not a checkpoint.
@@ -22,7 +22,10 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     from .archive import is_archive, open_archive
     from .bundle import TensorBundle, read_index
     from .locate import locate
+    from .tflite import is_tflite, open_tflite
 
     if is_archive(path):
         return open_archive(path, step)
+    if is_tflite(path):
+        return open_tflite(path, step)
     return TensorBundle(read_index(locate(path, step)))
