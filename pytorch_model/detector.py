@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.errors import WeightsError
+from pytorch_model.errors import ConfigError, WeightsError
 from pytorch_model.postprocess import Detections, NMSConfig, postprocess_per_class
 from pytorch_model.preprocess import ImageSource, preprocess
 
@@ -25,6 +25,7 @@ class Detector:
     is the network's input, ``config.image_size`` unless given. ``nms`` defaults to AutoML's evaluation.
     Detections whose score does not exceed ``score_threshold`` are left out. ``decoder`` is described at
     :func:`pytorch_model.preprocess.load_image`: ``"fast-dct"`` sees the very pixels AutoML's evaluation sees.
+    Raises :class:`ConfigError` for a ``score_threshold`` that is not a score.
     """
 
     def __init__(
@@ -36,6 +37,8 @@ class Detector:
         score_threshold: float = 0.0,
         decoder: str = "pillow",
     ) -> None:
+        if not 0 <= score_threshold <= 1:
+            raise ConfigError(f"score_threshold is {score_threshold}, must be from 0 to 1")
         self.model = model.eval()
         self.image_size = image_size or model.config.image_size
         self.nms = nms or NMSConfig()
@@ -54,9 +57,8 @@ class Detector:
         network's output is not finite.
         """
         detections = self._detect(images)
-        kept = detections.scores > self.score_threshold
-        kept &= torch.arange(kept.shape[1], device=kept.device) < detections.valid_len[:, None]
-        counts = kept.sum(dim=1).tolist()  # scores descend, so what is kept comes first
+        # Scores descend and padding has score 0, so what is kept comes first.
+        counts = (detections.scores > self.score_threshold).sum(dim=1).tolist()
         boxes_xyxy = detections.boxes_yxyx[..., [1, 0, 3, 2]]
         return [
             {

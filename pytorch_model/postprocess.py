@@ -141,9 +141,9 @@ def postprocess_global(
         raise ConfigError("nms_configs.pyfunc suppresses per class; it cannot be used with global NMS")
     candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
     selected, scores, valid_len = non_max_suppression(candidates.boxes_yxyx, candidates.scores, nms)
-    height, width = image_size
-    limits = candidates.boxes_yxyx.new_tensor([height, width, height, width])
-    boxes_yxyx = _pick(candidates.boxes_yxyx, selected).clamp(min=0).minimum(limits)
+    boxes_yxyx = _pick(candidates.boxes_yxyx, selected)
+    boxes_yxyx[..., 0::2].clamp_(0, image_size[0])
+    boxes_yxyx[..., 1::2].clamp_(0, image_size[1])
     classes = _pick(candidates.classes, selected) + CLASS_OFFSET
     return Detections(_to_original(boxes_yxyx, image_scales), scores, classes, valid_len)
 
