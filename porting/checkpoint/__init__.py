@@ -13,19 +13,27 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     """Open the checkpoint at ``path`` without reading its variables' values.
 
     ``path``: a checkpoint folder, a prefix (``…/model``, ``…/model.ckpt-1000``), or one of a checkpoint's
-    files; an EfficientDet-Lite ``.tflite`` file; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one. ``step``
-    picks one of several in a folder; by default the one its state file names, or the newest.
+    files; a SavedModel folder; a frozen graph (``.pb``); Keras weights (``.h5``); an EfficientDet-Lite
+    ``.tflite`` file; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one. ``step`` picks one of several in a
+    folder; by default the one its state file names, or the newest.
 
     Raises :class:`~porting.errors.CheckpointError`: nothing there, several and no way to choose, damaged,
     incomplete, or not a checkpoint.
     """
     from .archive import is_archive, open_archive
     from .bundle import TensorBundle, read_index
+    from .frozen_graph import is_frozen_graph, open_frozen_graph
+    from .keras_h5 import is_h5, open_h5
     from .locate import locate
+    from .saved_model import saved_model_prefix, understood
     from .tflite import is_tflite, open_tflite
 
     if is_archive(path):
         return open_archive(path, step)
     if is_tflite(path):
         return open_tflite(path, step)
-    return TensorBundle(read_index(locate(path, step)))
+    if is_h5(path):
+        return open_h5(path, step)
+    if is_frozen_graph(path):
+        return open_frozen_graph(path, step)
+    return understood(TensorBundle(read_index(locate(saved_model_prefix(path) or path, step))))

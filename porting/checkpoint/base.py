@@ -30,12 +30,14 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         format: str,
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, np.dtype],
+        notes: Iterable[str] = (),
     ) -> None:
         """``dtypes`` are those of the arrays that reading returns; ``object`` where it cannot be read."""
         self.source = source  # what the user would recognise: a path
         self.format = format  # "TensorFlow V2 checkpoint"
         self.shapes = MappingProxyType(dict(shapes))
         self.dtypes = MappingProxyType(dict(dtypes))
+        self.notes = tuple(notes)  # what the user must be told about the variables, a sentence each
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:

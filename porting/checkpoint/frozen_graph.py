@@ -1,0 +1,188 @@
+"""Frozen graphs (``efficientdet-d0_frozen.pb``): the network as a ``GraphDef`` with its weights inside.
+
+AutoML's ``model_inspect.py`` freezes with TensorFlow 1's ``convert_variables_to_constants``, which turns each
+variable into a constant of the same name. These are the values the graph computes with: the moving averages,
+where the checkpoint that was exported had them.
+
+Source: TensorFlow ``core/framework/{graph,node_def,attr_value,tensor}.proto``; AutoML ``inference.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from porting.errors import CheckpointError
+
+from . import wire
+from .base import Checkpoint
+from .wire import Malformed
+
+FORMAT = "frozen TensorFlow graph"
+SUFFIX = ".pb"
+
+_VARIABLE = re.compile(
+    r"(efficientnet-[^/]+|resample_p\d+|fpn_cells|class_net|box_net)/(.+/)?"
+    r"(kernel|depthwise_kernel|pointwise_kernel|bias|gamma|beta|moving_mean|moving_variance|WSM(_\d+)?)"
+)
+_DT_FLOAT = 1
+_FROZEN_BY_TF2 = "/ReadVariableOp/resource"
+_UNFROZEN = ("VarHandleOp", "VariableV2", "Variable")
+_MOST_DIMENSIONS = 32
+
+
+def is_frozen_graph(path: str | os.PathLike[str]) -> bool:
+    """Is ``path`` a file that is called like a graph, and not like a SavedModel's?"""
+    path = Path(path)
+    return path.suffix == SUFFIX and path.name != "saved_model.pb" and os.path.isfile(path)
+
+
+def open_frozen_graph(path: str | os.PathLike[str], step: int | None = None) -> FrozenGraph:
+    """Open the graph at ``path``; it has no steps to choose from. Raises CheckpointError."""
+    if step is not None:
+        raise CheckpointError(f"{path} is a frozen graph, which has no step {step}; leave out the step")
+    return FrozenGraph(path)
+
+
+class _Constant(NamedTuple):
+    shape: tuple[int, ...]
+    content: bytes  # the values, float32 little-endian …
+    repeats_last: bool  # … of which the last stands for all that are not there
+
+
+class FrozenGraph(Checkpoint):
+    """The weights among the constants of the ``GraphDef`` at ``path``, whose bytes are kept in memory.
+
+    Raises CheckpointError if the file is damaged, or a graph without AutoML's variables, and says why.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        try:
+            data = self._path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
+            ) from None
+        try:
+            self._constants, kinds = _read_graph(data)
+        except Malformed as error:
+            raise CheckpointError(f"{path} is damaged, or not a frozen graph: {error}") from None
+        if not self._constants:
+            raise CheckpointError(f"{path} {_why_nothing(kinds)}")
+        super().__init__(
+            source=str(self._path),
+            format=FORMAT,
+            shapes={name: constant.shape for name, constant in self._constants.items()},
+            dtypes=dict.fromkeys(self._constants, np.dtype(np.float32)),
+        )
+
+    def _read(self, name: str) -> np.ndarray:
+        constant = self._constants[name]
+        values = np.frombuffer(constant.content, "<f4")
+        array = np.zeros(constant.shape, np.float32)
+        flat = array.reshape(-1)
+        flat[: values.size] = values
+        if constant.repeats_last and values.size:
+            flat[values.size :] = values[-1]
+        return array
+
+
+def _why_nothing(kinds: Counter[str]) -> str:
+    if kinds[_FROZEN_BY_TF2]:
+        return (
+            "was frozen by TensorFlow 2, which names constants after operations and not after variables; "
+            "give the SavedModel folder that AutoML exports beside it"
+        )
+    if any(kinds[op] for op in _UNFROZEN):
+        return "is a graph whose variables are not in it; give the checkpoint that belongs to it"
+    return (
+        "is a graph without AutoML's variables: no constant in it is called like "
+        "efficientnet-…/stem/conv2d/kernel; give the checkpoint or the SavedModel instead"
+    )
+
+
+def _read_graph(data: bytes) -> tuple[dict[str, _Constant], Counter[str]]:
+    """The variables among a ``GraphDef``'s constants, and a count of operations and of telling names."""
+    constants: dict[str, _Constant] = {}
+    kinds: Counter[str] = Counter()
+    for number, wire_type, value in wire.read_fields(data):
+        if number != 1:
+            continue
+        if wire_type != wire.BYTES:
+            raise Malformed("it is a SavedModel's saved_model.pb under another name; give its folder")
+        name, op, tensor = _read_node(wire.expect_bytes(number, value))
+        kinds[op] += 1
+        kinds[_FROZEN_BY_TF2] += name.endswith(_FROZEN_BY_TF2)
+        if op == "Const" and _VARIABLE.fullmatch(name):
+            if name in constants:
+                raise Malformed(f"the constant {name} is in it twice")
+            constants[name] = _read_tensor(name, tensor, len(data))
+    return constants, kinds
+
+
+def _read_node(message: bytes) -> tuple[str, str, bytes]:
+    """(name, operation, the ``TensorProto`` of the attribute ``value``) of a ``NodeDef``."""
+    name = op = tensor = b""
+    for number, _, value in wire.read_fields(message):
+        if number == 1:
+            name = wire.expect_bytes(number, value)
+        elif number == 2:
+            op = wire.expect_bytes(number, value)
+        elif number == 5:
+            entry = {n: v for n, _, v in wire.read_fields(wire.expect_bytes(number, value))}
+            if entry.get(1) == b"value":
+                attribute = {n: v for n, _, v in wire.read_fields(wire.expect_bytes(2, entry.get(2, b"")))}
+                tensor = wire.expect_bytes(8, attribute.get(8, b""))
+    try:
+        return name.decode(), op.decode(), tensor
+    except UnicodeDecodeError:
+        raise Malformed("the name of a node is not UTF-8") from None
+
+
+def _read_tensor(name: str, message: bytes, most_bytes: int) -> _Constant:
+    """A float32 ``TensorProto``: raw bytes, or a list of values whose last one repeats."""
+    dtype, listed = 0, bytearray()
+    shape: tuple[int, ...] = ()
+    raw: bytes | None = None
+    for number, wire_type, value in wire.read_fields(message):
+        if number == 1:
+            dtype = wire.expect_int(number, value)
+        elif number == 2:
+            shape = _read_shape(name, wire.expect_bytes(number, value))
+        elif number == 4:
+            raw = wire.expect_bytes(number, value)
+        elif number == 5 and wire_type == wire.FIXED32:
+            listed += wire.expect_int(number, value).to_bytes(4, "little")
+        elif number == 5:
+            listed += wire.expect_bytes(number, value)
+    size = 4 * math.prod(shape)
+    if dtype != _DT_FLOAT:
+        raise Malformed(f"the constant {name} is of type number {dtype}, where weights are float32")
+    if size > most_bytes:
+        raise Malformed(f"the constant {name} claims {size} bytes, more than the file has")
+    content = bytes(listed) if raw is None else raw
+    if len(content) % 4 or len(content) > size or (raw is not None and len(raw) != size):
+        raise Malformed(f"the constant {name} of shape {list(shape)} holds {len(content)} bytes")
+    return _Constant(shape, content, raw is None)
+
+
+def _read_shape(name: str, message: bytes) -> tuple[int, ...]:
+    """A ``TensorShapeProto`` without unknown dimensions."""
+    shape: list[int] = []
+    for number, _, value in wire.read_fields(message):
+        if number == 2:
+            length = 0
+            for inner, _, dimension in wire.read_fields(wire.expect_bytes(number, value)):
+                if inner == 1:
+                    length = wire.expect_int(inner, dimension)
+            if length < 0 or len(shape) == _MOST_DIMENSIONS:
+                raise Malformed(f"the constant {name} has an impossible shape")
+            shape.append(length)
+    return tuple(shape)

@@ -1,0 +1,224 @@
+"""Keras HDF5 weights (``.h5``), as ``save_weights`` of AutoML's Keras model writes them.
+
+The file has a group for each layer; the group's attribute ``weight_names`` (in pieces ``weight_names0``, …
+where it is long) lists the datasets, whose names are the variables' with ``:0`` behind. HDF5 keeps no
+checksums: a file with flipped bits in the values cannot be told from a sound one.
+
+Source: Keras 2 ``saving/legacy/hdf5_format.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from porting.errors import CheckpointError
+
+from .base import Checkpoint
+
+FORMAT = "Keras HDF5 weights"
+
+_MAGIC = b"\x89HDF\r\n\x1a\n"
+_FLOATS = ("f2", "f4", "f8")
+_TOP_LEVEL = "top_level_model_weights"  # a group that layer_names leaves out: the model's own variables
+#: A second model in one Python process has its stem's layers counted on: stem_1/conv2d_1, …
+_COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
+
+
+def is_h5(path: str | os.PathLike[str]) -> bool:
+    """Is ``path`` an HDF5 file, by its first bytes?"""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except (OSError, ValueError):  # a folder, nothing, an impossible name
+        return False
+
+
+def open_h5(path: str | os.PathLike[str], step: int | None = None) -> KerasH5:
+    """Open the weights at ``path``; they have no steps to choose from. Raises CheckpointError."""
+    if step is not None:
+        raise CheckpointError(f"{path} is a single file of weights, which has no steps; leave out the step")
+    return KerasH5(path)
+
+
+class KerasH5(Checkpoint):
+    """The file at ``path``, held open. Needs h5py.
+
+    Nothing outside the file is read (external and soft links, external and virtual storage are refused), and
+    no dataset may claim more bytes than the file could hold. Raises CheckpointError for those, a missing
+    h5py, a file that Keras did not write, or one whose lists and datasets do not agree.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = Path(path)
+        h5py = _h5py(self._path)
+        try:
+            self._file = h5py.File(self._path, "r")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._path} cannot be read as HDF5: {_one_line(error)}; fetch the file again"
+            ) from None
+        self._close = weakref.finalize(self, self._file.close)
+        try:
+            self._datasets, notes = self._find_datasets(h5py)
+        except CheckpointError:
+            self.close()
+            raise
+        except Exception as error:  # h5py raises whatever fits the damage that it meets
+            self.close()
+            self._damaged(error)
+        super().__init__(
+            source=str(self._path),
+            format=FORMAT,
+            shapes={name: dataset.shape for name, dataset in self._datasets.items()},
+            dtypes={name: dataset.dtype.newbyteorder("=") for name, dataset in self._datasets.items()},
+            notes=notes,
+        )
+
+    def close(self) -> None:
+        self._close()
+
+    def _read(self, name: str) -> np.ndarray:
+        if not self._file:
+            raise CheckpointError(f"{self._path} is closed; open it again")
+        try:
+            return np.asarray(self._datasets[name][()], self.dtypes[name], order="C")
+        except Exception as error:
+            self._damaged(error)
+
+    def _damaged(self, error: Exception) -> NoReturn:
+        raise CheckpointError(f"{self._path} is damaged: {_one_line(error)}; fetch the file again") from None
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise CheckpointError(f"{self._path} {reason}")
+
+    def _find_datasets(self, h5py: Any) -> tuple[dict[str, Any], list[str]]:
+        """AutoML name → dataset, each checked but not read; and what to tell the user."""
+        root, notes = self._file, []
+        if "model_weights" in self._file and "layer_names" not in self._file.attrs:  # of a whole model
+            root = self._member(h5py, self._file, "model_weights", h5py.Group)
+            notes.append("only the model's weights were taken from a file that holds the whole model")
+        if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
+            self._refuse(
+                "is HDF5, but not of Keras 2's save_weights: it has no attribute layer_names; "
+                "save the weights with the TensorFlow and Keras that AutoML used"
+            )
+        found: dict[str, Any] = {}
+        groups = _names(root.attrs, "layer_names")
+        groups += [_TOP_LEVEL] if _TOP_LEVEL in root else []
+        for layer in groups:
+            group = self._member(h5py, root, layer, h5py.Group)
+            listed = _names(group.attrs, "weight_names")
+            for weight in listed:
+                name = weight.removesuffix(":0")
+                if name in found:
+                    self._refuse(f"holds {name} twice; save the weights again")
+                found[name] = self._member(h5py, group, weight, h5py.Dataset)
+            unlisted = sorted(set(self._all_datasets(h5py, group)) - set(listed))
+            if unlisted:
+                self._refuse(
+                    f"holds {layer}/{unlisted[0]}, which its weight_names do not list; it was changed"
+                )
+        extra = sorted(set(root) - set(groups))
+        if extra:
+            notes.append(f"left out {', '.join(extra)}, which are no layers of the model")
+        if not found:
+            self._refuse("holds no weights; save the model after it was built")
+        return self._uncount_stem(found, notes), notes
+
+    def _uncount_stem(self, found: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+        """Undo the counting of a process that had built a model before."""
+        renamed = {_COUNTED_STEM.sub(r"\1/stem/\2/", name): dataset for name, dataset in found.items()}
+        if renamed.keys() == found.keys() or len(renamed) != len(found):
+            return found  # nothing counted, or both a first and a second stem: conversion says so
+        changed = len(renamed.keys() - found.keys())
+        notes.append(f"{changed} variables of the stem were saved by a second model in one process; renamed")
+        return renamed
+
+    def _member(self, h5py: Any, group: Any, path: str, kind: Any) -> Any:
+        """The group or dataset at ``path``, every step of it inside this file."""
+        item = group
+        for part in path.split("/"):
+            link = item.get(part, getlink=True) if isinstance(item, h5py.Group) and part else None
+            if isinstance(link, (h5py.ExternalLink, h5py.SoftLink)):
+                self._refuse(f"has a link at {path} instead of data; save the weights into one file")
+            if link is None:
+                self._refuse(f"lists {path}, but does not hold it; fetch the file again")
+            item = item[part]
+        if not isinstance(item, kind):
+            self._refuse(f"has something else than a {kind.__name__.lower()} at {path}; fetch the file again")
+        if kind is h5py.Dataset:
+            self._check_dataset(path, item)
+        return item
+
+    def _check_dataset(self, path: str, dataset: Any) -> None:
+        if dataset.dtype.str[1:] not in _FLOATS or dataset.shape is None:
+            self._refuse(f"holds {path} as {dataset.dtype}, where weights are floating point; wrong file?")
+        if dataset.is_virtual or dataset.external:
+            self._refuse(f"keeps the values of {path} in other files; save the weights into one file")
+        if dataset.nbytes > self._path.stat().st_size:
+            self._refuse(
+                f"is damaged: {path} claims {dataset.nbytes} bytes, more than the whole file has, or it is "
+                "compressed; save the weights again"
+            )
+        if dataset.chunks:
+            needed = math.prod(math.ceil(n / c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+            complete = dataset.id.get_num_chunks() == needed
+        else:
+            complete = dataset.id.get_storage_size() == dataset.nbytes
+        if not complete:
+            self._refuse(
+                f"is incomplete: the values of {path} were never all written; save the weights again"
+            )
+
+    def _all_datasets(self, h5py: Any, group: Any) -> Iterator[str]:
+        """The path of everything in ``group`` that is no group, at any depth. Follows no links."""
+        stack, seen = [("", group)], set()
+        while stack:
+            path, item = stack.pop()
+            for name in item:
+                inner = f"{path}/{name}".lstrip("/")
+                is_hard = isinstance(item.get(name, getlink=True), h5py.HardLink)
+                member = item[name] if is_hard else None
+                if not isinstance(member, h5py.Group):
+                    yield inner
+                elif (place := h5py.h5o.get_info(member.id).addr) not in seen:  # a group may hold itself
+                    seen.add(place)
+                    stack.append((inner, member))
+
+
+def _names(attributes: Any, name: str) -> list[str]:
+    """A list of names that Keras stores as one attribute, or in numbered pieces where it is too long."""
+    if name in attributes:
+        pieces = [attributes[name]]
+    else:
+        pieces, number = [], 0
+        while f"{name}{number}" in attributes:
+            pieces.append(attributes[f"{name}{number}"])
+            number += 1
+    return [
+        item.decode() if isinstance(item, bytes) else str(item)
+        for piece in pieces
+        for item in np.atleast_1d(piece)
+    ]
+
+
+def _h5py(path: Path) -> Any:
+    try:
+        import h5py
+    except ImportError:
+        raise CheckpointError(
+            f"{path} is an HDF5 file, and reading it needs h5py: pip install 'efficientdet-porting[h5]'"
+        ) from None
+    return h5py
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

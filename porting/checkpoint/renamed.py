@@ -1,0 +1,54 @@
+"""One checkpoint's arrays under other names, whole or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .base import Checkpoint
+
+
+class Source(NamedTuple):
+    """Where a variable's values come from: the array stored as ``key``, or ``take`` of it, of ``shape``."""
+
+    key: str
+    take: Callable[[np.ndarray], np.ndarray] | None = None
+    shape: tuple[int, ...] = ()  # of what ``take`` returns; without it the stored array's own shape counts
+
+
+class Renamed(Checkpoint):
+    """``inner`` seen through ``sources``; several names may share a key, and keys may be left out.
+
+    Closing it closes ``inner``.
+    """
+
+    def __init__(
+        self, inner: Checkpoint, sources: Mapping[str, Source], format: str, notes: Iterable[str] = ()
+    ) -> None:
+        super().__init__(
+            source=inner.source,
+            format=format,
+            shapes={
+                name: source.shape if source.take else inner.shapes[source.key]
+                for name, source in sources.items()
+            },
+            dtypes={name: inner.dtypes[source.key] for name, source in sources.items()},
+            notes=(*inner.notes, *notes),
+        )
+        self._inner = inner
+        self._sources = dict(sources)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _reading_order(self, names: list[str]) -> list[str]:
+        keys = dict.fromkeys(self._sources[name].key for name in names)
+        place = {key: position for position, key in enumerate(self._inner._reading_order(list(keys)))}
+        return sorted(names, key=lambda name: place[self._sources[name].key])
+
+    def _read(self, name: str) -> np.ndarray:
+        source = self._sources[name]
+        array = self._inner._read(source.key)
+        return np.array(source.take(array), order="C") if source.take else array

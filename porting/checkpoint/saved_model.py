@@ -1,0 +1,69 @@
+"""SavedModel folders: where their variables lie, and which of them the model computes with."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+
+from porting.errors import CheckpointError
+from porting.names import EMA_SUFFIX
+
+from .base import Checkpoint
+from .bundle import TensorBundle
+from .renamed import Renamed, Source
+
+FORMAT = "TensorFlow SavedModel"
+
+_GRAPHS = ("saved_model.pb", "saved_model.pbtxt")
+_VARIABLES = "variables"  # both the folder in a SavedModel and the prefix in that folder
+
+
+def saved_model_prefix(path: str | os.PathLike[str]) -> Path | None:
+    """The prefix of the variables of the SavedModel at ``path``, its folder or its graph; None for others.
+
+    Raises CheckpointError for a SavedModel without variables.
+    """
+    path = Path(path)
+    folder = path.parent if path.name in _GRAPHS else path
+    prefix = folder / _VARIABLES / _VARIABLES
+    if os.path.isfile(f"{prefix}.index"):
+        return prefix
+    if any(os.path.isfile(folder / graph) for graph in _GRAPHS):
+        raise CheckpointError(
+            f"{folder} is a SavedModel without variables: {prefix}.index is not there; fetch the whole folder"
+        )
+    return None
+
+
+def understood(bundle: TensorBundle) -> Checkpoint:
+    """The AutoML variables in ``bundle``: as they are called there, as its objects say, or as it serves them.
+
+    Raises CheckpointError if its objects are no EfficientDet's.
+    """
+    from .object_graph import is_object_based, open_object_checkpoint
+
+    # No training script calls its checkpoints so.
+    is_served = PurePath(bundle.source).name == _VARIABLES
+    try:
+        checkpoint = open_object_checkpoint(bundle) if is_object_based(bundle) else bundle
+    except BaseException:
+        bundle.close()
+        raise
+    return as_served(checkpoint) if is_served else checkpoint
+
+
+def as_served(checkpoint: Checkpoint) -> Checkpoint:
+    """The variables that a SavedModel's graph computes with: those under the plain names.
+
+    AutoML exports by restoring the moving averages *into* the plain variables. On the way it creates averages
+    once more, which keep the random values they were initialised with, and are saved with the rest.
+    """
+    twins = [name for name in checkpoint if name.endswith(EMA_SUFFIX)]
+    sources = {name: Source(name) for name in checkpoint if not name.endswith(EMA_SUFFIX)}
+    notes = []
+    if twins:
+        notes.append(
+            f"left out {len(twins)} moving averages: a SavedModel computes with the plain variables, which "
+            "were the averages when AutoML exported it"
+        )
+    return Renamed(checkpoint, sources, FORMAT, notes)
