@@ -5,19 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.download import Listener
+from porting.releases import fetch, release_named
 from pytorch_model.config import model_config
 
 SYNTHETIC = "synthetic:"
 
 
-def open_source(spec: str, folder: Path, step: int | None = None) -> Checkpoint:
-    """Open ``spec``: a path, or ``synthetic:MODEL``.
+def open_source(
+    spec: str,
+    folder: Path,
+    step: int | None = None,
+    cache: Path | None = None,
+    listener: Listener | None = None,
+) -> Checkpoint:
+    """Open ``spec``: a path, the name of a release such as ``efficientdet-d0``, or ``synthetic:MODEL``.
 
     A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other.
+    A release is first downloaded into ``cache``, unless it is there; ``listener`` hears how that goes.
     ``step`` picks one of several checkpoints in a folder. Raises :class:`PortingError` with what to do.
     """
     if spec.startswith(SYNTHETIC):
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
+    release = release_named(spec)
+    if release:
+        return open_checkpoint(fetch(release, cache, listener), step)
     return open_checkpoint(spec, step)
 
 
