@@ -655,6 +655,7 @@ BAD_CONFIGS = [
     pytest.param({"max_nms_inputs": -1}, "max_nms_inputs", id="negative inputs"),
     pytest.param({"max_output_size": 0}, "max_output_size", id="no output"),
     pytest.param({"sigma": 0.0}, "sigma", id="no sigma"),
+    pytest.param({"pyfunc": True, "method": "hard", "score_thresh": 0.1}, "no threshold", id="pyfunc hard"),
 ]
 
 

@@ -333,6 +333,12 @@ def test_damaged_files_are_refused(decoder: str, tmp_path: Path) -> None:
 def test_wrong_calls_are_refused() -> None:
     with pytest.raises(ImageError, match="no images"):
         preprocess([], D0)
+    with pytest.raises(ImageError, match="no images"):
+        preprocess(torch.zeros(0, 3, 4, 4, dtype=torch.uint8), D0)
+    with pytest.raises(ImageError, match="not float32"):
+        preprocess(torch.zeros(2, 3, 4, 4), D0)
+    with pytest.raises(ImageError, match="number 0: 4000 x 1 pixels"):
+        preprocess(torch.zeros(2, 3, 1, 4000, dtype=torch.uint8), D0)
     with pytest.raises(ImageError, match="must be a list"):
         preprocess("one.jpg", D0)
     with pytest.raises(ImageError, match="must be a list"):

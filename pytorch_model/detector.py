@@ -46,7 +46,7 @@ class Detector:
         self.decoder = decoder
         self._anchors_yxyx = generate_anchors(model.config, self.image_size)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: its tensors refuse in-place changes, and callers scale boxes
     def __call__(self, images: Sequence[ImageSource] | Tensor) -> list[dict[str, Tensor]]:
         """Detect in one batch of images, given as for :func:`pytorch_model.preprocess.preprocess`.
 

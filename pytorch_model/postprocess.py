@@ -29,7 +29,8 @@ class NMSConfig:
 
     ``method``: ``gaussian`` (soft), ``hard``, and for ``pyfunc`` also ``linear`` (soft) and ``diou``.
     ``iou_thresh``: None is the method's own, 0.3 for ``linear`` and 0.5 otherwise; ``gaussian`` has none.
-    ``score_thresh``: 0 is the method's own, 0.001 for the soft ones and no threshold for the hard ones.
+    ``score_thresh``: 0 is the method's own, 0.001 for the soft ones and no threshold for the hard ones
+    (``pyfunc``'s hard ones can have none).
     ``sigma``: None is 0.5; only for ``gaussian``, whose weights are exp(-iou² / sigma).
     ``pyfunc``: AutoML's NumPy variant, whose boxes are one pixel larger, whose score threshold keeps
     scores that equal it, and which always keeps the best box of every class.
@@ -55,6 +56,10 @@ class NMSConfig:
             raise ConfigError(f"nms_configs.max_nms_inputs is {self.max_nms_inputs}, must be 0 or more")
         if self.max_output_size < 1:
             raise ConfigError(f"nms_configs.max_output_size is {self.max_output_size}, must be at least 1")
+        if self.pyfunc and not self.is_soft and self.score_thresh:
+            raise ConfigError(
+                f"nms_configs.score_thresh: pyfunc's {self.method} suppression has no threshold"
+            )
         if self.sigma is not None and self.sigma <= 0:
             raise ConfigError(f"nms_configs.sigma is {self.sigma}, must be above 0")
 

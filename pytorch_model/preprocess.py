@@ -57,11 +57,12 @@ def preprocess(
     ``images``: any mix of files, PIL images, uint8 RGB arrays [h, w, 3] and uint8 RGB tensors [3, h, w], of
     any sizes; or one uint8 tensor [N, 3, h, w]. ``image_size`` (height, width) defaults to
     ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is where the work is
-    done and the result lies; unless given, that of a tensor and the CPU for anything else.
+    done and the result lies; unless given, that of the first image, which is the CPU unless it is a tensor.
     Raises :class:`ImageError` with the image's name or number.
     """
     target = image_size or config.image_size
     batches, decoders = _load(images, decoder)
+    device = batches[0].device if device is None else device
     inputs, scales = [], []
     for index, pixels in enumerate(batches):
         try:
@@ -70,18 +71,20 @@ def preprocess(
             raise ImageError(f"{_describe(images[index], index)}: {error}") from None
         inputs.append(batch)
         scales.extend([scale] * len(batch))
-    return NetworkInput(torch.cat(inputs), torch.from_numpy(np.stack(scales)).to(inputs[0].device), decoders)
+    return NetworkInput(torch.cat(inputs), torch.from_numpy(np.stack(scales)).to(device), decoders)
 
 
 def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> tuple[list[Tensor], tuple[str, ...]]:
     """Batches of equal-sized pixels, uint8 [n, 3, h, w]: one per image, or the one that was given."""
     _check_decoder(decoder)
-    if isinstance(images, Tensor) and images.ndim == 4:
-        return [torch.stack([_check_tensor(image) for image in images])], ("none",) * len(images)
-    if isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence):
+    is_batch = isinstance(images, Tensor) and images.ndim == 4
+    if not is_batch and (isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)):
         raise ImageError("images must be a list of images or one uint8 tensor [N, 3, h, w]")
-    if not images:
+    if len(images) == 0:
         raise ImageError("there are no images; give at least one")
+    if isinstance(images, Tensor):
+        _check_tensor(images[0])
+        return [images], ("none",) * len(images)
     decoded = []
     for index, image in enumerate(images):
         try:

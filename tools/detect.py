@@ -1,19 +1,20 @@
+#!/usr/bin/env python3
 """Detect objects in pictures with a ported EfficientDet: drawn boxes, COCO results, a summary."""
 
 from __future__ import annotations
 
+import _cli  # first: finds the packages
+
+# isort: split
 import argparse
 import colorsys
 import dataclasses
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from rich.console import Console
@@ -30,16 +31,19 @@ from pytorch_model.preprocess import DECODERS, DecodedImage, ImageError, load_im
 if TYPE_CHECKING:
     from PIL import Image
 
-EXAMPLES = """\
+EXAMPLES = f"""
 examples:
   python tools/detect.py --weights efficientdet_d0.safetensors --images street.jpg --out found
   python tools/detect.py --weights d2.pth --images photos/ --out found --device cuda --batch-size 16
-  # everything AutoML's COCO evaluation would report, from the very pixels it sees:
+  # everything AutoML's COCO evaluation would report, from the very pixels it sees
   python tools/detect.py --weights d0.pth --images val2017/ --out found --score-threshold 0 --decoder fast-dct
 
---out receives each picture with its boxes, detections.json (COCO results: a list of image_id, category_id,
-bbox as x, y, width, height in pixels, score) and summary.json (what was run, and each picture's decoder).
-An image_id is the file's name as a number where it is one (000000000139.jpg: 139), otherwise the name.
+The folder --out receives each picture with its boxes, detections.json (COCO results: a list of image_id,
+category_id, bbox as x, y, width, height in pixels, score) and summary.json (what was run, and what decoded
+each picture). An image_id is the file's name as a number where it is one (000000000139.jpg: 139), otherwise
+the name. A picture that cannot be read is passed over and makes the exit status 1.
+
+{_cli.EXIT_CODES}
 """
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 DRAWN_SUFFIXES = (".jpg", ".jpeg", ".png")  # others are drawn as PNG beside their full name
@@ -65,13 +69,8 @@ class Found(NamedTuple):
     detections: dict[str, Tensor]  # as Detector returns them, on the CPU
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="detect.py",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
     parser.add_argument("--weights", required=True, type=Path, help="weight file, .safetensors or .pth")
     parser.add_argument("--images", required=True, type=Path, help="a picture, or a folder of pictures")
     parser.add_argument("--out", required=True, type=Path, help="folder for the results, created if needed")
@@ -94,7 +93,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
     )
     parser.add_argument("--batch-size", type=int, default=4, help="pictures at a time (default 4)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     if not 0 <= args.score_threshold <= 1:
         parser.error(f"--score-threshold is {args.score_threshold}, must be from 0 to 1")
     if args.batch_size < 1:
@@ -102,18 +101,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 done but some pictures could not be read, 2 nothing done."""
-    args = parse_arguments(arguments)
-    console = Console(stderr=True)
-    try:
-        return run(args, console)
-    except PortingError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        return 2
-
-
-def run(args: argparse.Namespace, console: Console) -> int:
+def main() -> int:
+    args = parse_arguments()
+    console = Console(highlight=False)
     files = list_images(args.images)
     prepare_folder(args.out, files)
     model = load_model(args.weights).to(choose_device(args.device))
@@ -141,7 +131,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     save_json(args.out / "detections.json", results)
     save_json(args.out / "summary.json", summary)
     print_summary(console, summary, Counter(names[r["category_id"]] for r in results), seconds, args.out)
-    return 1 if unreadable else 0
+    return _cli.EXIT_FAILED if unreadable else 0
 
 
 # --- input --------------------------------------------------------------------------------------------
@@ -342,4 +332,4 @@ def print_summary(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _cli.run(main)
