@@ -1,0 +1,42 @@
+"""Pack what Google's Keras model calls its variables: ``python parity_tests/goldens/make_keras_names.py``.
+
+``keras_names.json.xz``: file → key → shape, of object-based checkpoints and ``.h5`` files.
+``keras_graph.xz``: the object graph of Lite0's ``ckpt-1``.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from parity_tests.conftest import GOLDENS, SHARED
+from porting.checkpoint.bundle import TensorBundle, read_index
+from porting.checkpoint.object_graph import GRAPH_KEY
+
+ORACLE = SHARED / "oracle"
+
+
+def make_names() -> None:
+    names: dict[str, dict[str, list[int]]] = {}
+    for model in ("efficientdet-d0", "efficientdet-d4", "efficientdet-lite0"):
+        for kind, content in (("ckpt", "variables"), ("train_ckpt-1", "variables"), ("h5", "datasets")):
+            path = ORACLE / model / f"names_{'' if kind == 'h5' else 'tf2_'}{kind}.json"
+            if path.exists():
+                listed = json.loads(path.read_text())[content]
+                names[f"{model}/{kind}"] = {key: entry["shape"] for key, entry in listed.items()}
+    text = json.dumps(names, separators=(",", ":"))
+    (GOLDENS / "keras_names.json.xz").write_bytes(lzma.compress(text.encode()))
+
+
+def make_graph() -> None:
+    bundle = TensorBundle(read_index(ORACLE / "checkpoints" / "keras-lite0" / "ckpt-1.index"))
+    (GOLDENS / "keras_graph.xz").write_bytes(lzma.compress(bundle.read_string(GRAPH_KEY)))
+
+
+if __name__ == "__main__":
+    make_names()
+    make_graph()
