@@ -583,6 +583,28 @@ def test_a_bit_flipped_on_the_way(server: Server, tmp_path: Path) -> None:
     assert len(server.requests) == 2
 
 
+def test_each_of_two_checksum_lines_counts(server: Server, tmp_path: Path) -> None:
+    server.faults = [changed(**{"X-Goog-Hash": "md5=AAAAAAAAAAAAAAAAAAAAAA=="})]
+    fetch(D0, tmp_path)
+    assert_fetched(tmp_path)
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("start", [0, 1000])
+def test_a_piece_that_nobody_asked_for(start: int, server: Server, tmp_path: Path) -> None:
+    def piece(handler: Handler) -> bool:
+        handler.send_response(206)
+        handler.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
+        handler.end_headers()
+        handler.wfile.write(BODY[start:])
+        return True
+
+    server.faults = [piece]
+    fetch(D0, tmp_path)
+    assert_fetched(tmp_path)
+    assert len(server.requests) == 2
+
+
 @pytest.mark.parametrize("one_line", [True, False])
 def test_both_checksums_are_recorded(one_line: bool, server: Server, tmp_path: Path) -> None:
     crc32c, md5 = google_crc32c.value(BODY).to_bytes(4, "big"), hashlib.md5(BODY).digest()

@@ -216,7 +216,7 @@ def _attempt(url: str, part: Path, listener: Listener) -> _Described:
     start = _size(part)
     if described and start == described.length:
         return described  # all there, but not stored: the last run ended just then
-    headers = {"Accept-Encoding": "identity"}
+    headers: dict[str, str] = {}
     if start:
         headers["Range"] = f"bytes={start}-"
     if start and described and described.validator:
