@@ -28,6 +28,9 @@ from pytorch_model.efficientdet import EfficientDet
 #: Calls its argument with (tap name, NHWC array) at every tap, in execution order.
 Reference = Callable[[Callable[[str, np.ndarray], None]], None]
 
+#: Sees (pair, ours, reference's) at every tap: both [N, H, W, C], each network on its own activations.
+Observer = Callable[[TapPair, np.ndarray, np.ndarray], None]
+
 
 @dataclass(frozen=True)
 class TapResult:
@@ -92,11 +95,12 @@ def compare(
     reference: Reference,
     images: np.ndarray,
     progress: Callable[[TapResult], None] = lambda result: None,
+    observe: Observer | None = None,
 ) -> ParityResult:
     """Compare ``model`` (in evaluation mode, on any device) with ``reference``, both on ``images``.
 
     ``images``: [N, H, W, 3], normalised; taken to the model's own float type. ``progress`` sees each tap as
-    it is compared. Raises whatever the reference raises.
+    it is compared, ``observe`` the two activations themselves. Raises whatever the reference raises.
     """
     parameter = next(model.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
@@ -115,6 +119,8 @@ def compare(
         )
         results.append(result)
         progress(result)
+        if observe:
+            observe(pair, nhwc[:count], expected)
         if expected.shape != nhwc[count:].shape:
             return ours
         forced = torch.from_numpy(expected).to(ours).permute(0, 3, 1, 2)
