@@ -137,6 +137,43 @@ def test_a_real_release_equals_its_folder(name: str, shared: Path, tmp_path: Pat
             assert value.tobytes() == plain[key].tobytes(), key
 
 
+@pytest.mark.parametrize(
+    ("place", "files"),
+    [
+        ("oracle/checkpoints/keras-lite0", ["efficientdet-lite0.h5"]),
+        ("oracle/checkpoints/keras-lite0", ["checkpoint", "ckpt-1.index", "ckpt-1.data-00000-of-00001"]),
+        ("lite0", ["efficientdet_lite0.tflite"]),
+    ],
+    ids=["h5", "object-based", "tflite"],
+)
+def test_real_files_of_other_formats(place: str, files: list[str], shared: Path, tmp_path: Path) -> None:
+    plain = shared / place / files[0]
+    with tarfile.open(tmp_path / "m.tgz", "w:gz", compresslevel=1) as tar:
+        for file in files:
+            tar.add(shared / place / file, f"weights/{file}")
+    with open_checkpoint(tmp_path / "m.tgz") as packed, open_checkpoint(plain) as unpacked:
+        assert (packed.format, packed.notes, packed.step) == (unpacked.format, unpacked.notes, unpacked.step)
+        assert dict(packed.shapes) == dict(unpacked.shapes)
+        assert packed.source.startswith(f"{tmp_path / 'm.tgz'}:weights/")
+        theirs = dict(unpacked.read_many(unpacked))
+        for key, value in packed.read_many(packed):
+            assert value.tobytes() == theirs[key].tobytes(), key
+
+
+def test_notes_are_passed_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tar_gz(folder, tmp_path / "m.tar.gz")
+    real = open_checkpoint
+
+    def noting(path: Path, step: int | None = None) -> Checkpoint:
+        checkpoint = real(path, step)
+        checkpoint.notes = (f"{checkpoint.source} is odd",)
+        return checkpoint
+
+    monkeypatch.setattr(porting.checkpoint, "open_checkpoint", noting)
+    with archive.open_archive(tmp_path / "m.tar.gz") as checkpoint:
+        assert checkpoint.notes == (f"{tmp_path / 'm.tar.gz'}:efficientdet-d0/model is odd",)
+
+
 def test_without_a_folder_inside(folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "flat.zip", "w") as out:
         for file in folder.iterdir():
@@ -182,6 +219,8 @@ def test_what_macos_adds_is_passed_over(folder: Path, tmp_path: Path) -> None:
             "s",
         ),
         (["efficientdet-lite0.tflite"], "efficientdet-lite0.tflite"),
+        (["a/model.tflite", "a/efficientdet-d0_frozen.pb"], "a/efficientdet-d0_frozen.pb"),
+        (["saved_model.pb", "keras_metadata.pb", "variables/variables.index", "m.tflite"], ""),
         (["saved_model.pb", "variables/variables.index", "x.hdf5"], "x.hdf5"),
     ],
 )
@@ -201,10 +240,11 @@ def test_other_formats_go_through_the_same_open(
     monkeypatch.setattr(porting.checkpoint, "open_checkpoint", fake)
     with pytest.raises(CheckpointError) as caught:
         archive.open_archive(tmp_path / "m.zip", 3)
-    (unpacked,) = {path for path in seen[0][0].parents if path.parent == temporary}
-    assert str(seen[0][0].relative_to(unpacked)) == opened
-    assert seen[0][1] == 3
-    assert str(caught.value) == f"{tmp_path / 'm.zip'}:{opened} was opened"
+    ((path, step),) = seen
+    assert Path(*path.relative_to(temporary).parts[1:]) == Path(opened)
+    assert step == 3
+    spoken = f"{tmp_path / 'm.zip'}:{opened}".removesuffix(":")
+    assert str(caught.value) == f"{spoken} was opened"
 
 
 # The temporary folder

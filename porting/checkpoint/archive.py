@@ -40,7 +40,8 @@ _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 _HEAD = 512  # bytes: a tar header, which is the longest thing that tells the formats apart
 
 #: What weights may lie in. ``.meta`` (the graph) and event files are large, and of no use here.
-_WANTED = re.compile(rf"{STATE_FILE}|saved_model\.pb|.+\.(index|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite)")
+_WANTED = re.compile(rf"{STATE_FILE}|.+\.(index|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)")
+_SAVED_MODEL = "saved_model.pb"
 
 # The largest EfficientDet, D7x, is 0.9 GB with averages and optimizer slots; float weights hardly compress.
 _MOST_BYTES = 8 << 30
@@ -99,9 +100,9 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
 def open_archive(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
     """Open the one checkpoint inside the archive at ``path``; ``step`` as in ``open_checkpoint``.
 
-    Of several kinds of weights the most complete is taken: a V2 checkpoint, then ``.h5``, SavedModel,
-    ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: damaged, hostile, too large, no weights in
-    it, or two of one kind.
+    Of several kinds of weights the most complete is taken: a V2 checkpoint, then ``.h5``, SavedModel, frozen
+    graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: damaged, hostile, too
+    large, no weights in it, or two of one kind.
     """
     path = Path(path)
     try:
@@ -121,7 +122,8 @@ class _ArchivedCheckpoint(Checkpoint):
     """A checkpoint in an unpacked ``folder`` that it owns; errors and ``source`` speak of the archive."""
 
     def __init__(self, inner: Checkpoint, archive: Path, folder: Path) -> None:
-        super().__init__(_spoken(inner.source, archive, folder), inner.format, inner.shapes, inner.dtypes)
+        source, *notes = (_spoken(text, archive, folder) for text in (inner.source, *inner.notes))
+        super().__init__(source, inner.format, inner.shapes, inner.dtypes, notes)
         self._inner, self._archive, self._folder = inner, archive, folder
         self._remove = weakref.finalize(self, _close_and_remove, inner, folder)
 
@@ -166,16 +168,17 @@ def _spoken(text: str, archive: Path, folder: Path) -> str:
 def _open_one(archive: Path, folder: Path, found: list[PurePosixPath], step: int | None) -> Checkpoint:
     from . import open_checkpoint
 
-    saved_models = {path.parent for path in found if path.name == "saved_model.pb"}
-    inside_saved_models = {parent / "variables" for parent in saved_models}
-    folders = {path.parent for path in found if path.suffix == ".index"} - inside_saved_models
+    saved_models = {path.parent for path in found if path.name == _SAVED_MODEL}
+    folders = {path.parent for path in found if path.suffix == ".index"}
+    folders -= {parent / "variables" for parent in saved_models}
     h5 = {path for path in found if path.suffix in (".h5", ".hdf5")}
+    frozen = {path for path in found if path.suffix == ".pb" and path.parent not in saved_models}
     tflite = {path for path in found if path.suffix == ".tflite"}
-    choices = next(filter(None, (folders, h5, saved_models, tflite)), set())
+    choices = next(filter(None, (folders, h5, saved_models, frozen, tflite)), set())
     if not choices:
         raise CheckpointError(
-            f"{archive} holds no weights: no TensorFlow checkpoint, .h5, SavedModel or .tflite is in it; "
-            "is it the right file?"
+            f"{archive} holds no weights: no TensorFlow checkpoint, .h5, SavedModel, frozen graph or .tflite "
+            "is in it; is it the right file?"
         )
     if len(choices) > 1:
         listing = ", ".join(str(choice) for choice in sorted(choices))
