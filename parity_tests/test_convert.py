@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from parity_tests.configs import configs
 from parity_tests.recordings import golden_recording
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.writer import write_bundle
@@ -155,6 +158,29 @@ def test_removing_biases_keeps_the_function_in_training_mode() -> None:
     bn = torch.nn.BatchNorm2d(kernel.shape[1], dtype=torch.float64)
     with_bias = bn(conv(x))
     torch.testing.assert_close(with_bias, bn(torch.nn.functional.conv2d(x, conv.weight)), rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=15)
+@given(configs(), st.booleans())
+def test_any_configuration_survives_writing_reading_and_inference(
+    tmp_path_factory: pytest.TempPathFactory, config: EfficientDetConfig, momentum: bool
+) -> None:
+    content = synthetic_checkpoint(config, momentum=momentum)
+    folder = tmp_path_factory.mktemp("any")
+    write_bundle(folder / "model", content)
+    unseen = ("num_scales", "aspect_ratios", "fpn_weight_method", "act_type", "survival_prob")
+    overrides = {name: getattr(config, name) for name in (*unseen, "conv_after_downsample", "image_size")}
+    with open_checkpoint(folder) as checkpoint:
+        found = infer_config(checkpoint.shapes, checkpoint.source, overrides).config
+        conversion = convert(checkpoint, found)
+    assert (
+        found.replace(
+            name=config.name, anchor_scale=4.0, mean_rgb=config.mean_rgb, stddev_rgb=config.stddev_rgb
+        )
+        == config
+    )
+    for name, value in conversion.variables.items():
+        np.testing.assert_array_equal(value, content[name + EMA_SUFFIX])
 
 
 def test_the_real_d0_checkpoint(shared: Path) -> None:

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -210,6 +211,7 @@ def _parse_entry(name: str, message: bytes, num_shards: int) -> Entry:
     return entry
 
 
+@lru_cache(maxsize=1024)  # a checkpoint's thousands of entries share a few hundred shapes
 def _parse_shape(message: bytes) -> tuple[int, ...]:
     """A ``TensorShapeProto``."""
     shape: list[int] = []
