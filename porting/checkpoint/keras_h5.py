@@ -89,7 +89,7 @@ class KerasH5(Checkpoint):
         if not self._file:
             raise CheckpointError(f"{self._path} is closed; open it again")
         try:
-            return np.asarray(self._datasets[name][()], self.dtypes[name], order="C")
+            return np.array(self._datasets[name][()], self.dtypes[name], order="C")
         except Exception as error:
             self._damaged(error)
 
