@@ -1,8 +1,9 @@
 """Keras HDF5 weights (``.h5``), as ``save_weights`` of AutoML's Keras model writes them.
 
-The file has a group for each layer; the group's attribute ``weight_names`` (in pieces ``weight_names0``, …
-where it is long) lists the datasets, whose names are the variables' with ``:0`` behind. HDF5 keeps no
-checksums: a file with flipped bits in the values cannot be told from a sound one.
+The file has a group for each layer, and in it a dataset for each variable, under the variable's name with
+``:0`` behind. Keras also lists them in attributes (``weight_names``, in pieces where long), which say nothing
+more and are not read: HDF5 stores such lists where damage can send its library into an endless loop. It
+keeps no checksums: a file with flipped bits in the values cannot be told from a sound one.
 
 Source: Keras 2 ``saving/legacy/hdf5_format.py``.
 """
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import weakref
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +29,6 @@ FORMAT = "Keras HDF5 weights"
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _FLOATS = ("f2", "f4", "f8")
-_TOP_LEVEL = "top_level_model_weights"  # a group that layer_names leaves out: the model's own variables
 #: A second model in one Python process has its stem's layers counted on: stem_1/conv2d_1, …
 _COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
 
@@ -53,7 +54,7 @@ class KerasH5(Checkpoint):
 
     Nothing outside the file is read (external and soft links, external and virtual storage are refused), and
     no dataset may claim more bytes than the file could hold. Raises CheckpointError for those, a missing
-    h5py, a file that Keras did not write, or one whose lists and datasets do not agree.
+    h5py, an incomplete file, or one that Keras did not write.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -102,8 +103,8 @@ class KerasH5(Checkpoint):
     def _find_datasets(self, h5py: Any) -> tuple[dict[str, Any], list[str]]:
         """AutoML name → dataset, each checked but not read; and what to tell the user."""
         root, notes = self._file, []
-        if "model_weights" in self._file and "layer_names" not in self._file.attrs:  # of a whole model
-            root = self._member(h5py, self._file, "model_weights", h5py.Group)
+        if "layer_names" not in root.attrs and "model_weights" in root:
+            root = self._member(h5py, root, "model_weights")
             notes.append("only the model's weights were taken from a file that holds the whole model")
         if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
             self._refuse(
@@ -111,24 +112,12 @@ class KerasH5(Checkpoint):
                 "save the weights with the TensorFlow and Keras that AutoML used"
             )
         found: dict[str, Any] = {}
-        groups = _names(root.attrs, "layer_names")
-        groups += [_TOP_LEVEL] if _TOP_LEVEL in root else []
-        for layer in groups:
-            group = self._member(h5py, root, layer, h5py.Group)
-            listed = _names(group.attrs, "weight_names")
-            for weight in listed:
-                name = weight.removesuffix(":0")
-                if name in found:
-                    self._refuse(f"holds {name} twice; save the weights again")
-                found[name] = self._member(h5py, group, weight, h5py.Dataset)
-            unlisted = sorted(set(self._all_datasets(h5py, group)) - set(listed))
-            if unlisted:
-                self._refuse(
-                    f"holds {layer}/{unlisted[0]}, which its weight_names do not list; it was changed"
-                )
-        extra = sorted(set(root) - set(groups))
-        if extra:
-            notes.append(f"left out {', '.join(extra)}, which are no layers of the model")
+        for path, dataset in self._walk(h5py, root):
+            self._check_dataset(path, dataset)
+            name = path.partition("/")[2].removesuffix(":0")
+            if not name or name in found:
+                self._refuse(f"has {path}, which is no variable of a layer, or one for the second time")
+            found[name] = dataset
         if not found:
             self._refuse("holds no weights; save the model after it was built")
         return self._uncount_stem(found, notes), notes
@@ -142,23 +131,29 @@ class KerasH5(Checkpoint):
         notes.append(f"{changed} variables of the stem were saved by a second model in one process; renamed")
         return renamed
 
-    def _member(self, h5py: Any, group: Any, path: str, kind: Any) -> Any:
-        """The group or dataset at ``path``, every step of it inside this file."""
-        item = group
-        for part in path.split("/"):
-            link = item.get(part, getlink=True) if isinstance(item, h5py.Group) and part else None
-            if isinstance(link, (h5py.ExternalLink, h5py.SoftLink)):
-                self._refuse(f"has a link at {path} instead of data; save the weights into one file")
-            if link is None:
-                self._refuse(f"lists {path}, but does not hold it; fetch the file again")
-            item = item[part]
-        if not isinstance(item, kind):
-            self._refuse(f"has something else than a {kind.__name__.lower()} at {path}; fetch the file again")
-        if kind is h5py.Dataset:
-            self._check_dataset(path, item)
-        return item
+    def _walk(self, h5py: Any, root: Any) -> Iterator[tuple[str, Any]]:
+        """Path and dataset of everything in ``root`` that is no group, at any depth."""
+        queue, seen = deque([("", root)]), set()
+        while queue:
+            path, group = queue.popleft()
+            for name in group:
+                inner = f"{path}/{name}".lstrip("/")
+                member = self._member(h5py, group, name, inner)
+                if not isinstance(member, h5py.Group):
+                    yield inner, member
+                elif (place := h5py.h5o.get_info(member.id).addr) not in seen:  # a group may hold itself
+                    seen.add(place)
+                    queue.append((inner, member))
+
+    def _member(self, h5py: Any, group: Any, name: str, path: str = "") -> Any:
+        """``group[name]``, which must lie in this file; ``path`` is what errors call it."""
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            self._refuse(f"has a link at {path or name} instead of data; save the weights into one file")
+        return group[name]
 
     def _check_dataset(self, path: str, dataset: Any) -> None:
+        if not hasattr(dataset, "shape"):
+            self._refuse(f"has something else than values at {path}; fetch the file again")
         if dataset.dtype.str[1:] not in _FLOATS or dataset.shape is None:
             self._refuse(f"holds {path} as {dataset.dtype}, where weights are floating point; wrong file?")
         if dataset.is_virtual or dataset.external:
@@ -177,37 +172,6 @@ class KerasH5(Checkpoint):
             self._refuse(
                 f"is incomplete: the values of {path} were never all written; save the weights again"
             )
-
-    def _all_datasets(self, h5py: Any, group: Any) -> Iterator[str]:
-        """The path of everything in ``group`` that is no group, at any depth. Follows no links."""
-        stack, seen = [("", group)], set()
-        while stack:
-            path, item = stack.pop()
-            for name in item:
-                inner = f"{path}/{name}".lstrip("/")
-                is_hard = isinstance(item.get(name, getlink=True), h5py.HardLink)
-                member = item[name] if is_hard else None
-                if not isinstance(member, h5py.Group):
-                    yield inner
-                elif (place := h5py.h5o.get_info(member.id).addr) not in seen:  # a group may hold itself
-                    seen.add(place)
-                    stack.append((inner, member))
-
-
-def _names(attributes: Any, name: str) -> list[str]:
-    """A list of names that Keras stores as one attribute, or in numbered pieces where it is too long."""
-    if name in attributes:
-        pieces = [attributes[name]]
-    else:
-        pieces, number = [], 0
-        while f"{name}{number}" in attributes:
-            pieces.append(attributes[f"{name}{number}"])
-            number += 1
-    return [
-        item.decode() if isinstance(item, bytes) else str(item)
-        for piece in pieces
-        for item in np.atleast_1d(piece)
-    ]
 
 
 def _h5py(path: Path) -> Any:
