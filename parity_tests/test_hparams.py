@@ -412,10 +412,19 @@ def read_or_refuse(text: str) -> None:
 @example("x=1if 1else 0")
 @example("x='\\N{'")
 @example("x=\x00")
+@example("num_classes={[1]:2}")
+@example("num_classes=" + "-" * 20_000 + "1")
+@example("num_classes=" + "1+" * 20_000 + "1")
 @example("\ud800=\ud800")
 @settings(deadline=None)
 def test_any_text(text: str) -> None:
     read_or_refuse(text)
+
+
+def test_nothing_is_said_but_the_error(recwarn: pytest.WarningsRecorder) -> None:
+    """Python warns of ``'\\d'`` and ``1if``; the user wrote no Python."""
+    assert read_hparams(r"var_freeze_expr='\d+',save_freq=1if 1else 0").ignored
+    assert not recwarn
 
 
 @given(PAIRS)

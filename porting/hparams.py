@@ -135,7 +135,7 @@ def _split(text: str) -> Iterator[str]:
 def _parse_value(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
-    if "*" in text and text[:1] not in "\"'([{":  # AutoML's own way to write a list
+    if "*" in text:  # AutoML's own way to write a list
         return [_parse_value(part) for part in text.split("*")]
     try:
         with warnings.catch_warnings():
