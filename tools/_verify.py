@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,34 +14,77 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from porting.convert import Conversion, apply_rules
 from porting.errors import PortingError
 from porting.parity import ParityResult, TapResult, compare, tensorflow_reference, tolerances
+from porting.parity.diagnose import Diagnosis, diagnose
+from porting.parity.lockstep import Observer
 from porting.rules import rules, taps
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
 from tf_reference.synthetic import synthetic_image
 
-DEFAULT_SIZE = 512  # the largest picture --verify takes of itself; a model's own size where that is smaller
+DEFAULT_SIZE = 512  # the largest picture a verification takes of itself; a model's own where that is smaller
+DIAGNOSIS_SIZE = 256  # a diagnosis keeps every activation and runs often: its picture is small
 
 
-def verify(console: Console, conversion: Conversion, size: int | None) -> tuple[bool, dict[str, Any]]:
-    """Compare the port with the TensorFlow reference in float64, then, layer by layer on screen, in float32.
+@dataclass(frozen=True)
+class Outcome:
+    """``exact``: the rules and both networks, in float64. ``rounded``: the weights as written, in float32."""
 
-    Returns (passed, figures). Raises :class:`PortingError` where TensorFlow is not installed.
+    exact: ParityResult
+    rounded: ParityResult
+    diagnosis: Diagnosis | None
+
+    @property
+    def passed(self) -> bool:
+        return self.exact.passed and self.rounded.passed
+
+    def figures(self) -> dict[str, Any]:
+        return {result.dtype: _figures(result) for result in (self.exact, self.rounded)}
+
+
+def picture_size(config: EfficientDetConfig, size: int | None) -> tuple[int, int]:
+    if size:
+        return size, size
+    return min(config.image_size[0], DEFAULT_SIZE), min(config.image_size[1], DEFAULT_SIZE)
+
+
+def synthetic_input(config: EfficientDetConfig, size: tuple[int, int]) -> np.ndarray:
+    """A seeded picture as the network wants it: float32 [1, H, W, 3], normalised."""
+    picture = synthetic_image(*size)[None]
+    return (picture - np.array(config.mean_rgb, np.float32)) / np.array(config.stddev_rgb, np.float32)
+
+
+def verify(
+    console: Console,
+    conversion: Conversion,
+    images: np.ndarray,
+    *,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    raw_variables: Mapping[str, np.ndarray] | None = None,
+    device: str = "cpu",
+    observe: Observer | None = None,
+) -> Outcome:
+    """Compare with the TensorFlow reference in float64, then, line by line on screen, in float32.
+
+    ``images`` float32 [N, H, W, 3]. The float32 run is of ``state_dict``, the conversion's own unless given.
+    ``raw_variables`` help a diagnosis. Raises :class:`PortingError` where TensorFlow is not installed.
     """
     require_tensorflow()
-    config = conversion.config
-    height, width = (size, size) if size else tuple(min(side, DEFAULT_SIZE) for side in config.image_size)
-    picture = synthetic_image(height, width)[None]
-    images = (picture - np.array(config.mean_rgb, np.float32)) / np.array(config.stddev_rgb, np.float32)
+    height, width = images.shape[1:3]
     console.print(f"\n[bold]verifying[/] against the TensorFlow reference, same {height}×{width} picture")
-    exact = run_float64(console, conversion, images)
-    by_tap = {tap.pair.tap: tap for tap in exact.taps}
-    rows = Rows(console, by_tap)
-    model = build(config, conversion.state_dict)
-    reference = tensorflow_reference(conversion.variables, config, images, "float32")
-    rounded = compare(model, reference, images, rows.add)
-    print_verdict(console, exact, rounded)
-    figures = {result.dtype: summarise(result) for result in (exact, rounded)}
-    return exact.passed and rounded.passed, {"size": [height, width], **figures}
+    exact = _run_float64(console, conversion, images, device)
+    rows = _Rows(console, {tap.pair.tap: tap for tap in exact.taps})
+    weights = conversion.state_dict if state_dict is None else state_dict
+    reference = tensorflow_reference(conversion.variables, conversion.config, images, "float32")
+    rounded = compare(_build(conversion.config, weights, device), reference, images, rows.add, observe)
+    diagnosis = None
+    for result in (exact, rounded):
+        if result.first_divergence and diagnosis is None:
+            with console.status("looking for the cause …"):
+                diagnosis = _diagnose(conversion, weights, raw_variables, result)
+    _print_verdict(console, exact, rounded)
+    if diagnosis:
+        print_diagnosis(console, diagnosis)
+    return Outcome(exact, rounded, diagnosis)
 
 
 def require_tensorflow() -> None:
@@ -51,16 +96,16 @@ def require_tensorflow() -> None:
         ) from None
 
 
-def build(config: EfficientDetConfig, state_dict: dict[str, torch.Tensor]) -> EfficientDet:
+def _build(config: EfficientDetConfig, state_dict: Mapping[str, torch.Tensor], device: str) -> EfficientDet:
     with torch.device("meta"):
         model = EfficientDet(config)
-    model.load_state_dict(state_dict, assign=True)
-    return model.eval()
+    model.load_state_dict(dict(state_dict), assign=True)
+    return model.eval().to(device)
 
 
-def run_float64(console: Console, conversion: Conversion, images: np.ndarray) -> ParityResult:
+def _run_float64(console: Console, conversion: Conversion, images: np.ndarray, device: str) -> ParityResult:
     config = conversion.config
-    model = build(config, apply_rules(rules(config), conversion.variables, "float64"))
+    model = _build(config, apply_rules(rules(config), conversion.variables, "float64"), device)
     reference = tensorflow_reference(conversion.variables, config, images, "float64")
     columns = (
         TextColumn("{task.description}"),
@@ -78,7 +123,24 @@ def run_float64(console: Console, conversion: Conversion, images: np.ndarray) ->
         )
 
 
-class Rows:
+def _diagnose(
+    conversion: Conversion,
+    weights: Mapping[str, torch.Tensor],
+    raw_variables: Mapping[str, np.ndarray] | None,
+    failed: ParityResult,
+) -> Diagnosis | None:
+    """Look at the first divergence again on a small picture, where that shows it too."""
+    config, dtype = conversion.config, failed.dtype
+    if dtype == "float64":
+        weights = apply_rules(rules(config), conversion.variables, "float64")
+    model = _build(config, weights, "cpu")
+    images = synthetic_input(config, picture_size(config, DIAGNOSIS_SIZE)).astype(dtype)
+    reference = tensorflow_reference(conversion.variables, config, images, dtype)
+    first = compare(model, reference, images).first_divergence
+    return diagnose(model, conversion.variables, raw_variables, reference, images, first) if first else None
+
+
+class _Rows:
     """Prints a line per tap: both errors, in both float types, and a mark."""
 
     def __init__(self, console: Console, exact: dict[str, TapResult]) -> None:
@@ -98,16 +160,16 @@ class Rows:
         name = result.pair.module if result.pair.output is None else result.pair.tap
         scope = f"{result.pair.tap:<44}" if self.wide else ""
         shape = "×".join(str(n) for n in result.shape)
-        figures = f"  {figure(exact)}  {figure(result)}"
+        figures = f"  {_figure(exact)}  {_figure(result)}"
         mark = "[green]✓[/]" if exact.passed and result.passed else "[red bold]✗[/]"
         self.console.print(f"{name:<34}{scope}{shape:>18}{figures} {mark}", soft_wrap=True)
 
 
-def figure(result: TapResult) -> str:
+def _figure(result: TapResult) -> str:
     return f"{result.accumulated.relative:>8.0e}{result.isolated.relative:>8.0e}"
 
 
-def print_verdict(console: Console, *results: ParityResult) -> None:
+def _print_verdict(console: Console, *results: ParityResult) -> None:
     console.print()
     for result in results:
         accumulated, isolated = result.worst("accumulated"), result.worst("isolated")
@@ -127,7 +189,18 @@ def print_verdict(console: Console, *results: ParityResult) -> None:
             )
 
 
-def summarise(result: ParityResult) -> dict[str, Any]:
+def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    console.print(f"  [bold]likely cause:[/] {diagnosis.kind}: {diagnosis.detail}", soft_wrap=True)
+    for tensor in diagnosis.weights[:6]:
+        ours, expected = (" ".join(f"{x:+.3g}" for x in side) for side in (tensor.ours, tensor.expected))
+        console.print(
+            f"    {tensor.tensor}: off by {tensor.relative:.1e}; min max mean std {ours}; "
+            f"expected {expected}",
+            soft_wrap=True,
+        )
+
+
+def _figures(result: ParityResult) -> dict[str, Any]:
     first = result.first_divergence
     return {
         "passed": result.passed,

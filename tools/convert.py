@@ -12,16 +12,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import _source
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from porting.audit import audit_parameters
 from porting.convert import Conversion, convert, metadata
 from porting.errors import PortingError
 from porting.files import check_writable, replacing
-from porting.infer import Inference, infer_config, named_config
-from porting.sources import SYNTHETIC, open_source
-from pytorch_model.config import MODELS
+from porting.hparams import Hparams
+from porting.infer import Inference
+from pytorch_model.config import BackboneConfig
 from pytorch_model.weights import SUFFIXES, write_weights
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ EXAMPLES = f"""
 examples:
   # a folder holding model.index, model.data-… and checkpoint
   python tools/convert.py --ckpt path/to/efficientdet-d0
+  # one of Google's releases, downloaded once
+  python tools/convert.py --ckpt efficientdet-d0
+  # a model of one's own, with what its weights do not tell
+  python tools/convert.py --ckpt run/ --hparams "image_size=640x480,aspect_ratios=[1.0,3.0,0.33]"
   # no checkpoint at hand: write a seeded one in AutoML's format, port it, prove it
   python tools/convert.py --ckpt synthetic:efficientdet-d4 --verify
   # the last raw values instead of their moving averages
@@ -42,11 +48,8 @@ examples:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
-    parser.add_argument(
-        "--ckpt", required=True, help=f"checkpoint folder, prefix or file; or {SYNTHETIC}MODEL"
-    )
-    parser.add_argument("--model", choices=MODELS, metavar="MODEL", help="variant (default: found out)")
-    parser.add_argument("--step", type=int, help="which of several steps in the folder (default: the newest)")
+    _source.add_checkpoint_options(parser)
+    _source.add_model_options(parser)
     parser.add_argument("--raw", action="store_true", help="port the raw values, not the moving averages")
     parser.add_argument(
         "--out", type=Path, help=f"weight file, {' or '.join(SUFFIXES)} (default: MODEL.safetensors here)"
@@ -68,21 +71,21 @@ def main() -> int:
     if arguments.out:
         check_output(out)
     folder = out.parent if arguments.out else Path()
-    if arguments.ckpt.startswith(SYNTHETIC):
-        console.print(f"writing a seeded checkpoint to {folder / 'synthetic'} …")
-    with open_source(arguments.ckpt, folder, arguments.step) as checkpoint:
-        inference = find_config(arguments, checkpoint)
+    with _source.open_checkpoint(arguments, console, folder) as checkpoint:
+        inference = _source.find_config(arguments, checkpoint)
         if not arguments.out:
             out = Path(inference.config.name.replace("-", "_") + ".safetensors")
             check_output(out)
         conversion = convert(checkpoint, inference.config, raw=arguments.raw)
-        print_conversion(console, checkpoint, inference, conversion)
-        summary = summarise(checkpoint, inference, conversion, out)
+        print_conversion(console, checkpoint, inference, arguments.hparams, conversion)
+        summary = summarise(checkpoint, inference, arguments.hparams, conversion, out)
     if arguments.verify:
-        from _verify import verify
+        from _verify import picture_size, synthetic_input, verify
 
-        passed, summary["parity"] = verify(console, conversion, arguments.size)
-        if not passed:
+        images = synthetic_input(conversion.config, picture_size(conversion.config, arguments.size))
+        outcome = verify(console, conversion, images)
+        summary["parity"] = {"size": list(images.shape[1:3]), **outcome.figures()}
+        if not outcome.passed:
             print_json(arguments, {**summary, "weights_file": None})
             console.print("[red bold]not written:[/] the port does not match the reference")
             return _cli.EXIT_FAILED
@@ -103,14 +106,12 @@ def check_output(out: Path) -> None:
     check_writable(out)
 
 
-def find_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Inference:
-    if arguments.model:
-        return named_config(arguments.model, checkpoint.shapes)
-    return infer_config(checkpoint.shapes, checkpoint.source)
-
-
 def print_conversion(
-    console: Console, checkpoint: Checkpoint, inference: Inference, conversion: Conversion
+    console: Console,
+    checkpoint: Checkpoint,
+    inference: Inference,
+    hparams: Hparams,
+    conversion: Conversion,
 ) -> None:
     config, coverage = conversion.config, conversion.coverage
     audit = audit_parameters(config)
@@ -118,15 +119,24 @@ def print_conversion(
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     step = f", step {checkpoint.step:,}" if checkpoint.step is not None else ""
-    table.add_row("read", f"{checkpoint.source} ({checkpoint.format}{step})")
+    table.add_row("read", f"{escape(checkpoint.source)} ({checkpoint.format}{step})")
     table.add_row(
         "model",
         f"{config.name}: {config.num_classes} classes, P{config.min_level}–P{config.max_level}, "
         f"{config.backbone.name}, BiFPN {config.fpn_cell_repeats}×{config.fpn_num_filters} "
         f"({config.fpn_weight_method}), heads ×{config.box_class_repeats}",
     )
+    if hparams.overrides:
+        table.add_row(
+            "given", "; ".join(f"{name} {shown(getattr(config, name))}" for name in hparams.overrides)
+        )
     if inference.assumed:
         table.add_row("assumed", "; ".join(inference.assumed))
+    without_effect = [*hparams.ignored, *(f"nms_configs.{name}" for name in hparams.nms)]
+    if without_effect:
+        table.add_row("ignored", f"{', '.join(without_effect)}: no weight depends on these hparams")
+    for note in checkpoint.notes:
+        table.add_row("note", escape(note))
     kind = "moving averages (EMA)" if conversion.weights == "EMA" else "raw values"
     table.add_row("weights", kind)
     table.add_row(
@@ -149,13 +159,21 @@ def print_conversion(
     console.print(table)
 
 
+def shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "/".join(f"{number:.5g}" for number in value)
+    return value.name if isinstance(value, BackboneConfig) else str(value)
+
+
 def summarise(
-    checkpoint: Checkpoint, inference: Inference, conversion: Conversion, out: Path
+    checkpoint: Checkpoint, inference: Inference, hparams: Hparams, conversion: Conversion, out: Path
 ) -> dict[str, Any]:
     audit, coverage = audit_parameters(conversion.config), conversion.coverage
     return {
         **metadata(conversion, checkpoint, inference.assumed),
         "source": checkpoint.source,
+        "notes": list(checkpoint.notes),
+        "given": list(hparams.overrides),
         "config": conversion.config.to_dict(),
         "coverage": {
             "used": coverage.used,
