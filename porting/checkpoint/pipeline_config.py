@@ -146,10 +146,11 @@ class _Fields(NamedTuple):
         return int(value)
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        return tuple(
-            self._number(name, value) if isinstance(value, str) else self._number(name, "a message")
-            for value in self.fields.get(name, [])
-        )
+        values = self.fields.get(name, [])
+        for value in values:
+            if not isinstance(value, str):
+                raise self._wrong(name, "a message")
+        return tuple(self._number(name, str(value)) for value in values)
 
     def _number(self, name: str, value: str) -> float:
         try:
@@ -210,9 +211,9 @@ def _message(path: Path, tokens: Iterator[_Token], depth: int) -> tuple[Message,
 
 def _values(path: Path, tokens: Iterator[_Token], first: _Token, depth: int) -> Iterator[str | Message]:
     """One value or a list of them, beginning with ``first``."""
+    if depth == _MOST_DEPTH:
+        raise CheckpointError(f"{path}, line {first.line}: messages nest too deep; correct the file")
     if first.text in _CLOSING:
-        if depth == _MOST_DEPTH:
-            raise CheckpointError(f"{path}, line {first.line}: messages nest too deep; correct the file")
         inner, closed = _message(path, tokens, depth + 1)
         if closed is None or closed.text != _CLOSING[first.text]:
             raise CheckpointError(
@@ -224,7 +225,7 @@ def _values(path: Path, tokens: Iterator[_Token], first: _Token, depth: int) -> 
             if token.text == "]":
                 return
             if token.text != ",":
-                yield from _values(path, tokens, token, depth)
+                yield from _values(path, tokens, token, depth + 1)
         raise CheckpointError(f"{path}, line {first.line}: '[' is never closed; correct the file")
     elif first.kind == "sign":
         raise _unexpected(path, first)

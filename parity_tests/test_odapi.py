@@ -1,0 +1,589 @@
+"""The Object Detection API's EfficientDet: a real index, every size by structure, our own values, refusals.
+
+No real weights were at hand: what the numbers mean is taken from the API's source and checked for itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parity_tests.conftest import GOLDENS
+from parity_tests.object_trees import VALUE, Memory, graph_of, odapi_paths
+from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.checkpoint.bundle import TensorBundle, read_index
+from porting.checkpoint.object_graph import Variable, open_object_checkpoint
+from porting.checkpoint.odapi import ENDPOINTS, read_layout
+from porting.checkpoint.pipeline_config import read_pipeline
+from porting.checkpoint.writer import write_bundle
+from porting.convert import choose_variables, convert
+from porting.errors import CheckpointError
+from porting.infer import infer_config
+from porting.names import EMA_SUFFIX
+from pytorch_model.anchors import decode_boxes, generate_anchors
+from pytorch_model.config import EfficientDetConfig, model_config
+from tf_reference.variables import variable_shapes, variables
+
+SIZES = [f"efficientdet-d{n}" for n in range(8)]
+
+# As in the API's template for D0, whose box coder is not that of the models it released.
+PIPELINE = """
+# SSD with EfficientNet-b0 + BiFPN
+model {{
+  ssd {{
+    num_classes: {num_classes}
+    add_background_class: {background}
+    box_coder {{ faster_rcnn_box_coder {{ {box_coder} }} }}
+    anchor_generator: {{
+      multiscale_anchor_generator {{
+        min_level: 3, max_level: 7; anchor_scale: {anchor_scale}
+        aspect_ratios: {ratios} scales_per_octave: {scales}
+      }}
+    }}
+    image_resizer {{ keep_aspect_ratio_resizer {{ min_dimension: {size} max_dimension: {size} }} }}
+    box_predictor {{
+      weight_shared_convolutional_box_predictor {{
+        conv_hyperparams < force_use_bias: true activation: SWISH batch_norm {{ epsilon: 0.001 }} >
+      }}
+    }}
+    feature_extractor {{
+      type: '{extractor}'
+      bifpn {{ min_level: 3 max_level: 7 num_iterations: 3 num_filters: 64 {combine} }}
+      conv_hyperparams {{ activation: {activation} batch_norm {{ epsilon: {epsilon} }} }}
+    }}
+    post_processing {{ score_converter: {converter} }}
+  }}
+}}
+train_config: {{ batch_size: 128 }}
+"""
+DEFAULTS = {
+    "num_classes": 2,
+    "background": "false",
+    "box_coder": "y_scale: 1.0 x_scale: 1.0 height_scale: 1.0 width_scale: 1.0",
+    "anchor_scale": 4.0,
+    "ratios": "[1.0, 2.0, 0.5]",
+    "scales": 3,
+    "size": 512,
+    "extractor": "ssd_efficientnet-b0_bifpn_keras",
+    "combine": "",
+    "activation": "SWISH",
+    "epsilon": 0.001,
+    "converter": "SIGMOID",
+}
+
+
+def pipeline_text(**changes: Any) -> str:
+    return PIPELINE.format(**{**DEFAULTS, **changes})
+
+
+def blocks_run(config: EfficientDetConfig) -> int:
+    stage, block = ENDPOINTS[5]
+    return sum(s.repeats for s in config.backbone.stages[:stage]) + block + 1
+
+
+def tree_of(config: EfficientDetConfig) -> dict[str, Variable]:
+    """Path → variable of the whole detection model, the classifier's top included."""
+    paths, shapes = odapi_paths(config, blocks_run(config)), variable_shapes(config)
+    tree = {}
+    for name, path in paths.items():
+        shape = shapes[name]
+        if "/WSM" in name:
+            shape = (sum(p == path for p in paths.values()), 1)
+        tree[path] = Variable(path, "", shape)
+    layers = {path.rpartition("/")[0] for path in tree if "layer_with_weights" in path}
+    top = "_feature_extractor/classification_backbone/layer_with_weights-"
+    filters = config.backbone.blocks[-1].out_filters
+    more: dict[str, tuple[int, ...]] = {f"{len(layers)}/kernel": (1, 1, filters, 1280)}
+    more |= {
+        f"{len(layers) + 1}/{leaf}": (1280,) for leaf in ("beta", "gamma", "moving_mean", "moving_variance")
+    }
+    more |= {f"{len(layers) + 2}/kernel": (1280, 1000), f"{len(layers) + 2}/bias": (1000,)}
+    return tree | {top + path: Variable(top + path, "", shape) for path, shape in more.items()}
+
+
+def d0(**changes: Any) -> EfficientDetConfig:
+    return model_config("efficientdet-d0", num_classes=2, **changes)
+
+
+def stored(config: EfficientDetConfig, prefix: str = "model/") -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        f"{prefix}{path}{VALUE}": rng.random(variable.shape, np.float32)
+        for path, variable in tree_of(config).items()
+    }
+
+
+def model_folder(folder: Path, arrays: dict[str, np.ndarray], pipeline: str) -> Path:
+    """As the API's model zoo packs it: ``checkpoint/ckpt-0`` and the pipeline above."""
+    write_bundle(folder / "checkpoint" / "ckpt-0", arrays)
+    (folder / "pipeline.config").write_text(pipeline)
+    return folder / "checkpoint"
+
+
+# --- structure ------------------------------------------------------------------------------------------
+
+
+def real_tree() -> dict[str, Variable]:
+    entries = read_index(GOLDENS / "bundle" / "snappy.index").entries
+    return {
+        key.removeprefix("model/").removesuffix(VALUE): Variable(key, "", entry.shape)
+        for key, entry in entries.items()
+        if key.startswith("model/")
+    }
+
+
+def test_a_real_index_is_explained_whole() -> None:
+    """The released D1: every AutoML variable once, in its shape, and the classifier's top besides."""
+    config, tree = model_config("efficientdet-d1"), real_tree()
+    layout = read_layout(tree)
+    assert layout.backbone == config.backbone
+    assert (layout.num_levels, layout.max_level) == (5, 7)
+    shapes = {n: p.shape if p.take else tree[p.path].shape for n, p in layout.pieces.items()}
+    assert shapes == variable_shapes(config)
+    top = "_feature_extractor/classification_backbone/layer_with_weights-"
+    assert {path.removeprefix(top).split("/")[0] for path in layout.unused} == {"182", "183", "184"}
+    assert len({piece.path for piece in layout.pieces.values()}) + len(layout.unused) == len(tree) == 875
+    assert {piece.path: piece.path for piece in layout.pieces.values()}.keys() | layout.unused == tree.keys()
+
+
+def test_a_real_detector_leaves_out_the_last_block() -> None:
+    """Evidence that the API's D1 is not AutoML's: it runs 22 blocks of B1's 23."""
+    assert read_layout(real_tree()).detector_blocks == 22
+    assert len(model_config("efficientdet-d1").backbone.blocks) == 23
+
+
+def test_these_tests_know_the_objects() -> None:
+    tree = real_tree()
+    expected = tree_of(model_config("efficientdet-d1"))
+    assert {path: variable.shape for path, variable in expected.items()} == {
+        path: variable.shape for path, variable in tree.items()
+    }
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_names_and_back_for_every_size(model: str) -> None:
+    config = model_config(model)
+    tree = tree_of(config)
+    layout = read_layout(tree)
+    assert layout.backbone == config.backbone
+    assert layout.detector_blocks == blocks_run(config)
+    assert {n: p.shape if p.take else tree[p.path].shape for n, p in layout.pieces.items()} == (
+        variable_shapes(config)
+    )
+    assert {name: piece.path for name, piece in layout.pieces.items()} == odapi_paths(
+        config, blocks_run(config)
+    )
+
+
+@given(
+    st.integers(2, 7),
+    st.integers(2, 5),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.sampled_from(["fastattn", "sum"]),
+)
+@settings(max_examples=25, deadline=None)
+def test_names_and_back_for_other_pyramids(
+    levels: int, lowest: int, cells: int, repeats: int, method: str
+) -> None:
+    config = model_config(
+        "efficientdet-d0",
+        min_level=lowest,
+        max_level=max(lowest + levels - 1, 6),
+        fpn_cell_repeats=cells,
+        box_class_repeats=repeats,
+        fpn_weight_method=method,
+        fpn_num_filters=48,
+    )
+    tree = tree_of(config)
+    pieces = read_layout(tree).pieces
+    assert {name: piece.path for name, piece in pieces.items()} == odapi_paths(config, blocks_run(config))
+    assert {n: p.shape if p.take else tree[p.path].shape for n, p in pieces.items()} == variable_shapes(
+        config
+    )
+
+
+# --- values ---------------------------------------------------------------------------------------------
+
+
+def test_values_of_a_detector(tmp_path: Path) -> None:
+    """D0 with values of our own: all of them arrive, the predictors' channels in AutoML's order."""
+    config = d0()
+    arrays = stored(config)
+    arrays["save_counter" + VALUE] = np.array(1, np.int64)
+    folder = model_folder(tmp_path, arrays, pipeline_text())
+    paths = odapi_paths(config, blocks_run(config))
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.format == "TensorFlow Object Detection API checkpoint"
+        assert dict(checkpoint.shapes) == variable_shapes(config)
+        for name, array in checkpoint.read_many(checkpoint):
+            theirs = arrays[f"model/{paths[name]}{VALUE}"]
+            assert array.shape == checkpoint.shapes[name], name
+            assert array.dtype == np.float32
+            assert array.flags.owndata, name
+            if "/WSM" in name:
+                index = int(name.partition("WSM_")[2] or 0)
+                assert array == theirs[index, 0], name
+            elif name.endswith(("predict/pointwise_kernel", "predict/bias")):
+                outputs = 2 if name.startswith("class_net") else 4
+                by_ratio = theirs.reshape(*theirs.shape[:-1], 3, 3, outputs)  # aspect ratio, scale, output
+                ours = np.swapaxes(by_ratio, -3, -2).reshape(theirs.shape)
+                assert array.tobytes() == np.ascontiguousarray(ours).tobytes(), name
+            else:
+                assert array.tobytes() == theirs.tobytes(), name
+        inference = infer_config(checkpoint.shapes, checkpoint.source)
+        assert inference.config == config
+        assert convert(checkpoint, inference.config).coverage.unused_count == 0
+        notes = "\n".join(checkpoint.notes)
+    assert "no real weights of this layout were at hand" in notes
+    assert "left out 7 variables of the ImageNet classifier" in notes
+    assert "left out 1 variable of the training loop (save_counter)" in notes
+    assert "hparams" not in notes
+
+
+@pytest.mark.parametrize("ratios", [(1.0, 2.0, 0.5), (0.5, 1.0, 2.0), (1.0, 3.0)])
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("coder", [(1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0)])
+def test_the_same_detections(
+    tmp_path: Path, ratios: tuple[float, ...], background: bool, coder: tuple[float, ...]
+) -> None:
+    """One location's boxes and logits, as the API reads its own channels and as we read ours."""
+    scales, classes = 3 if len(ratios) == 3 else 2, 2
+    anchors = scales * len(ratios)
+    config = d0(aspect_ratios=ratios if len(ratios) == 2 else (1.0, 2.0, 0.5), num_scales=scales)
+    arrays = stored(config)
+    rng = np.random.default_rng(1)
+    head = (
+        "model/_box_predictor/_prediction_heads/class_predictions_with_background/_class_predictor_layers/0"
+    )
+    slots = classes + background
+    for leaf, shape in (("pointwise_kernel", (1, 1, 64, anchors * slots)), ("bias", (anchors * slots,))):
+        arrays[f"{head}/{leaf}{VALUE}"] = rng.standard_normal(shape).astype(np.float32)
+    text = pipeline_text(
+        background=str(background).lower(),
+        ratios=list(ratios),
+        scales=scales,
+        box_coder="y_scale: {} x_scale: {} height_scale: {} width_scale: {}".format(*coder),
+    )
+    features = rng.standard_normal(64)
+    theirs = their_predictions(arrays, features, ratios, scales, slots, background, coder)
+    with open_checkpoint(model_folder(tmp_path, arrays, text)) as checkpoint:
+        ours = our_predictions(checkpoint, config, features)
+        assert any("aspect_ratios=[1,3],num_scales=2" in note for note in checkpoint.notes) == (scales == 2)
+    assert len(ours) == len(theirs) == anchors
+    for (box, logits), (their_box, their_logits) in zip(sorted(ours), sorted(theirs), strict=True):
+        np.testing.assert_allclose(box, their_box, rtol=1e-4, atol=1e-4)  # float32 sums of 64 products
+        np.testing.assert_allclose(logits, their_logits, rtol=1e-5)
+
+
+Prediction = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def their_predictions(
+    arrays: dict[str, np.ndarray],
+    features: np.ndarray,
+    ratios: tuple[float, ...],
+    scales: int,
+    slots: int,
+    background: bool,
+    coder: tuple[float, ...],
+) -> list[Prediction]:
+    """(box yxyx, class logits) of each anchor at the centre of the first cell of P3, by the API's rules."""
+
+    def predict(head: str) -> np.ndarray:
+        kernel = arrays[f"model/_box_predictor/{head}/pointwise_kernel{VALUE}"][0, 0]
+        return features @ kernel + arrays[f"model/_box_predictor/{head}/bias{VALUE}"]
+
+    codes = predict("_box_prediction_head/_box_encoder_layers/0").reshape(-1, 4) / coder
+    head = "_prediction_heads/class_predictions_with_background/_class_predictor_layers/0"
+    logits = predict(head).reshape(-1, slots)[:, int(background) :]
+    found: list[Prediction] = []
+    for i, (ratio, scale) in enumerate((r, 2 ** (s / scales)) for r in ratios for s in range(scales)):
+        height, width = 32 * scale / np.sqrt(ratio), 32 * scale * np.sqrt(ratio)
+        ty, tx, th, tw = codes[i]
+        y, x, h, w = ty * height + 4, tx * width + 4, np.exp(th) * height, np.exp(tw) * width
+        found.append(((y - h / 2, x - w / 2, y + h / 2, x + w / 2), tuple(logits[i])))
+    return found
+
+
+def our_predictions(
+    checkpoint: Checkpoint, config: EfficientDetConfig, features: np.ndarray
+) -> list[Prediction]:
+    def predict(scope: str) -> np.ndarray:
+        return features @ checkpoint[f"{scope}/pointwise_kernel"][0, 0] + checkpoint[f"{scope}/bias"]
+
+    anchors = generate_anchors(config)[: config.num_anchors].double()
+    codes = torch.from_numpy(predict("box_net/box-predict").reshape(-1, 4))
+    logits = predict("class_net/class-predict").reshape(config.num_anchors, -1)
+    boxes = decode_boxes(codes, anchors).numpy()
+    return [(tuple(box), tuple(row)) for box, row in zip(boxes, logits, strict=True)]
+
+
+def test_training_state(tmp_path: Path) -> None:
+    """A checkpoint of the API's trainer: step, momentum, averages; all in the order of their variables."""
+    config = d0()
+    arrays = stored(config)
+    trainable = {v.name for v in variables(config) if v.trainable}
+    paths = odapi_paths(config, blocks_run(config))
+    for name in trainable:
+        key = f"model/{paths[name]}"
+        for slot, change in (("average", 1), ("momentum", -1)):
+            arrays[f"{key}/.OPTIMIZER_SLOT/optimizer/{slot}{VALUE}"] = arrays[key + VALUE] + np.float32(
+                change
+            )
+    arrays["step" + VALUE] = np.array(9, np.int64)
+    arrays["optimizer/iter" + VALUE] = np.array(9, np.int64)
+    with open_checkpoint(model_folder(tmp_path, arrays, pipeline_text())) as checkpoint:
+        assert checkpoint.step == 9
+        for name in ("box_net/box-predict/bias", "fpn_cells/cell_0/fnode4/WSM_1"):
+            np.testing.assert_array_equal(checkpoint[name + EMA_SUFFIX], checkpoint[name] + np.float32(1))
+            np.testing.assert_array_equal(checkpoint[name + "/Momentum"], checkpoint[name] + np.float32(-1))
+        assert choose_variables(checkpoint, config, raw=False)[2] == "EMA"
+
+
+def test_saved_model_by_its_graph(tmp_path: Path) -> None:
+    """In the API's SavedModels the keys are numbers in lists; the graph still has the attributes."""
+    config = d0()
+    tree = tree_of(config)
+    keys = {f"_model/{path}": f"_model/variables/{n}" for n, path in enumerate(tree)}
+    arrays = {
+        keys[f"_model/{path}"] + VALUE: np.full(variable.shape, n, np.float32)
+        for n, (path, variable) in enumerate(tree.items())
+    }
+    (tmp_path / "pipeline.config").write_text(pipeline_text())
+    graph = graph_of(dict.fromkeys(keys, ""), keys)
+    memory = Memory(arrays, graph, str(tmp_path / "saved_model" / "variables" / "variables"))
+    checkpoint = open_object_checkpoint(cast(TensorBundle, memory))
+    assert dict(checkpoint.shapes) == variable_shapes(config)
+    path = odapi_paths(config, blocks_run(config))["class_net/class-0/bias"]
+    assert checkpoint["class_net/class-0/bias"][0] == list(tree).index(path)
+
+
+# --- what must be refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "differing"),
+    [
+        ("efficientdet-d1", "P3 from block 6 instead of 7, P4 from block 14 instead of 15, P5 from block 21"),
+        ("efficientdet-d4", "P3 from block 7 instead of 9, P4 from block 18 instead of 21, P5 from block 30"),
+        (
+            "efficientdet-d7",
+            "P3 from block 10 instead of 14, P4 from block 25 instead of 30, P5 from block 42",
+        ),
+    ],
+)
+def test_deeper_backbones_are_another_network(model: str, differing: str) -> None:
+    tree = tree_of(model_config(model))
+    arrays = {f"model/{path}{VALUE}": np.zeros(0, np.float32) for path in tree}
+    memory = Memory(arrays)
+    object.__setattr__(memory, "shapes", {f"model/{path}{VALUE}": v.shape for path, v in tree.items()})
+    with pytest.raises(
+        CheckpointError, match=f"not AutoML's network although its variables fit: it takes {differing}"
+    ):
+        open_object_checkpoint(cast(TensorBundle, memory))
+
+
+def test_without_pipeline(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "a" / "b" / "c" / "ckpt-0", stored(d0()))
+    with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
+        open_checkpoint(tmp_path / "a" / "b" / "c")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({"extractor": "ssd_efficientnet-b1_bifpn_keras"}, "feature_extractor type"),
+        ({"num_classes": 3}, "num_classes"),
+        ({"num_classes": 0}, "num_classes"),
+        ({"background": "true"}, "num_classes"),
+        ({"combine": "combine_method: 'attention'"}, "combine_method"),
+        ({"combine": "combine_method: 'sum'"}, "combine_method"),
+        ({"activation": "RELU_6"}, "activation"),
+        ({"epsilon": 0.01}, "batch_norm epsilon"),
+        ({"converter": "SOFTMAX"}, "score_converter"),
+        ({"converter": "SIGMOID logit_scale: 2.0"}, "score_converter"),
+        ({"box_coder": "y_scale: 0"}, "box_coder scales"),
+        ({"ratios": "[1.0, 1.0, 0.5]"}, "aspect_ratios"),
+        ({"ratios": "[1.0, 2.0]"}, "anchors, num_classes"),
+        ({"scales": 2}, "anchors, num_classes"),
+    ],
+)
+def test_pipelines_of_other_models(tmp_path: Path, changes: dict[str, Any], wrong: str) -> None:
+    folder = model_folder(
+        tmp_path, stored(d0(fpn_cell_repeats=1, box_class_repeats=1)), pipeline_text(**changes)
+    )
+    with pytest.raises(CheckpointError, match=f"does not go with the checkpoint, .*: see its {wrong}$"):
+        open_checkpoint(folder)
+
+
+def without(part: str) -> Callable[[dict[str, Variable]], None]:
+    def change(tree: dict[str, Variable]) -> None:
+        gone = [path for path in tree if part in path]
+        assert gone
+        for path in gone:
+            del tree[path]
+
+    return change
+
+
+def with_another(path: str) -> Callable[[dict[str, Variable]], None]:
+    return lambda tree: tree.update({path: Variable(path, "", (1,))})
+
+
+BOX, BIFPN = "_box_predictor/_head_scope_conv_layers", "_feature_extractor/_bifpn_stage"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            without(f"{BOX}/BoxPredictionTower/0/bias"),
+            "lacks bias; it was trained with force_use_bias: false",
+        ),
+        (without(f"{BOX}/ClassPredictionTower/2"), "class-2 needs, and lacks bias, depthwise_kernel"),
+        (
+            without("_efficientnet/layer_with_weights-7/"),
+            "backbone layers are not numbered from 0 without gaps",
+        ),
+        (without("layer_with_weights"), "its 0 backbone layers"),
+        (
+            without("node_post_combine_block/9/"),
+            "23 BiFPN nodes after 2 levels above P5 are no whole cells of 8",
+        ),
+        (without("node_post_combine_block/25/2"), "fnode7/op_after_combine12/bn needs, and lacks beta"),
+        (
+            without("box_encodings/4/"),
+            r"node_combine_op/5/bifpn_combine_weights has shape \[2, 1\], not \[3, 1\]",
+        ),
+        (without(f"{BOX}/BoxPredictionTower"), "its heads are not two towers"),
+        (with_another(f"{BOX}/PredictionTower/0/kernel"), "its heads are not two towers"),
+        (with_another(f"{BOX}/BoxPredictionTower/3/bias"), "ClassPredictionTower/3 has nothing beyond"),
+        (with_another("_box_predictor/more/kernel"), r"_box_predictor/more/kernel \(1 in all\) is no part"),
+        (with_another(f"{BIFPN}/node_combine_op/4/bifpn_combine_weights"), r"has shape \[1\], not \[2, 1\]"),
+        (with_another("_feature_extractor/_efficientnet/layer_with_weights-3/bias"), "has bias beyond"),
+    ],
+)
+def test_trees_that_almost_fit(change: Callable[[dict[str, Variable]], None], reason: str) -> None:
+    tree = tree_of(d0())
+    change(tree)
+    with pytest.raises(CheckpointError, match=reason):
+        read_layout(tree, "ckpt-0")
+
+
+def test_another_backbone() -> None:
+    config = model_config("efficientdet-d0")
+    tree = {
+        path: Variable(path, "", tuple(n + 1 for n in variable.shape))
+        for path, variable in tree_of(config).items()
+    }
+    with pytest.raises(CheckpointError, match=r"its backbone of 16 blocks is not one of EfficientNet-B0…B7"):
+        read_layout(tree)
+
+
+def test_a_fork_that_takes_other_blocks(tmp_path: Path) -> None:
+    """With the whole of B1 in the detector, where its pyramid comes from cannot be known."""
+    config = model_config("efficientdet-d1", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
+    shapes = variable_shapes(config)
+    arrays = {
+        path + VALUE: np.zeros((sum(p == path for p in odapi_paths(config, 23).values()), 1), np.float32)
+        if "/WSM" in name
+        else np.zeros(shapes[name], np.float32)
+        for name, path in odapi_paths(config, 23).items()
+    }
+    with pytest.raises(
+        CheckpointError, match="runs 23 blocks of efficientnet-b1, the Object Detection API runs 22"
+    ):
+        open_object_checkpoint(cast(TensorBundle, Memory(arrays)))
+
+
+# --- pipeline.config ------------------------------------------------------------------------------------
+
+
+def test_a_real_pipeline(shared: Path) -> None:
+    pipeline = read_pipeline(shared / "checkpoint_index/odapi_d1/pipeline.config")
+    assert pipeline.feature_extractor == "ssd_efficientnet-b1_bifpn_keras"
+    assert pipeline.num_classes == 90
+    assert not pipeline.add_background_class
+    assert pipeline.box_scales == (1, 1, 1, 1)
+    assert (pipeline.aspect_ratios, pipeline.scales_per_octave) == ((1.0, 2.0, 0.5), 3)
+    assert pipeline.anchor_scale == 4
+    assert pipeline.anchor_levels == pipeline.bifpn_levels == (3, 7)
+    assert pipeline.activations == ("SWISH", "SWISH")
+    assert pipeline.image_size == (640, 640)
+
+
+def test_defaults_are_the_apis(tmp_path: Path) -> None:
+    text = """model { ssd { num_classes: 1 feature_extractor { type: "x" conv_hyperparams {} }
+      box_predictor { weight_shared_convolutional_box_predictor { conv_hyperparams {} } }
+      box_coder { faster_rcnn_box_coder {} } anchor_generator { multiscale_anchor_generator {} } } }"""
+    (tmp_path / "pipeline.config").write_text(text)
+    pipeline = read_pipeline(tmp_path / "pipeline.config")
+    assert pipeline.add_background_class
+    assert pipeline.box_scales == (10, 10, 5, 5)
+    assert (pipeline.scales_per_octave, pipeline.aspect_ratios, pipeline.anchor_scale) == (2, (), 4)
+    assert pipeline.combine_method == "fast_attention"
+    assert pipeline.score_converter == "IDENTITY"
+    assert pipeline.activations == ("RELU", "RELU")
+    assert pipeline.image_size is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "has no model, so it describes no EfficientDet"),
+        ("model { faster_rcnn {} }", r"has no model\.ssd, so"),
+        ("model { ssd {", "line 1: '{' is never closed"),
+        ("model {\n ssd { >", "line 2: '{' is never closed"),
+        ("model {} }", "line 1: '}' closes nothing"),
+        ("model: ]", r"line 1: '\]' is unexpected"),
+        ("a: [1, 2", r"line 1: '\[' is never closed"),
+        ("\n\n{", "line 3: '{' is unexpected"),
+        ("a: @", "line 1: '@' is unexpected"),
+        ("a {" * 5000, "messages nest too deep"),
+        ("a: " + "[" * 5000, "messages nest too deep"),
+        ("#" * (1 << 21), "is too long for a pipeline configuration"),
+        (pipeline_text(num_classes="many"), r"model\.ssd\.num_classes is 'many'; correct the file"),
+        (pipeline_text(num_classes="2.5"), r"model\.ssd\.num_classes is 2\.5"),
+        (pipeline_text(num_classes="{}"), r"model\.ssd\.num_classes is a message"),
+        (pipeline_text(anchor_scale="nan"), r"anchor_scale is 'nan'"),
+        (pipeline_text(ratios="[{}]"), r"aspect_ratios is a message"),
+    ],
+)
+def test_bad_pipelines(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "pipeline.config"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        read_pipeline(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.config").write_bytes(b"\xff\xfe")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_pipeline(tmp_path / "pipeline.config")
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    text = list(pipeline_text())
+    for _ in range(data.draw(st.integers(1, 4))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(
+            st.sampled_from([*"{}<>[]:,;#'\"\\1a. \n", ""])
+        )
+    path = tmp_path_factory.mktemp("pipeline") / "pipeline.config"
+    path.write_text("".join(text))
+    with suppress(CheckpointError):
+        read_pipeline(path)
+    shutil.rmtree(path.parent)
