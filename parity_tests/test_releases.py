@@ -31,7 +31,9 @@ from porting.errors import CheckpointError, OutputError, PortingError
 from porting.infer import ADVPROP, infer_config
 from porting.releases import RELEASES, default_cache, fetch, release_named
 from porting.sources import open_source
+from pytorch_model import load_model
 from pytorch_model.config import MODELS, model_config
+from tf_reference.synthetic import synthetic_checkpoint
 from tf_reference.variables import variable_shapes
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
@@ -848,3 +850,74 @@ def test_a_release_opens_by_its_name(server: Server, tmp_path: Path, monkeypatch
         open_source("efficientdet-d9", work)
     with open_checkpoint(archive) as checkpoint:
         assert checkpoint.step == 3
+
+
+# From the command line
+
+
+def convert(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    tool = Path(__file__).resolve().parents[1] / "tools" / "convert.py"
+    command = [sys.executable, str(tool), *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture
+def served_lite0(server: Server, tmp_path: Path) -> Server:
+    folder = tmp_path / "made" / "efficientdet-lite0"
+    write_bundle(folder / "model", synthetic_checkpoint(model_config("efficientdet-lite0", num_classes=3)))
+    with tarfile.open(tmp_path / "served.tgz", "w:gz", compresslevel=1) as tar:
+        tar.add(folder, folder.name)
+    server.body = (tmp_path / "served.tgz").read_bytes()
+    return server
+
+
+def test_convert_a_release_with_hparams(served_lite0: Server, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    hparams = "image_size=640x512,learning_rate=0.1,nms_configs.method=hard"
+    arguments = ("--ckpt", "efficientdet-lite0", "--cache-dir", tmp_path / "cache", "--hparams", hparams)
+    done = convert(*arguments, cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert "fetching efficientdet-lite0" in done.stdout
+    assert "given       image_size 512×640" in done.stdout
+    assert "ignored     learning_rate, nms_configs.method: no weight depends on" in done.stdout
+    config = load_model(work / "efficientdet_lite0.safetensors").config
+    assert (config.image_size, config.num_classes) == ((512, 640), 3)
+
+    served_lite0.requests.clear()
+    again = convert(*arguments, "--json", cwd=work)
+    assert again.returncode == 0
+    assert served_lite0.requests == []
+    assert "fetching" not in again.stdout + again.stderr
+    summary = json.loads(again.stdout)
+    assert summary["given"] == ["image_size"]
+    assert summary["source"].endswith("efficientdet-lite0.tgz:efficientdet-lite0/model")
+
+
+def test_convert_says_what_to_do_without_a_network(server: Server, tmp_path: Path) -> None:
+    server.faults = [answer(404)]
+    done = convert("--ckpt", "efficientdet-d0", "--cache-dir", tmp_path / "cache", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: efficientdet-d0.tar.gz cannot be fetched: the server answers 404")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--hparams", "num_class=3"], "did you mean num_classes?"),
+        (["--hparams", "absent.yaml"], "absent.yaml cannot be read"),
+        (["--model", "efficientdet-d1", "--hparams", "name=efficientdet-d0"], "--model says efficientdet-d1"),
+    ],
+)
+def test_convert_refuses_options_before_it_downloads(
+    arguments: list[str], message: str, server: Server, tmp_path: Path
+) -> None:
+    done = convert("--ckpt", "efficientdet-d0", "--cache-dir", tmp_path / "cache", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert server.requests == []

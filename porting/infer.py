@@ -57,8 +57,8 @@ def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] 
     for key, value in overrides.items():
         if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
             raise ConversionError(
-                f"{key} is {value!r} as given, but the variables in {source or 'the checkpoint'} say "
-                f"{found[key]!r}; leave it out"
+                f"{key} is {_shown(value)} as given, but the variables in {source or 'the checkpoint'} say "
+                f"{_shown(found[key])}; leave it out"
             )
     base, variant, notes = _nearest_variant(found, source)
     hints = _hints(variant, source, notes)
@@ -89,6 +89,10 @@ def _model_variables(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     """What is left when twins and slots are taken for the variable they belong to."""
     named = ((model_name(entry), shape) for entry, shape in shapes.items())
     return {name: shape for name, shape in named if name is not None}
+
+
+def _shown(value: Any) -> str:
+    return value.name if isinstance(value, BackboneConfig) else repr(value)
 
 
 def _triple(values: tuple[float, float, float]) -> str:

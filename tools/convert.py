@@ -67,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     console = Console(stderr=arguments.json, highlight=False)
+    _source.check_options(arguments)
     out: Path = arguments.out or Path()
     if arguments.out:
         check_output(out)
@@ -161,7 +162,7 @@ def print_conversion(
 
 def shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return "/".join(f"{number:.5g}" for number in value)
+        return ("×" if len(value) == 2 else "/").join(f"{number:.5g}" for number in value)
     return value.name if isinstance(value, BackboneConfig) else str(value)
 
 
