@@ -21,14 +21,14 @@ from porting.errors import ConfigError
 from porting.hparams import Hparams, read_hparams
 from porting.infer import Inference, infer_config, named_config
 from porting.sources import SYNTHETIC, open_source
-from pytorch_model.config import MODELS
+from pytorch_model.config import MODELS, EfficientDetConfig
 
 
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """``--ckpt``, ``--step``, ``--cache-dir``."""
     parser.add_argument(
         "--ckpt",
-        required=True,
+        required=required,
         help="checkpoint folder, prefix, file or archive; a release of Google's, such as efficientdet-d0; "
         f"or {SYNTHETIC}MODEL",
     )
@@ -73,8 +73,16 @@ def find_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Infere
     hparams: Hparams = arguments.hparams
     model = arguments.model or hparams.model
     if model:
-        return named_config(model, checkpoint.shapes, hparams.overrides)
+        return named_config(model, checkpoint.shapes, hparams.overrides, checkpoint.source)
     return infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides)
+
+
+def describe(config: EfficientDetConfig) -> str:
+    return (
+        f"{config.name}: {config.num_classes} classes, P{config.min_level}–P{config.max_level}, "
+        f"{config.backbone.name}, BiFPN {config.fpn_cell_repeats}×{config.fpn_num_filters} "
+        f"({config.fpn_weight_method}), heads ×{config.box_class_repeats}"
+    )
 
 
 class DownloadBar:
@@ -88,8 +96,8 @@ class DownloadBar:
         self._console = console
 
     def progress(self, done: int, total: int | None) -> None:
-        self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
+        self._progress.start()
 
     def note(self, text: str) -> None:
         self._console.print(text, style="yellow", markup=False, soft_wrap=True)

@@ -57,9 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="compare every layer with TensorFlow; write only if it passes"
     )
-    parser.add_argument(
-        "--size", type=int, metavar="N", help="side of the picture --verify runs on (default: ≤ 512)"
-    )
+    parser.add_argument("--size", default="", help=SIZE_HELP)
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
     return parser.parse_args()
 
@@ -96,7 +94,7 @@ def main() -> int:
             for key, value in metadata(conversion, checkpoint, inference.assumed).items()
         }
         write_weights(temporary, conversion.state_dict, conversion.config, about)
-    console.print(f"[bold]wrote[/] {out} ({out.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
+    console.print(f"[bold]wrote[/] {escape(str(out))} ({out.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
     print_json(arguments, summary)
     return 0
 
@@ -121,12 +119,7 @@ def print_conversion(
     table.add_column(overflow="fold")
     step = f", step {checkpoint.step:,}" if checkpoint.step is not None else ""
     table.add_row("read", f"{escape(checkpoint.source)} ({checkpoint.format}{step})")
-    table.add_row(
-        "model",
-        f"{config.name}: {config.num_classes} classes, P{config.min_level}–P{config.max_level}, "
-        f"{config.backbone.name}, BiFPN {config.fpn_cell_repeats}×{config.fpn_num_filters} "
-        f"({config.fpn_weight_method}), heads ×{config.box_class_repeats}",
-    )
+    table.add_row("model", escape(_source.describe(config)))
     if hparams.overrides:
         table.add_row(
             "given", "; ".join(f"{name} {shown(getattr(config, name))}" for name in hparams.overrides)
