@@ -29,9 +29,16 @@ SUFFIX = ".tflite"
 
 _LARGEST_FILE = (1 << 31) - 1  # bytes: a FlatBuffer's offsets are signed 32-bit numbers
 
+# How anchors may be rounded in the file; the settings behind them are round numbers.
+_ANCHOR_TOLERANCE = {np.dtype("<f4"): 1e-5, np.dtype("<f2"): 1e-3}
+
 _FOLDED = (
     "the file has batch norms folded into the convolutions: evaluation is the same function, but gamma and "
     "the moving statistics are placeholders, so freeze the batch norms to train on"
+)
+_UNUSED = (
+    "the file holds {} bytes of constants that nothing in it reads, which no converter leaves behind: it may "
+    "be damaged, compare it with where it came from"
 )
 _INT8 = (
     "weights are dequantised from int8 and keep its errors; activations are not quantised, so detections are "
@@ -48,7 +55,8 @@ class TFLiteCheckpoint(Checkpoint):
     convolution with its names. ``outputs``: ``class_outputs/3``, … → number of the tensor that is it.
 
     Raises :class:`CheckpointError`: not TFLite, damaged, or another network. TFLite has no checksums: damage
-    to a weight goes unnoticed where structure, scales and what the heads share still agree.
+    to a weight goes unnoticed where structure, scales and what the heads share still agree. An operator that
+    was made to read another's constant leaves its own unread, which ``notes`` tell.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -69,6 +77,8 @@ class TFLiteCheckpoint(Checkpoint):
         except Malformed as error:
             raise CheckpointError(f"{path} is damaged: {error}; fetch the file again") from None
         stored_as, notes = _stored_as(self.layers)
+        if graph.unused:
+            notes.append(_UNUSED.format(graph.unused))
         super().__init__(
             source=str(path),
             format=f"TFLite, {stored_as}",
@@ -91,15 +101,15 @@ class TFLiteCheckpoint(Checkpoint):
 
 
 def is_tflite(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a file that is called ``.tflite`` or begins as one."""
+    """Whether ``path`` is called ``.tflite`` and no folder, or is a file that begins as TFLite does."""
     path = Path(path)
     try:
-        if not path.is_file():
-            return False
+        if path.is_dir() or path.suffix == SUFFIX:
+            return not path.is_dir()
         with path.open("rb") as file:
-            return path.suffix == SUFFIX or file.read(8)[4:] == IDENTIFIER
+            return file.read(8)[4:] == IDENTIFIER
     except OSError:
-        return path.suffix == SUFFIX
+        return False
 
 
 def open_tflite(path: str | os.PathLike[str], step: int | None = None) -> TFLiteCheckpoint:
@@ -203,7 +213,8 @@ def _hparams(structure: Structure, graph: Graph) -> dict[str, Any]:
         found.update(_normalisation(image))
     if structure.postprocess is not None:
         _check_options(structure.postprocess, config.num_classes)
-        found.update(_anchors(structure, structure.postprocess, graph))
+    if structure.anchors is not None:
+        found.update(_anchor_settings(structure, structure.anchors))
     return found
 
 
@@ -227,33 +238,34 @@ def _check_options(operator: Operator, num_classes: int) -> None:
 
 
 @np.errstate(all="ignore")
-def _anchors(structure: Structure, operator: Operator, graph: Graph) -> dict[str, Any]:
-    """The settings behind the anchors that the postprocessing operator is given.
-
-    They are [A, 4]: centre y, centre x, height, width, as fractions of the image.
-    """
-    from pytorch_model.anchors import generate_anchors  # takes torch with it
-
+def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
+    """The roundest settings that give the anchors that the postprocessing operator has."""
     config, per_location = structure.config, structure.num_anchors
     sizes = list(config.feature_sizes().values())
     total = per_location * sum(rows * columns for rows, columns in sizes)
-    tensor = graph.tensors[operator.inputs[2]] if len(operator.inputs) == 3 else None
-    if tensor is None or tensor.dtype != np.float32 or tensor.shape != (total, 4) or not tensor.is_constant:
-        raise Mismatch(f"{operator} does not have a list of {total} anchors")
+    tolerance = _ANCHOR_TOLERANCE.get(tensor.dtype or np.dtype(object))
+    if tolerance is None or tensor.shape != (total, 4):
+        raise Mismatch(f"it does not have a list of {total} anchors")
     anchors = tensor.values()
     # In units of the finest level's stride, those of the first location say how all were made.
     heights, widths = (anchors[:per_location, 2:] * sizes[0]).T
     scales, ratios = np.sqrt(heights * widths), widths / heights
-    per_scale = max(1, int(np.isclose(scales, scales[0], rtol=1e-4).sum()))
-    hparams = {
-        "num_scales": per_location // per_scale,
-        "aspect_ratios": tuple(round(float(ratio), 4) for ratio in ratios[:per_scale]),
-        "anchor_scale": round(float(scales[0]), 4),
-    }
-    top, left, bottom, right = generate_anchors(config.replace(**hparams)).double().numpy().T
-    height, width = config.image_size
-    expected = [(top + bottom) / 2 / height, (left + right) / 2 / width]
-    expected += [(bottom - top) / height, (right - left) / width]
-    if len(top) != total or not np.allclose(anchors, np.stack(expected, axis=1), rtol=1e-5, atol=1e-6):
-        raise Mismatch(f"the anchors of {operator} are not laid out as AutoML's")
-    return hparams
+    per_scale = max(1, int(np.isclose(scales, scales[0], rtol=0.01).sum()))
+    for digits in range(1, 7):
+        hparams = {
+            "num_scales": per_location // per_scale,
+            "aspect_ratios": tuple(round(float(ratio), digits) for ratio in ratios[:per_scale]),
+            "anchor_scale": round(float(scales[0]), digits),
+        }
+        expected = _centre_sizes(config.replace(**hparams))
+        if expected.shape == anchors.shape and np.allclose(anchors, expected, rtol=tolerance, atol=1e-6):
+            return hparams
+    raise Mismatch("its anchors are not laid out as AutoML's")
+
+
+def _centre_sizes(config: EfficientDetConfig) -> np.ndarray:
+    """The anchors of ``config`` as the postprocessing operator takes them, float64 [A, 4]."""
+    from pytorch_model.anchors import generate_anchors  # takes torch with it
+
+    corners_yx = generate_anchors(config).double().numpy().reshape(-1, 2, 2) / config.image_size
+    return np.concatenate([corners_yx.mean(axis=1), corners_yx[:, 1] - corners_yx[:, 0]], axis=1)

@@ -67,6 +67,7 @@ class Tensor:
     index: int
     shape: tuple[int, ...]
     type: int  # schema.fbs TensorType
+    buffer: int
     data: np.ndarray = field(repr=False)  # uint8 [bytes], empty for an activation
     scale: np.ndarray  # float32 [n]
     zero_point: np.ndarray  # int64 [n]
@@ -134,10 +135,13 @@ class Operator:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
+    """``unused``: how many bytes of constants no operator reads. Converters leave none behind."""
+
     tensors: tuple[Tensor, ...]
     operators: tuple[Operator, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    unused: int
 
 
 def read_graph(data: bytes) -> Graph:
@@ -164,7 +168,10 @@ def read_graph(data: bytes) -> Graph:
     inputs = _indices(graph, 1, len(tensors), "the graph's inputs")
     outputs = _indices(graph, 2, len(tensors), "the graph's outputs")
     _check_order(tensors, operators, inputs)
-    return Graph(tensors, operators, inputs, outputs)
+    read = {tensors[i].buffer for operator in operators for i in operator.inputs if i >= 0}
+    read.update(table.number(1, "I") for table in model.tables(6, _MOST_TENSORS))  # metadata
+    unused = sum(len(buffer) for i, buffer in enumerate(buffers) if i not in read)
+    return Graph(tensors, operators, inputs, outputs, unused)
 
 
 def _buffer(table: Table) -> np.ndarray:
@@ -192,7 +199,7 @@ def _tensor(index: int, table: Table, buffers: list[np.ndarray]) -> Tensor:
         raise Malformed(f"tensor {index} is sparse, which is not supported")
     shape = tuple(int(n) for n in dimensions)
     scale, zero_point, axis = _quantization(index, shape, table.table(4))
-    return Tensor(index, shape, table.number(1, "b"), buffers[buffer], scale, zero_point, axis)
+    return Tensor(index, shape, table.number(1, "b"), buffer, buffers[buffer], scale, zero_point, axis)
 
 
 def _quantization(

@@ -95,7 +95,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Structure:
-    """The whole network. ``config`` has defaults for what a graph cannot say: normalisation and anchors."""
+    """The whole network. ``config`` has defaults for what a graph cannot say: normalisation and anchors.
+
+    ``postprocess``: the operator that makes detections of the predictions; ``anchors``: its constant, [A, 4]
+    of centre y, centre x, height, width, as fractions of the image. None where the graph ends in the heads.
+    """
 
     config: EfficientDetConfig
     stem: Convolution
@@ -105,6 +109,7 @@ class Structure:
     class_net: Head
     box_net: Head
     postprocess: Operator | None
+    anchors: Tensor | None
 
     @property
     def num_anchors(self) -> int:
@@ -179,7 +184,17 @@ class _Matcher:
             box_class_repeats=len(box_net.levels[0]) - 1,
             num_classes=class_net.out_filters // (box_net.out_filters // BOX_VALUES),
         )
-        return Structure(config, stem, blocks, extra_level, tuple(cells), class_net, box_net, postprocess)
+        return Structure(
+            config,
+            stem,
+            blocks,
+            extra_level,
+            tuple(cells),
+            class_net,
+            box_net,
+            postprocess,
+            self.anchors(postprocess) if postprocess else None,
+        )
 
     def image(self) -> tuple[int, tuple[int, int]]:
         """(the tensor of the input image, its height and width)."""
@@ -495,6 +510,12 @@ class _Matcher:
             self.place(step)
             x = step.output
         return end
+
+    def anchors(self, postprocess: Operator) -> Tensor:
+        found = self.flow.constants.get((*postprocess.inputs, -1, -1, -1)[2])
+        if found is None:
+            raise Mismatch(f"{postprocess} has no constant list of anchors")
+        return found
 
 
 def _stride(operator: Operator, size: int) -> int:

@@ -31,7 +31,7 @@ _HALF_STEP = {np.dtype("<f4"): 2.0**-22, np.dtype("<f2"): 2.0**-11}
 _SMALLEST_HALF_STEP = {np.dtype("<f4"): 2.0**-126, np.dtype("<f2"): 2.0**-25}
 
 # TFLite multiplies the scales of input and kernel in float32; further apart is damage.
-_SCALE_TOLERANCE = 1e-5
+_SCALE_TOLERANCE = 1e-6
 
 # A kernel that all levels share is counted once a level; nothing else in a real file is used twice.
 _MOST_REUSE = 16
