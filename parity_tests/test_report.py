@@ -321,6 +321,13 @@ def test_what_is_not_finite_shows() -> None:
     assert (differs.reference == MIDDLE).all()
 
 
+def test_a_channel_that_is_not_finite_does_not_vary() -> None:
+    reference = np.zeros((1, 2, 2, 3))
+    reference[0, 0, 0] = [np.nan, np.inf, 1]
+    differs, varies = observe(reference, reference).maps["tap"]
+    assert (differs.channel, varies.channel) == (0, 2)
+
+
 @pytest.mark.filterwarnings("error")
 @settings(deadline=None, max_examples=60)
 @given(
