@@ -20,7 +20,7 @@ check: $(STAMP)
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[tensorflow,coco,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[tensorflow,test]'
 	touch $@
 
 clean:

@@ -108,6 +108,10 @@ def check_refused(done: subprocess.CompletedProcess[str], folder: Path, message:
     assert not [p for p in folder.iterdir() if p.suffix in (".safetensors", ".pth") or p.name.startswith(".")]
 
 
+def lose_data(folder: Path) -> None:
+    (folder / "model.data-00000-of-00001").unlink()
+
+
 def truncate(folder: Path) -> None:
     data = folder / "model.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:-1000])
@@ -118,6 +122,11 @@ def flip(folder: Path) -> None:
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def second(folder: Path) -> None:
@@ -131,7 +140,7 @@ def foreign(folder: Path) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no data file": (lambda f: (f / "model.data-00000-of-00001").unlink(), "model.data-00000-of-00001"),
+    "no data file": (lose_data, "model.data-00000-of-00001"),
     "truncated data file": (truncate, "model.data-00000-of-00001"),
     "flipped byte in a tensor": (flip, "CRC32C"),
     "truncated index": (
@@ -141,7 +150,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "several checkpoints": (second, "other"),
     "something else": (foreign, "not an AutoML EfficientDet"),
     "a text file": (lambda f: (f / "model.index").write_text("hello"), "model.index"),
-    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "checkpoint"),
+    "an empty folder": (empty, "checkpoint"),
 }
 
 
@@ -170,6 +179,8 @@ def test_nan_is_refused(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
         (["--model", "efficientdet-d0"], "these are efficientdet-lite0's variables"),
         (["--out", "weights.bin"], "use a name that ends in .safetensors or .pth"),
         (["--out", "nowhere/w.pth"], "there is no folder nowhere"),
+        (["--verify", "--size", "-5"], "--size -5 is not a size"),
+        (["--verify", "--size", "0"], "--size 0 is not a size"),
     ],
     ids=str,
 )
@@ -236,6 +247,34 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     assert errors.strip() == "error: interrupted; nothing was left half-written"
     assert not list(tmp_path.rglob("*.safetensors"))
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.0])
+def test_ctrl_c_while_starting_is_quiet(tmp_path: Path, checkpoint: Path, seconds: float) -> None:
+    command = [sys.executable, str(TOOL), "--ckpt", str(checkpoint)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if seconds > 0.1:  # before that Python itself is starting and answers for itself
+        assert process.returncode in (0, 130)
+        assert "Traceback" not in errors
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_full_standard_output_is_one_sentence(tmp_path: Path, checkpoint: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(TOOL), "--ckpt", str(checkpoint), "--json"]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot print")
+
+
+def test_a_terminal_without_the_signs_gets_the_rest(tmp_path: Path, checkpoint: Path) -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, str(TOOL), "--ckpt", str(checkpoint)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr
 
 
 def test_help_has_examples(tmp_path: Path) -> None:

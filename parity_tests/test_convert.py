@@ -15,9 +15,11 @@ from parity_tests.configs import configs
 from parity_tests.recordings import golden_recording
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.writer import write_bundle
-from porting.convert import Conversion, convert
+from porting.convert import Conversion, apply_rules, convert
 from porting.errors import ConversionError
 from porting.infer import infer_config
+from porting.rules import Rule, rules
+from porting.sources import write_synthetic
 from pytorch_model import EfficientDet
 from pytorch_model.config import EfficientDetConfig, model_config
 from tf_reference.synthetic import EMA_SUFFIX, synthetic_checkpoint
@@ -33,6 +35,11 @@ def config() -> EfficientDetConfig:
 @pytest.fixture(scope="module")
 def content(config: EfficientDetConfig) -> Variables:
     return synthetic_checkpoint(config, momentum=True)
+
+
+@pytest.fixture(scope="module")
+def shared_d0(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic("efficientdet-d0", tmp_path_factory.mktemp("d0"))
 
 
 def port(folder: Path, content: Variables, config: EfficientDetConfig, raw: bool = False) -> Conversion:
@@ -91,7 +98,18 @@ def put(name: str, value: np.ndarray) -> Callable[[Variables], None]:
 
 STEM = "efficientnet-lite0/stem/conv2d/kernel"
 REFUSED = {
-    "missing": (drop(STEM + EMA_SUFFIX), rf"{STEM} in .* has no moving average while others?|--raw"),
+    "missing": (
+        drop(STEM + EMA_SUFFIX),
+        rf"{STEM} in .* has no moving average while other variables do; --raw",
+    ),
+    "misshapen twin": (
+        put("resample_p6/bn/beta", np.zeros(3, np.float32)),
+        r"resample_p6/bn/beta has shape \[3\]",
+    ),
+    "overflowing": (
+        put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, 1e300)),
+        r"resample\.p6\.bn\.bias overflows float32",
+    ),
     "misshapen": (
         put("resample_p6/bn/beta" + EMA_SUFFIX, np.zeros(3, np.float32)),
         r"shape \[3\].*needs \[64\]",
@@ -105,7 +123,7 @@ REFUSED = {
         "resample_p6/bn/beta holds 64 NaN",
     ),
     "infinite": (
-        put("resample_p6/bn/beta" + EMA_SUFFIX, np.float32([np.inf] + [0] * 63)),
+        put("resample_p6/bn/beta" + EMA_SUFFIX, np.array([np.inf] + [0] * 63, np.float32)),
         "resample_p6/bn/beta holds 1 NaN or infinite value of 64",
     ),
     "negative variance": (
@@ -150,14 +168,65 @@ def test_float64_keeps_the_folded_mean_exact(
 
 
 def test_removing_biases_keeps_the_function_in_training_mode() -> None:
-    """A bias ahead of a batch norm cancels against the batch's own mean: training sees no difference."""
+    """A bias ahead of a batch norm cancels against the batch's own mean, and shifts what enters the running
+    mean by as much as the folded mean was shifted: the two stay the same function after a training step."""
     recording = golden_recording("efficientdet-lite0")
-    kernel = recording.variables()["resample_p6/conv2d/kernel"][0, 0]
-    x = torch.randn(2, kernel.shape[0], 4, 4, dtype=torch.float64)
-    conv = torch.nn.Conv2d(*kernel.shape, 1, dtype=torch.float64)
-    bn = torch.nn.BatchNorm2d(kernel.shape[1], dtype=torch.float64)
-    with_bias = bn(conv(x))
-    torch.testing.assert_close(with_bias, bn(torch.nn.functional.conv2d(x, conv.weight)), rtol=0, atol=1e-12)
+    variables, scope = recording.variables(), "resample_p6"
+    kernel = torch.from_numpy(variables[f"{scope}/conv2d/kernel"].transpose(3, 2, 0, 1).astype(np.float64))
+    bias = torch.from_numpy(variables[f"{scope}/conv2d/bias"].astype(np.float64))
+    folded = EfficientDet(recording.config).double().resample["p6"]
+    ported = apply_rules(rules(recording.config), variables, "float64")
+    prefix = "resample.p6."
+    folded.load_state_dict({k.removeprefix(prefix): v for k, v in ported.items() if k.startswith(prefix)})
+    plain = torch.nn.BatchNorm2d(len(bias), eps=1e-3, momentum=0.01, dtype=torch.float64)
+    for leaf, name in (("weight", "gamma"), ("bias", "beta"), ("running_mean", "moving_mean")):
+        plain.state_dict()[leaf].copy_(torch.from_numpy(variables[f"{scope}/bn/{name}"]))
+    plain.state_dict()["running_var"].copy_(torch.from_numpy(variables[f"{scope}/bn/moving_variance"]))
+    x = torch.randn(2, kernel.shape[1], 4, 4, dtype=torch.float64)
+    for training in (False, True, False):
+        folded.train(training)
+        plain.train(training)
+        expected = plain(torch.nn.functional.conv2d(x, kernel, bias))
+        torch.testing.assert_close(folded(x, (4, 4)), expected, rtol=0, atol=1e-12)
+
+
+def break_rules(monkeypatch: pytest.MonkeyPatch, change: Callable[[Rule], list[Rule]]) -> None:
+    broken = [new for rule in rules(model_config("efficientdet-d0")) for new in change(rule)]
+    monkeypatch.setattr("porting.convert.rules", lambda config: iter(broken))
+
+
+BROKEN_RULES: dict[str, tuple[Callable[[Rule], list[Rule]], str]] = {
+    "a variable not used": (
+        lambda r: [r._replace(sources=r.sources[:1]) if r.target == "resample.p6.bn.running_mean" else r],
+        "uses resample_p6/conv2d/bias 0 times instead of 1",
+    ),
+    "a variable used twice": (
+        lambda r: [r._replace(sources=tuple(s.replace("WSM_1", "WSM") for s in r.sources))],
+        "WSM 2 times instead of 1",
+    ),
+    "a variable that does not exist": (
+        lambda r: [r._replace(sources=tuple(s.replace("se/conv2d_1", "se/conv2d_2") for s in r.sources))],
+        "conv2d_2/.*which efficientdet-d0 does not have",
+    ),
+    "a tensor written twice": (
+        lambda r: [r, r._replace(sources=())] if r.target == "backbone.stem.bn.weight" else [r],
+        r"writes backbone\.stem\.bn\.weight 2 times",
+    ),
+    "a level left out": (
+        lambda r: [r._replace(sources=tuple(s.replace("bn-3", "bn-4") for s in r.sources))],
+        r"-bn-3/\w+ 0 times instead of 1|-bn-4/\w+ 2 times",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN_RULES)
+def test_a_broken_rule_table_never_converts(
+    fault: str, shared_d0: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = BROKEN_RULES[fault]
+    break_rules(monkeypatch, change)
+    with open_checkpoint(shared_d0) as checkpoint, pytest.raises(ConversionError, match=message):
+        convert(checkpoint, model_config("efficientdet-d0"))
 
 
 @settings(deadline=None, max_examples=15)

@@ -57,6 +57,8 @@ def test_what_cannot_be_seen_is_said_to_be_assumed() -> None:
     assumed = infer_config(variable_shapes(model_config("efficientdet-d0"))).assumed
     assert "image size 512×512" in assumed
     assert "fusion fastattn" in assumed
+    assert "no residual in the heads" in assumed
+    assert "3 scales of aspect ratios 1, 2, 0.5" in assumed
     told = infer_config(
         variable_shapes(model_config("efficientdet-d0")), overrides={"image_size": (640, 640)}
     )
@@ -75,6 +77,23 @@ def test_the_name_tells_what_the_weights_cannot() -> None:
     advprop = infer_config(variable_shapes(model_config("efficientdet-d0")), "efficientdet-d0-advprop/model")
     assert advprop.config.mean_rgb == (127.5, 127.5, 127.5)
     assert any("AdvProp" in line for line in advprop.assumed)
+    told = named_config(
+        "efficientdet-d0", variable_shapes(advprop.config), None, "efficientdet-d0-advprop/model"
+    )
+    assert told.config.mean_rgb == (127.5, 127.5, 127.5)
+    assert any("AdvProp" in line for line in told.assumed)
+
+
+@pytest.mark.parametrize(
+    ("model", "source"),
+    [
+        ("efficientdet-d6", "efficientdet-d7-vs-d6/model"),
+        ("efficientdet-d3", "d2-640-then-d3/model"),
+        ("efficientdet-d6", "no_advprop/efficientdet-d6/model"),
+    ],
+)
+def test_a_name_that_could_mean_anything_means_nothing(model: str, source: str) -> None:
+    assert infer_config(shapes_of(model), source).config == model_config(model)
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
@@ -107,6 +126,30 @@ def test_unsupported_structures_are_refused_by_name() -> None:
     shapes = shapes_of("efficientdet-d0")
     shapes["efficientnet-b0/blocks_3/se/conv2d/bias"] = (99,)
     with pytest.raises(ConversionError, match="blocks_3/se has 99 squeeze filters"):
+        infer_config(shapes)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "box_net/box-predict/bias",
+        "efficientnet-b0/stem/conv2d/kernel",
+        "efficientnet-b0/blocks_0/se/conv2d/bias",
+        "fpn_cells/cell_0/fnode0/op_after_combine5/conv/pointwise_kernel",
+    ],
+)
+@pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0, 0)], ids=str)
+def test_shapes_that_make_no_sense_are_refused(name: str, shape: tuple[int, ...]) -> None:
+    shapes = {**shapes_of("efficientdet-d0"), name: shape}
+    with pytest.raises(ConversionError, match=name):
+        infer_config(shapes)
+    with pytest.raises(ConversionError):
+        named_config("efficientdet-d0", shapes)
+
+
+def test_resampling_without_batch_norm_is_refused_by_name() -> None:
+    shapes = {n: s for n, s in shapes_of("efficientdet-d0").items() if "resample" not in n or "/bn/" not in n}
+    with pytest.raises(ConversionError, match="apply_bn_for_resampling=False"):
         infer_config(shapes)
 
 

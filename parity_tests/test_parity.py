@@ -107,10 +107,10 @@ def test_an_error_in_the_reference_reaches_the_caller() -> None:
 
 
 def test_difference_measures() -> None:
-    reference = np.float32([3, 4])
-    assert difference(np.float32([3, 4]), reference).relative == 0
-    assert difference(np.float32([3, 4.5]), reference).relative == pytest.approx(0.1)
-    assert difference(np.float32([3, 4.5]), reference).maximum == 0.5
-    assert math.isinf(difference(np.float32([3, np.inf]), reference).relative)
-    assert math.isinf(difference(np.float32([3]), reference).relative)
-    assert math.isinf(difference(np.float32([1e-30]), np.float32([0])).relative)
+    reference = np.array([3, 4], np.float32)
+    assert difference(np.array([3, 4], np.float32), reference).relative == 0
+    assert difference(np.array([3, 4.5], np.float32), reference).relative == pytest.approx(0.1)
+    assert difference(np.array([3, 4.5], np.float32), reference).maximum == 0.5
+    assert math.isinf(difference(np.array([3, np.inf], np.float32), reference).relative)
+    assert math.isinf(difference(np.array([3], np.float32), reference).relative)
+    assert math.isinf(difference(np.array([1e-30], np.float32), np.array([0], np.float32)).relative)

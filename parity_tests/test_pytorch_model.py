@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_torch_compile() -> None:
 
 def test_every_parameter_gets_a_gradient() -> None:
     network = tiny().train()
-    flat(network(torch.randn(2, 3, 128, 128))).square().mean().backward()
+    torch.autograd.backward(flat(network(torch.randn(2, 3, 128, 128))).square().mean())
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
 
 
@@ -96,12 +97,30 @@ def test_same_padding_gives_the_size_tensorflow_gives(size: int, kernel: int, st
         ({"min_level": 6}, "min_level is 6"),
         ({"max_level": 3}, "max_level is 3"),
         ({"aspect_ratios": ()}, "aspect_ratios is empty"),
+        ({"aspect_ratios": (0,)}, "aspect_ratios is .* must be above 0"),
+        ({"anchor_scale": -1}, "anchor_scale is .* must be above 0"),
+        ({"stddev_rgb": (0, 0, 0)}, "stddev_rgb is .* must be above 0"),
+        ({"mean_rgb": (0,)}, "mean_rgb must be three numbers"),
+        ({"survival_prob": 7}, "survival_prob is 7"),
+        ({"num_classes": 2.5}, "num_classes is 2.5"),
+        ({"image_size": 640}, "image_size is 640"),
         ({"learning_rate": 1}, "learning_rate"),
     ],
 )
 def test_an_impossible_configuration_is_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         create_model("efficientdet_d0", **change)
+
+
+@pytest.mark.parametrize("data", [[], None, 7, {}, {"backbone": "x"}, {"backbone": {"stages": [1]}}], ids=str)
+def test_a_configuration_from_nonsense_is_refused(data: Any) -> None:
+    with pytest.raises(ConfigError, match="not an EfficientDet configuration"):
+        EfficientDetConfig.from_dict(data)
+
+
+def test_replacing_an_unknown_field_is_refused() -> None:
+    with pytest.raises(ConfigError, match="foo"):
+        model_config("efficientdet-d0").replace(foo=1)
 
 
 def test_an_unknown_model_is_named() -> None:
@@ -154,6 +173,32 @@ def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
         write_weights(path, state, network.config.replace(num_classes=5), {})
         with pytest.raises(WeightsError, match=r"class_net\.predict\.pointwise"):
             load_model(path)
+
+
+@pytest.mark.parametrize("config", ["[]", "null", "7", "{", None, 7], ids=str)
+def test_a_weight_file_with_a_nonsense_configuration_is_refused(tmp_path: Path, config: Any) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {}, "config": config}, path)
+    with pytest.raises(WeightsError, match="configuration"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (7, "is not a tensor"),
+        (torch.zeros(32, dtype=torch.int8), "is int8"),
+        (torch.zeros(32, dtype=torch.float64), "is float64 where other tensors are float32"),
+        (torch.full((32,), torch.nan), "NaN or infinite"),
+    ],
+    ids=str,
+)
+def test_tensors_that_no_network_can_use_are_refused(tmp_path: Path, value: Any, message: str) -> None:
+    network = tiny()
+    path = tmp_path / "w.pth"
+    write_weights(path, {**network.state_dict(), "backbone.stem.bn.bias": value}, network.config, {})
+    with pytest.raises(WeightsError, match=rf"backbone\.stem\.bn\.bias.*{message}"):
+        load_model(path)
 
 
 def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:

@@ -74,7 +74,19 @@ def test_taps_name_real_modules_and_every_layer(model: str) -> None:
         for c in range(config.fpn_cell_repeats)
         for n in range(len(config.bifpn_nodes))
     ]
-    assert {"backbone.stem", *blocks, *nodes} <= named
+    resamples = [f"{node}.resample.{i}" for node in nodes for i in range(2)]
+    bns = [
+        f"{head}_net.bns.{i}.{level}"
+        for head in ("class", "box")
+        for i in range(config.box_class_repeats)
+        for level in range(len(config.levels))
+    ]
+    extra = [f"resample.p{level}" for level in config.extra_levels]
+    parts = [f"{block}.project" for block in blocks] + [f"{node}.fuse" for node in nodes]
+    assert {"backbone.stem", *blocks, *parts, *nodes, *resamples, *extra, *bns} <= named
+    outputs = {(pair.module, pair.output) for pair in pairs if pair.output is not None}
+    levels = range(len(config.levels))
+    assert outputs == {(f"{head}_net", level) for head in ("class", "box") for level in levels}
 
 
 def test_a_rule_with_a_wrong_target_is_caught() -> None:
@@ -86,5 +98,5 @@ def test_a_rule_with_a_wrong_target_is_caught() -> None:
 
 
 def test_folding_a_bias_keeps_more_than_float32() -> None:
-    mean, bias = np.float32([1.0]), np.float32([1e-9])
+    mean, bias = np.array([1.0], np.float32), np.array([1e-9], np.float32)
     assert FOLD_BIAS_INTO_MEAN.forward(mean, bias)[0] == np.float64(mean[0]) - np.float64(bias[0]) != 1.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ def convert(
     for name in chosen:
         _check_values(name, variables[name])
     table = list(rules(config))
+    check_rules(table, variables, config)
     state_dict = apply_rules(table, variables, dtype)
     check_targets(state_dict, config)
     folded = {rule.sources[1] for rule in table if rule.transform is FOLD_BIAS_INTO_MEAN}
@@ -77,15 +79,47 @@ def convert(
     )
 
 
+def check_rules(
+    table: Iterable[Rule], variables: Mapping[str, np.ndarray], config: EfficientDetConfig
+) -> None:
+    """Every variable is used and every target written, once each.
+
+    A head's convolution serves all levels, so its bias goes into one batch norm a level; nothing else is used
+    twice. Raises :class:`ConversionError` otherwise: a fault in the rules, not in the checkpoint.
+    """
+    sources, targets = Counter[str](), Counter[str]()
+    for rule in table:
+        sources.update(rule.sources)
+        targets[rule.target] += 1
+    for name in sources.keys() - variables.keys():
+        raise ConversionError(
+            f"porting/rules.py uses {name}, which {config.name} does not have; mend that rule"
+        )
+    for name in variables:
+        allowed = len(config.levels) if _SHARED_BIAS.fullmatch(name) else 1
+        if sources[name] != allowed:
+            raise ConversionError(
+                f"porting/rules.py uses {name} {sources[name]} times instead of {allowed}; mend that rule"
+            )
+    for target, count in targets.items():
+        if count > 1:
+            raise ConversionError(f"porting/rules.py writes {target} {count} times; mend that rule")
+
+
+#: The bias of a head's shared convolution; class-predict and box-predict feed no batch norm.
+_SHARED_BIAS = re.compile(r"(class|box)_net/\1-\d+/bias")
+
+
 def apply_rules(
     table: Iterable[Rule], variables: Mapping[str, np.ndarray], dtype: str = "float32"
 ) -> dict[str, torch.Tensor]:
     """Run every rule. Counters stay int64; everything else becomes ``dtype``."""
     state_dict = {}
     for rule in table:
-        array = rule.transform.forward(*(variables[source] for source in rule.sources))
-        kind = array.dtype if array.dtype == np.int64 else np.dtype(dtype)
-        state_dict[rule.target] = torch.from_numpy(np.array(array, kind, order="C"))
+        with np.errstate(over="ignore"):  # check_targets finds what overflows
+            array = rule.transform.forward(*(variables[source] for source in rule.sources))
+            kind = array.dtype if array.dtype == np.int64 else np.dtype(dtype)
+            state_dict[rule.target] = torch.from_numpy(np.array(array, kind, order="C"))
     return state_dict
 
 
@@ -106,7 +140,7 @@ def choose_variables(
     taken = set(chosen.values())
     for name in checkpoint.shapes:
         if name not in taken:
-            unused[_why_unused(name, expected, config)].append(name)
+            unused[_why_unused(name, checkpoint, expected, config)].append(name)
     for name, entry in chosen.items():
         if entry not in checkpoint.shapes:
             raise ConversionError(_missing(name, entry, checkpoint, config, use_ema))
@@ -118,11 +152,19 @@ def choose_variables(
     return chosen, {why: tuple(names) for why, names in unused.items()}, "EMA" if use_ema else "raw"
 
 
-def _why_unused(name: str, expected: Mapping[str, tuple[int, ...]], config: EfficientDetConfig) -> str:
+def _why_unused(
+    name: str, checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], config: EfficientDetConfig
+) -> str:
     """Why a checkpoint entry is left out on purpose. Raises :class:`ConversionError` if unexplained."""
     if name in TRAINING_SCALARS:
         return "training scalar"
-    if model_name(name) in expected:
+    base = model_name(name)
+    if base is not None and base in expected:
+        if checkpoint.shapes[name] not in (expected[base], ()):
+            raise ConversionError(
+                f"{name} has shape {list(checkpoint.shapes[name])} where {base} has {list(expected[base])}; "
+                "this checkpoint mixes two models"
+            )
         if name.endswith(EMA_SUFFIX):
             return "moving average (raw weights were asked for)"
         if name.endswith(SLOT_SUFFIXES):
@@ -159,9 +201,9 @@ def _check_values(name: str, value: np.ndarray) -> None:
 
 
 def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetConfig) -> None:
-    """Every tensor of the model is written once, in its shape.
+    """Every tensor of the model is written, in its shape, and finite.
 
-    Raises :class:`ConversionError` otherwise: a fault in the rules, not in the checkpoint.
+    Raises :class:`ConversionError` otherwise.
     """
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in EfficientDet(config).state_dict().items()}
@@ -172,6 +214,12 @@ def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetCo
         if keys:
             raise ConversionError(
                 f"the rules {what} {min(keys)} ({len(keys)} in all); rules and model disagree"
+            )
+    for key, tensor in state_dict.items():
+        if not bool(tensor.isfinite().all()):
+            raise ConversionError(
+                f"{key} overflows {str(tensor.dtype).removeprefix('torch.')}: its variables hold values too "
+                "large for a trained network; the file is damaged"
             )
     for key, shape in expected.items():
         if state_dict[key].shape != shape:

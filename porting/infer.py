@@ -7,8 +7,9 @@ assumed.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,24 +66,39 @@ def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] 
     anchors = found.pop("num_anchors")
     fields: dict[str, Any] = {**found, **hints, **overrides}
     config = base.replace(name=variant or "custom", **fields)
+    _check_anchors(config, anchors)
+    return Inference(config, variant, tuple(_assumptions(config, notes, overrides)))
+
+
+def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
     if config.num_anchors != anchors:
         raise ConversionError(
             f"the box net predicts {anchors} anchors a location, which num_scales={config.num_scales} and "
             f"{len(config.aspect_ratios)} aspect_ratios do not give; say "
             "--hparams num_scales=…,aspect_ratios=[…]"
         )
-    assumed = {
+
+
+def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mapping[str, Any]) -> Iterator[str]:
+    """One line for each thing the weights cannot tell and the user did not."""
+    yield from notes
+    ratios = ", ".join(f"{ratio:g}" for ratio in config.aspect_ratios)
+    lines = {
         "image_size": f"image size {config.image_size[0]}×{config.image_size[1]}",
         "anchor_scale": f"anchor scale {config.anchor_scale:g}",
-        "aspect_ratios": f"aspect ratios {', '.join(f'{r:g}' for r in config.aspect_ratios)}",
+        "num_scales": f"{config.num_scales} scales of aspect ratios {ratios}",
         "act_type": f"activation {config.act_type}",
-        "fpn_weight_method": f"fusion {config.fpn_weight_method}",
+        "survival_prob": f"{'a' if config.survival_prob else 'no'} residual in the heads",
+        "conv_after_downsample": (
+            f"pooling {'before' if config.conv_after_downsample else 'after'} resampling convolutions"
+        ),
         "mean_rgb": f"mean {_triple(config.mean_rgb)}, standard deviation {_triple(config.stddev_rgb)}",
     }
-    if config.fpn_weight_method == "sum":
-        del assumed["fpn_weight_method"]  # the absence of fusion weights is no assumption
-    lines = [*notes, *(text for name, text in assumed.items() if name not in overrides)]
-    return Inference(config, variant, tuple(lines))
+    if config.fpn_weight_method != "sum":  # the absence of fusion weights is no assumption
+        lines["fpn_weight_method"] = f"fusion {config.fpn_weight_method}"
+    for field_name, line in lines.items():
+        if field_name not in overrides:
+            yield line
 
 
 def _model_variables(shapes: Shapes) -> dict[str, tuple[int, ...]]:
@@ -100,15 +116,26 @@ def _triple(values: tuple[float, float, float]) -> str:
 
 
 def _hints(variant: str | None, source: str, notes: list[str]) -> dict[str, Any]:
-    """What a release's file name says that its weights do not."""
+    """What a release's file name says that its weights do not; each is noted, for names can lie."""
     hints: dict[str, Any] = {}
-    last = "/".join(source.replace("\\", "/").split("/")[-3:]).lower()
-    if "advprop" in last and variant:
+    if not variant:
+        return hints
+    if re.search(
+        rf"(?<![a-z0-9]){re.escape(variant)}-advprop(?![a-z0-9])|/advprop/{re.escape(variant)}/",
+        _tail(source),
+    ):
         hints.update(ADVPROP)
         notes.append("AdvProp input range [-1, 1], from the name")
-    if variant and re.search(r"(?<![a-z0-9])(efficientdet-)?d[2-6]-640(?![0-9])", last):
+    size = re.search(rf"(?<![a-z0-9]){re.escape(variant)}-640(?![0-9])", _tail(source))
+    if size:
         hints["image_size"] = (640, 640)
+        notes.append("image size from the name")
     return hints
+
+
+def _tail(source: str) -> str:
+    """The last folders of a path, the part that names a checkpoint: ``/advprop/efficientdet-d0/model``."""
+    return "/" + "/".join(source.replace("\\", "/").split("/")[-3:]).lower().replace("_", "-")
 
 
 def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetConfig, str | None, list[str]]:
@@ -121,11 +148,13 @@ def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetCo
         if all(getattr(model_config(name), key) == value for key, value in structure.items())
     ]
     if matches:
-        name = _named_in(source, matches) or matches[0]
+        named = _named_in(source, matches)
+        name = named or matches[0]
         notes = []
-        if len(matches) > 1 and not _named_in(source, matches):
+        if len(matches) > 1:
             others = " and ".join(m for m in matches if m != name)
-            notes = [f"{name}, not {others}, which has the same variables (--model chooses)"]
+            why = "from the name" if named else "--model chooses"
+            notes = [f"{name}, not {others}, which has the same variables ({why})"]
         return model_config(name), name, notes
     backbone = found["backbone"].name
     same_backbone = [name for name in MODELS if model_config(name).backbone.name == backbone]
@@ -135,12 +164,16 @@ def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetCo
 
 
 def _named_in(source: str, names: list[str]) -> str | None:
-    """The one of ``names`` that the last folders of ``source`` spell out, longest first (d7x before d7)."""
-    last = "/".join(source.replace("\\", "/").split("/")[-3:]).lower().replace("_", "-")
-    for name in sorted(names, key=len, reverse=True):
-        if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", last):
-            return name
-    return None
+    """The one of ``names`` that the last folders of ``source`` spell out; None for none or several."""
+    found = [
+        name for name in names if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", _tail(source))
+    ]
+    short = [
+        name
+        for name in names
+        if re.search(rf"(?<![a-z0-9]){name.rsplit('-', 1)[-1]}(?![a-z0-9])", _tail(source))
+    ]
+    return found[0] if len(found) == 1 and set(short) <= set(found) else None
 
 
 @dataclass
@@ -152,13 +185,13 @@ class _Structure:
 
     def read(self) -> dict[str, Any]:
         self._refuse_what_we_cannot_build()
-        fpn = self.shape(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/pointwise_kernel")
+        fpn = self.shape(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/pointwise_kernel", 4)
         backbone = self._backbone()
         nodes = 1 + max(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/"))
         bn_levels = self.numbers(r"box_net/box-0-bn-(\d+)/")
         min_level = min(bn_levels, default=3)
-        anchors = self.shape(r"box_net/box-predict/bias")[0] // 4
-        classes = self.shape(r"class_net/class-predict/bias")[0]
+        anchors = self.shape(r"box_net/box-predict/bias", 1)[0] // 4
+        classes = self.shape(r"class_net/class-predict/bias", 1)[0]
         if not anchors or classes % anchors:
             raise ConversionError(
                 f"class_net predicts {classes} values a location for {anchors} anchors, which is no whole "
@@ -186,7 +219,8 @@ class _Structure:
         regex = re.compile(pattern)
         return {int(m.group(1)) for name in self.shapes if (m := regex.match(name))}
 
-    def shape(self, pattern: str) -> tuple[int, ...]:
+    def shape(self, pattern: str, rank: int) -> tuple[int, ...]:
+        """The shape of the first variable that matches. Raises ConversionError if none does, or not so."""
         names = self.matches(pattern)
         if not names:
             looks = ", ".join(sorted(self.shapes)[:3]) or "nothing"
@@ -194,7 +228,13 @@ class _Structure:
                 f"this is not an AutoML EfficientDet: no variable is called like {_readable(pattern)}; "
                 f"the file holds {len(self.shapes)} variables such as {looks}"
             )
-        return tuple(self.shapes[names[0]])
+        shape = tuple(self.shapes[names[0]])
+        if len(shape) != rank or 0 in shape:
+            raise ConversionError(
+                f"{names[0]} has shape {list(shape)} where {rank} dimensions belong; the file is not an "
+                "EfficientDet, or damaged"
+            )
+        return shape
 
     def _refuse_what_we_cannot_build(self) -> None:
         backbones = sorted({name.split("/")[0] for name in self.matches(r"efficientnet-[^/]+/")})
@@ -210,6 +250,10 @@ class _Structure:
                 f"two models were built in one graph: {twice[0]} is the second one's name; save one model in "
                 "a process of its own"
             )
+        if self.matches(r".*resample[^/]*/conv2d/kernel") and not self.matches(r".*resample[^/]*/bn/gamma"):
+            raise ConversionError(
+                "this model was trained with apply_bn_for_resampling=False, which this project does not build"
+            )
         if self.matches(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/kernel"):
             raise ConversionError(
                 "this model was trained with separable_conv=False, which this project does not build; only "
@@ -223,7 +267,7 @@ class _Structure:
         return "channel_fastattn" if self.shapes[wsm[0]] else "fastattn"
 
     def _backbone(self) -> BackboneConfig:
-        stem = self.shape(r"efficientnet-[^/]+/stem/conv2d/kernel")
+        stem = self.shape(r"efficientnet-[^/]+/stem/conv2d/kernel", 4)
         scope = self.matches(r"efficientnet-[^/]+/stem/conv2d/kernel")[0].split("/")[0]
         blocks: list[tuple[int, int, int, int]] = []  # kernel, expand ratio, out, se
         filters = stem[-1]
@@ -243,11 +287,12 @@ class _Structure:
 
     def _block(self, scope: str, filters: int) -> tuple[int, int, int, int]:
         where = re.escape(scope)
-        depthwise = self.shape(rf"{where}/depthwise_conv2d/depthwise_kernel")
+        depthwise = self.shape(rf"{where}/depthwise_conv2d/depthwise_kernel", 4)
         expands = f"{scope}/conv2d_1/kernel" in self.shapes
-        project = self.shape(rf"{where}/conv2d_1/kernel" if expands else rf"{where}/conv2d/kernel")
-        se = self.shapes.get(f"{scope}/se/conv2d/bias", (0,))[0]
-        if len(depthwise) != 4 or len(project) != 4 or depthwise[2] % filters:
+        project = self.shape(rf"{where}/conv2d_1/kernel" if expands else rf"{where}/conv2d/kernel", 4)
+        has_se = f"{scope}/se/conv2d/bias" in self.shapes
+        se = self.shape(rf"{where}/se/conv2d/bias", 1)[0] if has_se else 0
+        if depthwise[2] % filters:
             raise ConversionError(
                 f"{scope}/depthwise_conv2d/depthwise_kernel has shape {list(depthwise)}, no whole multiple "
                 f"of the block's {filters} input channels; the backbone is not an EfficientNet"
@@ -279,24 +324,30 @@ def _group_stages(blocks: list[tuple[int, int, int, int]]) -> tuple[Stage, ...]:
     )
 
 
-def named_config(name: str, shapes: Shapes, overrides: Mapping[str, Any] | None = None) -> Inference:
-    """The variant the user named, with the classes and anchors of the variables where they can be read.
+def named_config(
+    name: str, shapes: Shapes, overrides: Mapping[str, Any] | None = None, source: str = ""
+) -> Inference:
+    """The variant the user named, with the classes of the variables unless ``overrides`` gives them.
 
-    Raises :class:`ConversionError` when the variables are another model's, and says which, if it is known.
+    ``source`` as for :func:`infer_config`. Raises :class:`ConversionError` when the variables are another
+    model's, and says which, if it is known.
     """
     overrides = dict(overrides or {})
+    notes: list[str] = []
     config = model_config(name)
+    config = config.replace(**{**_hints(config.name, source, notes), **overrides})
     model = _model_variables(shapes)
-    anchors = model.get("box_net/box-predict/bias", (0,))[0] // 4
-    classes = model.get("class_net/class-predict/bias", (0,))[0]
-    if anchors and classes % anchors == 0:
-        overrides.setdefault("num_classes", classes // anchors)
-    config = config.replace(**overrides)
+    anchors = math.prod(model.get("box_net/box-predict/bias", (0,))) // 4
+    classes = math.prod(model.get("class_net/class-predict/bias", (0,)))
+    if anchors and classes % anchors == 0 and classes:
+        _check_anchors(config, anchors)
+        if "num_classes" not in overrides:
+            config = config.replace(num_classes=classes // anchors)
     expected = variable_shapes(config)
     wrong = next((key for key, shape in expected.items() if model.get(key) != shape), None)
     if wrong is not None or model.keys() - expected.keys():
         raise ConversionError(_explain_mismatch(config, model, wrong))
-    return Inference(config, config.name, ())
+    return Inference(config, config.name, tuple(_assumptions(config, notes, overrides)))
 
 
 def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | None) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 EMA_SUFFIX = "/ExponentialMovingAverage"
 
 #: Optimizer slots: suffixes TensorFlow's optimizers add to a trainable variable's name.
-SLOT_SUFFIXES = ("/Momentum", "/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1")
+SLOT_SUFFIXES = ("/Momentum", "/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1", "/Adagrad")
 
 #: Scalars of the training loop, no part of the model.
-TRAINING_SCALARS = frozenset({"global_step", "beta1_power", "beta2_power"})
+TRAINING_SCALARS = frozenset({"global_step", "learning_rate", "beta1_power", "beta2_power"})
 
 
 def model_name(name: str) -> str | None:

@@ -203,7 +203,11 @@ class EfficientDetConfig:
         return {level: sizes[level] for level in self.levels}
 
     def replace(self, **changes: Any) -> EfficientDetConfig:
-        return dataclasses.replace(self, **changes)
+        """A copy with other values. Raises :class:`ConfigError` on an unknown field or a bad value."""
+        try:
+            return dataclasses.replace(self, **changes)
+        except TypeError as error:
+            raise ConfigError(f"{self.name}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-serialisable dict; :meth:`from_dict` reads it back."""
@@ -217,15 +221,17 @@ class EfficientDetConfig:
             backbone = dict(values.pop("backbone"))
             backbone["stages"] = tuple(Stage(**stage) for stage in backbone["stages"])
             return cls(backbone=BackboneConfig(**backbone), **values)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not an EfficientDet configuration: {error}") from None
 
 
 def _check(config: EfficientDetConfig) -> None:
-    def require(condition: bool, message: str) -> None:
+    def require(condition: object, message: str) -> None:
         if not condition:
             raise ConfigError(f"{config.name}: {message}")
 
+    pair = config.image_size
+    require(isinstance(pair, tuple) and len(pair) == 2, f"image_size is {pair!r}, must be (height, width)")
     counts = {
         "num_classes": config.num_classes,
         "num_scales": config.num_scales,
@@ -235,9 +241,23 @@ def _check(config: EfficientDetConfig) -> None:
         "image_size width": config.image_size[1],
     }
     for what, value in counts.items():
-        require(value >= 1, f"{what} is {value}, must be at least 1")
+        require(type(value) is int and value >= 1, f"{what} is {value!r}, must be a whole number from 1")
+    repeats = config.box_class_repeats
+    require(type(repeats) is int and repeats >= 0, f"box_class_repeats is {repeats!r}, must be 0 or more")
+    positive = {
+        "anchor_scale": (config.anchor_scale,),
+        "aspect_ratios": config.aspect_ratios,
+        "stddev_rgb": config.stddev_rgb,
+    }
+    for what, values in positive.items():
+        fine = isinstance(values, tuple) and all(isinstance(v, (int, float)) and v > 0 for v in values)
+        require(fine, f"{what} is {values!r}, must be above 0")
+    for what in ("mean_rgb", "stddev_rgb"):
+        require(len(getattr(config, what)) == 3, f"{what} must be three numbers, one a channel")
+    survival = config.survival_prob
     require(
-        config.box_class_repeats >= 0, f"box_class_repeats is {config.box_class_repeats}, must be 0 or more"
+        survival is None or (isinstance(survival, (int, float)) and 0 <= survival <= 1),
+        f"survival_prob is {survival!r}, must be a probability or None",
     )
     require(len(config.aspect_ratios) >= 1, "aspect_ratios is empty")
     endpoints = config.backbone.reduction_blocks

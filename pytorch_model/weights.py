@@ -73,6 +73,8 @@ def read_weights(
         state_dict, metadata = read(path)
     except WeightsError:
         raise
+    except ImportError:
+        raise WeightsError(f"reading {path} needs the package safetensors: pip install safetensors") from None
     except Exception as error:  # both libraries raise many types on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} is damaged or not a weight file ({reason}); convert it again") from None
@@ -82,7 +84,7 @@ def read_weights(
         )
     try:
         config = EfficientDetConfig.from_dict(json.loads(metadata.pop("config")))
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} carries an unusable configuration: {error}") from None
     return state_dict, config, metadata
 
@@ -119,7 +121,10 @@ def load_model(path: str | os.PathLike[str]) -> EfficientDet:
 
 
 def check_state_dict(model: EfficientDet, state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Raise :class:`WeightsError` unless ``state_dict`` has exactly the model's keys, each of its shape."""
+    """Raise :class:`WeightsError` unless ``state_dict`` has exactly the model's keys, each of its shape.
+
+    All floating-point tensors must be of one type, and finite.
+    """
     expected = model.state_dict()
     for what, keys in (
         ("lacks", expected.keys() - state_dict.keys()),
@@ -129,9 +134,24 @@ def check_state_dict(model: EfficientDet, state_dict: Mapping[str, Tensor], sour
             name, more = min(keys), f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             kind = "tensor" if what == "lacks" else "unknown tensor"
             raise WeightsError(f"{source} {what} {kind} {name}{more}: it does not fit {model.config.name}")
+    kinds: dict[str, str] = {}
     for key, tensor in expected.items():
+        _check_tensor(f"{source}: {key}", state_dict[key], tensor.is_floating_point(), kinds)
         if tensor.shape != state_dict[key].shape:
             raise WeightsError(
                 f"{source}: {key} is {list(state_dict[key].shape)}, "
                 f"{model.config.name} needs {list(tensor.shape)}"
             )
+
+
+def _check_tensor(where: str, tensor: Any, floating: bool, kinds: dict[str, str]) -> None:
+    """``kinds`` remembers the floating-point type met first."""
+    if not isinstance(tensor, Tensor):
+        raise WeightsError(f"{where} is not a tensor but {type(tensor).__name__}; convert it again")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_floating_point() != floating:
+        raise WeightsError(f"{where} is {dtype}, which this network cannot use; convert it again")
+    if floating and kinds.setdefault("type", dtype) != dtype:
+        raise WeightsError(f"{where} is {dtype} where other tensors are {kinds['type']}; convert it again")
+    if floating and not bool(tensor.isfinite().all()):
+        raise WeightsError(f"{where} holds NaN or infinite values; convert it again")

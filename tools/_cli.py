@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+# Until `run` takes over, Ctrl-C ends the imports at once: nothing has been started that needs an end.
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 # Run from a clone, the packages lie beside this folder, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,6 +28,8 @@ EXIT_INTERRUPTED = 130
 
 EXIT_CODES = "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted"
 
+SIZE_HELP = "N, HxW or native: the picture to verify on (default: the model's own, at most 512)"
+
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
@@ -33,8 +40,13 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Run a tool's ``main`` and exit with its status; what a user can cause ends in one sentence."""
     from porting.errors import PortingError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the rest
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         status = main()
+        sys.stdout.flush()
     except PortingError as error:
         status = fail(str(error))
     except KeyboardInterrupt:
@@ -45,7 +57,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED
-    sys.stdout.flush()
+    except OSError as error:
+        status = fail(f"cannot print: {error.strerror or error}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 

@@ -41,10 +41,16 @@ class Outcome:
         return {result.dtype: _figures(result) for result in (self.exact, self.rounded)}
 
 
-def picture_size(config: EfficientDetConfig, size: int | None) -> tuple[int, int]:
-    if size:
-        return size, size
-    return min(config.image_size[0], DEFAULT_SIZE), min(config.image_size[1], DEFAULT_SIZE)
+def picture_size(config: EfficientDetConfig, text: str) -> tuple[int, int]:
+    """``--size`` as (height, width). Raises PortingError on anything else than N, HxW, native or nothing."""
+    if text == "native":
+        return config.image_size
+    if not text:
+        return min(config.image_size[0], DEFAULT_SIZE), min(config.image_size[1], DEFAULT_SIZE)
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise PortingError(f"--size {text} is not a size; say 512, 384x640 (height x width) or native")
+    return int(sides[0]), int(sides[-1])
 
 
 def synthetic_input(config: EfficientDetConfig, size: tuple[int, int]) -> np.ndarray:
@@ -123,6 +129,10 @@ def _run_float64(console: Console, conversion: Conversion, images: np.ndarray, d
         )
 
 
+def _diagnosis_size(config: EfficientDetConfig) -> tuple[int, int]:
+    return min(config.image_size[0], DIAGNOSIS_SIZE), min(config.image_size[1], DIAGNOSIS_SIZE)
+
+
 def _diagnose(
     conversion: Conversion,
     weights: Mapping[str, torch.Tensor],
@@ -134,7 +144,7 @@ def _diagnose(
     if dtype == "float64":
         weights = apply_rules(rules(config), conversion.variables, "float64")
     model = _build(config, weights, "cpu")
-    images = synthetic_input(config, picture_size(config, DIAGNOSIS_SIZE)).astype(dtype)
+    images = synthetic_input(config, _diagnosis_size(config)).astype(dtype)
     reference = tensorflow_reference(conversion.variables, config, images, dtype)
     first = compare(model, reference, images).first_divergence
     return diagnose(model, conversion.variables, raw_variables, reference, images, first) if first else None

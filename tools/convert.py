@@ -57,7 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--verify", action="store_true", help="compare every layer with TensorFlow; write only if it passes"
     )
-    parser.add_argument("--size", default="", help=SIZE_HELP)
+    parser.add_argument("--size", default="", help=_cli.SIZE_HELP)
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
     return parser.parse_args()
 

@@ -96,7 +96,12 @@ def _find(
     for module_type, (kind, forward) in _ARITHMETIC.items():
         if lab.fixed_by(_right_arithmetic(model, first.pair, module_type, forward)):
             return kind, f"{module_type.__name__} computes something else than TensorFlow does"
-    return "unknown", "neither weights, attributes nor the arithmetic of one module explain it alone"
+    lines = [f"{rule.target} ← {', '.join(rule.sources)}" for rule in _rules(model, first.pair)]
+    return (
+        "unknown, perhaps the rules",
+        "weights, attributes and arithmetic are what they should be, so porting/rules.py may be wrong here: "
+        + ("; ".join(lines) or "it has no rule for this layer"),
+    )
 
 
 class _Laboratory:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from porting.errors import PortingError
 from porting.parity.measure import Difference, difference, tolerances
 from porting.rules import TapPair, taps
 from pytorch_model.efficientdet import EfficientDet
@@ -203,11 +204,13 @@ class _Stream:
             pass
 
     def take(self, name: str) -> np.ndarray:
-        """The reference's activation at tap ``name``. Raises ``KeyError`` if it never gets there."""
+        """The reference's activation at tap ``name``. Raises PortingError if it never gets there."""
         while name not in self._early:
             item = self._queue.get()
             if item is None:
-                raise KeyError(f"the reference has no tap {name}")
+                raise PortingError(
+                    f"porting/rules.py names the tap {name}, which the reference does not have; mend it there"
+                )
             if isinstance(item, BaseException):
                 raise item
             self._early[item[0]] = item[1]
