@@ -1,0 +1,95 @@
+"""tools/verify.py: a right weight file passes, a wrong one is caught, located and explained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from porting.checkpoint import open_checkpoint
+from porting.convert import convert
+from porting.sources import write_synthetic
+from pytorch_model.config import model_config
+from pytorch_model.weights import write_weights
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "verify.py"
+CONFIG = model_config("efficientdet-lite0")
+
+
+def verify(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "150"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, its port, and a port with a kernel transposed."""
+    folder = tmp_path_factory.mktemp("verify")
+    checkpoint = write_synthetic(CONFIG.name, folder)
+    with open_checkpoint(checkpoint) as opened:
+        state = convert(opened, CONFIG).state_dict
+    write_weights(folder / "right.safetensors", state, CONFIG, {})
+    key = "bifpn.cells.1.nodes.2.conv.pointwise.weight"
+    write_weights(
+        folder / "wrong.safetensors", {**state, key: state[key].transpose(0, 1).contiguous()}, CONFIG, {}
+    )
+    return folder
+
+
+CKPT = ("--ckpt", "synthetic/efficientdet-lite0", "--size", "128")
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
+    done = verify(*CKPT, "--weights", "right.safetensors", "--report", "out", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["passed"]
+    assert summary["float64"]["activations"] == 211
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["passed"]
+    assert "fpn_cells/cell_2/fnode7" in (folder / "out" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_wrong_weights_are_located_and_explained(folder: Path) -> None:
+    done = verify(*CKPT, "--weights", "wrong.safetensors", cwd=folder)
+    assert done.returncode == 1, done.stderr
+    assert (
+        "first divergence: bifpn.cells.1.nodes.2 in PyTorch, fpn_cells/cell_1/fnode2 in TensorFlow"
+        in done.stdout
+    )
+    assert "likely cause: kernel layout transposed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt", "synthetic/efficientdet-lite0", "--size", "big"], "--size big is not a size"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "cannot run on device 'abacus'"),
+        (["--ckpt", "nowhere"], "nowhere"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--weights", "none.pth"], "no weight file at none.pth"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str, folder: Path) -> None:
+    done = verify(*arguments, cwd=folder)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert message in done.stderr
+
+
+def test_two_files_of_one_function_and_two_that_differ(folder: Path) -> None:
+    same = verify("--weights", "right.safetensors", "--against", "right.safetensors", cwd=folder)
+    assert same.returncode == 0, same.stderr
+    assert "same function" in same.stdout
+    other = verify("--weights", "wrong.safetensors", "--against", "right.safetensors", "--json", cwd=folder)
+    assert other.returncode == 1, other.stderr
+    assert json.loads(other.stdout)["differing"] == ["bifpn.cells.1.nodes.2.conv.pointwise.weight"]
+    against = verify("--weights", "right.safetensors", "--against", CKPT[1], cwd=folder)
+    assert against.returncode == 0, against.stderr

@@ -1,0 +1,212 @@
+#!/usr/bin/env python3
+"""Prove that PyTorch weights are an AutoML checkpoint's function, layer by layer, and say where not."""
+
+from __future__ import annotations
+
+import _cli  # first: finds the packages
+
+# isort: split
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import _source
+import numpy as np
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from porting.checkpoint import Checkpoint
+from porting.convert import Conversion, choose_variables, convert
+from porting.errors import PortingError
+from porting.parity.weights import (
+    CheckpointComparison,
+    WeightComparison,
+    compare_weights,
+    compare_with_checkpoint,
+    read_weight_file,
+)
+from pytorch_model.config import EfficientDetConfig
+from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.weights import SUFFIXES, check_state_dict, read_weights
+
+if TYPE_CHECKING:
+    from _verify import Outcome
+
+EXAMPLES = f"""
+examples:
+  # a weight file against the checkpoint it was made of, with a report to open in a browser
+  python tools/verify.py --ckpt path/to/efficientdet-d4 --weights efficientdet_d4.safetensors --report out/
+  # the port itself, without a weight file, at the model's own resolution, on a photograph
+  python tools/verify.py --ckpt path/to/efficientdet-d4 --size native --image photo.jpg
+  # are two weight files the same function? no network is run
+  python tools/verify.py --weights a.safetensors --against b.pth
+
+{_cli.EXIT_CODES}
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
+    _source.add_checkpoint_options(parser, required=False)
+    _source.add_model_options(parser)
+    parser.add_argument("--weights", type=Path, help="weight file to prove (default: port the checkpoint)")
+    parser.add_argument("--against", help="a second weight file, or a checkpoint, to compare --weights with")
+    parser.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
+    parser.add_argument("--size", default="", help=_cli.SIZE_HELP)
+    parser.add_argument("--image", type=Path, help="run on this picture instead of a seeded one")
+    parser.add_argument("--device", default="cpu", help="where PyTorch runs: cpu, cuda (default: cpu)")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
+    parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
+    arguments = parser.parse_args()
+    if not arguments.ckpt and not (arguments.weights and arguments.against):
+        parser.error("give --ckpt, or --weights and --against")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    console = Console(stderr=arguments.json, highlight=False)
+    if arguments.against:
+        return compare_files(arguments, console)
+    _source.check_options(arguments)
+    check_device(arguments.device)
+    if arguments.report:
+        make_folder(arguments.report)
+    with _source.open_checkpoint(arguments, console, Path()) as checkpoint:
+        config = _source.find_config(arguments, checkpoint).config
+        state_dict = None
+        if arguments.weights:
+            state_dict, config, _ = read_weights(arguments.weights)
+        conversion = convert(checkpoint, config, raw=arguments.raw)
+        raw_variables = read_raw(checkpoint, conversion)
+    if state_dict is not None:
+        with torch.device("meta"):
+            check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
+    images = network_input(config, arguments.size, arguments.image)
+    outcome = run(arguments, console, conversion, images, state_dict, raw_variables)
+    if arguments.json:
+        json.dump({"passed": outcome.passed, **outcome.figures()}, sys.stdout, indent=2)
+        print()
+    return 0 if outcome.passed else _cli.EXIT_FAILED
+
+
+def run(
+    arguments: argparse.Namespace,
+    console: Console,
+    conversion: Conversion,
+    images: np.ndarray,
+    state_dict: dict[str, torch.Tensor] | None,
+    raw_variables: dict[str, np.ndarray] | None,
+) -> Outcome:
+    from _verify import verify
+
+    from porting.parity.html import write_html
+    from porting.parity.report import Report, write_json
+    from porting.parity.thumbnails import Thumbnails
+
+    thumbnails = Thumbnails() if arguments.report else None
+    outcome = verify(
+        console,
+        conversion,
+        images,
+        state_dict=state_dict,
+        raw_variables=raw_variables,
+        device=arguments.device,
+        observe=thumbnails,
+    )
+    if arguments.report:
+        found = outcome.diagnosis
+        report = Report(
+            results=(outcome.exact, outcome.rounded),
+            config=conversion.config,
+            metadata={
+                "checkpoint": arguments.ckpt,
+                "weights": str(arguments.weights) if arguments.weights else "ported in memory",
+                "values": conversion.weights,
+                "variables_sha256": conversion.digest,
+                "picture": f"{images.shape[1]}×{images.shape[2]}, {arguments.image or 'seeded'}",
+                "device": arguments.device,
+                "torch": torch.__version__,
+            },
+            diagnosis=f"{found.module} ({found.tap}): {found.kind}: {found.detail}" if found else None,
+            thumbnails=thumbnails,
+        )
+        write_json(report, arguments.report / "report.json")
+        write_html(report, arguments.report / "report.html")
+        console.print(f"[bold]wrote[/] {escape(str(arguments.report / 'report.html'))}", soft_wrap=True)
+    return outcome
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PortingError(f"cannot create {folder}: {error.strerror}; choose another --report") from None
+
+
+def check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise PortingError(f"cannot run on device {device!r}: {reason}; try --device cpu") from None
+
+
+def read_raw(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, np.ndarray] | None:
+    """The values before averaging, which help to recognise a mistake; None where there are none apart."""
+    if conversion.weights == "raw" or not all(name in checkpoint.shapes for name in conversion.variables):
+        return None
+    chosen, _, _ = choose_variables(checkpoint, conversion.config, raw=True)
+    return dict(checkpoint.read_many(chosen.values()))
+
+
+def network_input(config: EfficientDetConfig, size: str, image: Path | None) -> np.ndarray:
+    from _verify import picture_size, synthetic_input
+
+    if image is None:
+        return synthetic_input(config, picture_size(config, size))
+    from pytorch_model.preprocess import preprocess
+
+    images = preprocess([image], config, picture_size(config, size)).images
+    return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+
+
+def compare_files(arguments: argparse.Namespace, console: Console) -> int:
+    """Are two files the same function? Runs no network."""
+    weights = read_weight_file(arguments.weights)
+    comparison: WeightComparison | CheckpointComparison
+    if Path(arguments.against).suffix in (*SUFFIXES, ".pt"):
+        comparison = compare_weights(weights, read_weight_file(arguments.against))
+        shown = comparison
+    else:
+        arguments.ckpt = arguments.against
+        with _source.open_checkpoint(arguments, console, Path()) as checkpoint:
+            config = _source.find_config(arguments, checkpoint).config
+            comparison = compare_with_checkpoint(weights, checkpoint, config)
+        shown = comparison.nearest
+    same = comparison.passed if isinstance(comparison, CheckpointComparison) else comparison.same_function
+    mark = "[green bold]same function[/]" if same else "[red bold]DIFFERENT[/]"
+    console.print(f"{mark} {escape(comparison.explanation)}", soft_wrap=True)
+    if not same and shown.differing:
+        table = Table("tensor", "shape", "relative L2", "largest", "the part it works in")
+        for row in shown.differing[:20]:
+            shape = "×".join(map(str, row.shape))
+            figures = f"{row.difference.relative:.1e}", f"{row.difference.maximum:.1e}"
+            table.add_row(row.key, shape, *figures, f"{row.part}: {row.part_difference.relative:.1e}")
+        console.print(table)
+    for note in shown.notes:
+        console.print(escape(note), soft_wrap=True)
+    if arguments.json:
+        differing = [row.key for row in shown.differing]
+        summary = {"same_function": same, "explanation": comparison.explanation, "differing": differing}
+        json.dump(summary, sys.stdout, indent=2)
+        print()
+    return 0 if same else _cli.EXIT_FAILED
+
+
+if __name__ == "__main__":
+    _cli.run(main)
