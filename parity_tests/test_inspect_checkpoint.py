@@ -29,7 +29,7 @@ BETA = "resample_p6/bn/beta"
 
 
 class Memory(Checkpoint):
-    """A checkpoint of arrays at hand."""
+    """A checkpoint of arrays at hand, read in their order."""
 
     def __init__(self, arrays: dict[str, np.ndarray], source: str = "memory") -> None:
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -40,6 +40,9 @@ class Memory(Checkpoint):
     def _read(self, name: str) -> np.ndarray:
         self.reads.append(name)
         return self.arrays[name]
+
+    def _reading_order(self, names: list[str]) -> list[str]:
+        return [name for name in self.arrays if name in names]
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +201,11 @@ def spoil(arrays: dict[str, np.ndarray], how: str) -> None:
         ("many", "9 variables that efficientdet-lite0 does not have: extra_0/w, extra_1/w, extra_2/w, …"),
     ],
 )
-def test_what_is_unexpected(how: str, sentence: str, arrays: dict[str, np.ndarray]) -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_is_unexpected(how: str, sentence: str, backwards: bool, arrays: dict[str, np.ndarray]) -> None:
     spoil(arrays, how)
+    if backwards and how != "many":
+        arrays = dict(reversed(arrays.items()))
     found = inspect(Memory(arrays))
     assert found.unexpected == (sentence,)
     assert found.inference is not None
