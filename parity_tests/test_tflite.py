@@ -232,15 +232,8 @@ def test_carried_files(kind: str) -> None:
 
 def test_hparams_are_what_the_file_says() -> None:
     hparams = dict(TFLiteCheckpoint(golden("int8")).hparams)
-    names = (
-        "image_size",
-        "act_type",
-        "mean_rgb",
-        "stddev_rgb",
-        "num_scales",
-        "aspect_ratios",
-        "anchor_scale",
-    )
+    graph = ("image_size", "act_type", "survival_prob", "conv_after_downsample")
+    names = (*graph, "mean_rgb", "stddev_rgb", "num_scales", "aspect_ratios", "anchor_scale")
     assert hparams == {name: getattr(TINY, name) for name in names}
     floating = dict(TFLiteCheckpoint(golden("float32")).hparams)
     assert floating == {name: value for name, value in hparams.items() if not name.endswith("_rgb")}

@@ -51,7 +51,7 @@ class TFLiteCheckpoint(Checkpoint):
     """``TFLiteCheckpoint("efficientdet_lite0.tflite")``: the whole file is read and checked at once.
 
     ``hparams``: fields of :class:`EfficientDetConfig` that the file settles though no variable does: image
-    size, activation and, where the file has them, anchors and input normalisation. ``layers``: every
+    size, activation, … and, where the file has them, anchors and input normalisation. ``layers``: every
     convolution with its names. ``outputs``: ``class_outputs/3``, … → number of the tensor that is it.
 
     Raises :class:`CheckpointError`: not TFLite, damaged, or another network. TFLite has no checksums: damage
@@ -207,7 +207,8 @@ def _stored_as(layers: Sequence[Layer]) -> tuple[str, list[str]]:
 
 def _hparams(structure: Structure, graph: Graph) -> dict[str, Any]:
     config = structure.config
-    found: dict[str, Any] = {"image_size": config.image_size, "act_type": config.act_type}
+    settled = ("image_size", "act_type", "survival_prob", "conv_after_downsample")  # else it would not match
+    found: dict[str, Any] = {name: getattr(config, name) for name in settled}
     image = graph.tensors[graph.inputs[0]]
     if image.is_quantized:
         found.update(_normalisation(image))
