@@ -252,7 +252,9 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seconds", [0.05, 0.4, 1.0])
 def test_ctrl_c_while_starting_is_quiet(tmp_path: Path, checkpoint: Path, seconds: float) -> None:
     command = [sys.executable, str(TOOL), "--ckpt", str(checkpoint)]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)

@@ -1,8 +1,9 @@
 """The port, declared once.
 
 Every line below says: this PyTorch tensor is made of these AutoML variables, by this transform. Conversion,
-the reverse port, the coverage audit and the parity taps all read this table and nothing else. A variant of
-EfficientDet changes the configuration, never the rules.
+the account of both sides and the diagnosis of a faulty layer read this table and nothing else; below it, the
+same walk names the activations that both networks show. A variant of EfficientDet changes the configuration,
+never the rules.
 
 Scopes are AutoML's. Two of its habits show: a block numbers its convolutions and batch norms in the order it
 built them (``conv2d``, ``conv2d_1``; ``tpu_batch_normalization``, ``_1``, ``_2``), so what a number means
