@@ -45,7 +45,7 @@ model {{
     box_coder {{ faster_rcnn_box_coder {{ {box_coder} }} }}
     anchor_generator: {{
       multiscale_anchor_generator {{
-        min_level: 3, max_level: 7; anchor_scale: {anchor_scale}
+        min_level: 3, max_level: {anchor_level}; anchor_scale: {anchor_scale}
         aspect_ratios: {ratios} scales_per_octave: {scales}
       }}
     }}
@@ -57,7 +57,7 @@ model {{
     }}
     feature_extractor {{
       type: '{extractor}'
-      bifpn {{ min_level: 3 max_level: 7 num_iterations: 3 num_filters: 64 {combine} }}
+      bifpn {{ min_level: 3 max_level: {bifpn_level} num_iterations: 3 num_filters: 64 {combine} }}
       conv_hyperparams {{ activation: {activation} batch_norm {{ epsilon: {epsilon} }} }}
     }}
     post_processing {{ score_converter: {converter} }}
@@ -69,7 +69,9 @@ DEFAULTS = {
     "num_classes": 2,
     "background": "false",
     "box_coder": "y_scale: 1.0 x_scale: 1.0 height_scale: 1.0 width_scale: 1.0",
+    "anchor_level": 7,
     "anchor_scale": 4.0,
+    "bifpn_level": 7,
     "ratios": "[1.0, 2.0, 0.5]",
     "scales": 3,
     "size": 512,
@@ -328,6 +330,13 @@ def our_predictions(
     return [(tuple(box), tuple(row)) for box, row in zip(boxes, logits, strict=True)]
 
 
+def test_settings_that_the_user_must_repeat(tmp_path: Path) -> None:
+    arrays = stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
+    folder = model_folder(tmp_path, arrays, pipeline_text(anchor_scale=3.5, size=640))
+    with open_checkpoint(folder) as checkpoint:
+        assert "give --hparams anchor_scale=3.5,image_size=640x640" in "\n".join(checkpoint.notes)
+
+
 def test_training_state(tmp_path: Path) -> None:
     """A checkpoint of the API's trainer: step, momentum, averages; all in the order of their variables."""
     config = d0()
@@ -395,6 +404,7 @@ def test_deeper_backbones_are_another_network(model: str, differing: str) -> Non
 
 def test_without_pipeline(tmp_path: Path) -> None:
     write_bundle(tmp_path / "a" / "b" / "c" / "ckpt-0", stored(d0()))
+    (tmp_path / "pipeline.config").write_text(pipeline_text())  # too far up to be this model's
     with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
         open_checkpoint(tmp_path / "a" / "b" / "c")
 
@@ -413,6 +423,8 @@ def test_without_pipeline(tmp_path: Path) -> None:
         ({"converter": "SOFTMAX"}, "score_converter"),
         ({"converter": "SIGMOID logit_scale: 2.0"}, "score_converter"),
         ({"box_coder": "y_scale: 0"}, "box_coder scales"),
+        ({"anchor_level": 8}, "anchor levels"),
+        ({"bifpn_level": 8}, "bifpn levels"),
         ({"ratios": "[1.0, 1.0, 0.5]"}, "aspect_ratios"),
         ({"ratios": "[1.0, 2.0]"}, "anchors, num_classes"),
         ({"scales": 2}, "anchors, num_classes"),
@@ -478,6 +490,12 @@ def test_trees_that_almost_fit(change: Callable[[dict[str, Variable]], None], re
     change(tree)
     with pytest.raises(CheckpointError, match=reason):
         read_layout(tree, "ckpt-0")
+
+
+def test_a_detector_that_runs_the_classifier() -> None:
+    tree = {path.replace("classification_backbone", "_efficientnet"): v for path, v in tree_of(d0()).items()}
+    with pytest.raises(CheckpointError, match=r"_efficientnet/layer_with_weights-128 belongs to no block"):
+        read_layout(tree)
 
 
 def test_another_backbone() -> None:

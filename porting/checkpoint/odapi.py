@@ -195,7 +195,7 @@ class _Reader:
                 self.detector_blocks = block
         shapes = {name: self.variables[piece.path].shape for name, piece in self.pieces.items()}
         name = backbone_named(shapes)
-        if name is None or "lite" in name:
+        if name is None:
             self.refuse(f"its backbone of {block} blocks is not one of EfficientNet-B0…B7")
         self.pieces = {f"{name}/{inner}": piece for inner, piece in self.pieces.items()}
         self.unused |= {f"{layer.path}/{leaf}" for layer in chain for leaf in layer.leaves}
