@@ -6,6 +6,7 @@ No real weights were at hand: what the numbers mean is taken from the API's sour
 from __future__ import annotations
 
 import shutil
+import tarfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -285,6 +286,18 @@ def test_the_same_detections(
     for (box, logits), (their_box, their_logits) in zip(sorted(ours), sorted(theirs), strict=True):
         np.testing.assert_allclose(box, their_box, rtol=1e-4, atol=1e-4)  # float32 sums of 64 products
         np.testing.assert_allclose(logits, their_logits, rtol=1e-5)
+
+
+def test_packed_as_the_model_zoo_does(tmp_path: Path) -> None:
+    arrays = stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
+    model_folder(tmp_path / "efficientdet_d0", arrays, pipeline_text())
+    with tarfile.open(tmp_path / "d0.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "efficientdet_d0", "efficientdet_d0")
+    with open_checkpoint(tmp_path / "d0.tar.gz") as checkpoint:
+        assert "no real weights of this layout were at hand" in checkpoint.notes[0]
+        name = "efficientnet-b0/stem/conv2d/kernel"
+        key = f"model/_feature_extractor/_efficientnet/layer_with_weights-0/kernel{VALUE}"
+        assert checkpoint[name].tobytes() == arrays[key].tobytes()
 
 
 Prediction = tuple[tuple[float, ...], tuple[float, ...]]

@@ -39,8 +39,10 @@ _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty one's
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 _HEAD = 512  # bytes: a tar header, which is the longest thing that tells the formats apart
 
-#: What weights may lie in. ``.meta`` (the graph) and event files are large, and of no use here.
-_WANTED = re.compile(rf"{STATE_FILE}|.+\.(index|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)")
+#: What weights may lie in, and what tells about them. ``.meta`` (the graph) and event files are no use here.
+_WANTED = re.compile(
+    rf"{STATE_FILE}|pipeline\.config|.+\.(index|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
+)
 _SAVED_MODEL = "saved_model.pb"
 
 # The largest EfficientDet, D7x, is 0.9 GB with averages and optimizer slots; float weights hardly compress.
