@@ -108,7 +108,7 @@ def is_tflite(path: str | os.PathLike[str]) -> bool:
             return not path.is_dir()
         with path.open("rb") as file:
             return file.read(8)[4:] == IDENTIFIER
-    except OSError:
+    except (OSError, ValueError):  # nothing there, or an impossible name
         return False
 
 
