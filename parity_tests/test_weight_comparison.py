@@ -266,6 +266,37 @@ def test_a_shared_convolution_shows_the_level_that_differs_most(exact: State) ->
     assert comparison.first is row
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "backbone.stem.conv.weight",
+        "backbone.stem.bn.weight",
+        "backbone.stem.bn.bias",
+        "backbone.stem.bn.running_mean",
+        "backbone.stem.bn.running_var",
+        "backbone.blocks.0.se.reduce.bias",
+        "bifpn.cells.0.nodes.4.conv.depthwise.weight",
+        "bifpn.cells.0.nodes.4.fuse.weights",
+        "box_net.predict.pointwise.weight",
+    ],
+)
+@pytest.mark.parametrize("method", ["fastattn", "attn"])
+def test_rounding_is_told_from_what_is_more(exact: State, key: str, method: str) -> None:
+    """One tensor rounded to float16 is the same; forty roundings off in one number, it is not."""
+    config = CONFIG.replace(fpn_weight_method=method)
+    half = exact[key].half()
+    assert against({**exact, key: half}, exact, config).verdict is Verdict.SAME_FUNCTION
+    off = half.double().reshape(-1).clone()
+    off[0] *= 1 + 40 * 2.0**-11
+    wrong = {**exact, key: off.reshape(half.shape).half()}
+    assert against(wrong, exact, config).verdict is Verdict.DIFFERENT
+
+
+def test_a_bias_that_fits_no_channels_is_not_folded(exact: State) -> None:
+    comparison = against({**exact, "resample.p6.conv.bias": torch.zeros(3)}, exact)
+    assert comparison.mismatches == ("b lacks resample.p6.conv.bias",)
+
+
 def test_a_bias_of_zeros_is_no_difference(exact: State) -> None:
     comparison = against({**exact, "resample.p6.conv.bias": torch.zeros(64)}, exact)
     assert comparison.verdict is Verdict.SAME_FUNCTION
