@@ -310,8 +310,7 @@ def test_statistics_are_their_own_averages() -> None:
         assert checkpoint[name].tobytes() == value.tobytes()
     count = sum(name.endswith(STATISTICS) for name in values)
     assert checkpoint.notes == (
-        f"the optimizer does not average {count} batch-norm statistics: they stand for their own averages, "
-        "as in emackpt",
+        f"the optimizer does not average {count} batch-norm statistics: they stand for their own averages",
     )
     assert choose_variables(checkpoint, config, raw=False)[2] == "EMA"
 
@@ -358,6 +357,24 @@ def test_emackpt_says_what_it_is() -> None:
     assert "emackpt: the trained weights are moving averages" in read(memory).notes[0]
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optimizer/iter",
+        "optimizer/_iterations",
+        "optimizer/base_optimizer/iter",
+        "model/optimizer/iter",
+        "step",
+    ],
+)
+def test_step(key: str) -> None:
+    config = tiny()
+    memory = memory_of(config, seeded(config), **{key + VALUE: np.array(300, np.int64)})
+    assert read(memory).step == 300
+    memory = memory_of(config, seeded(config), **{key + VALUE: np.array([300, 1], np.int64)})
+    assert read(memory).step is None
+
+
 def test_slots_of_adam_and_unknown_ones() -> None:
     config, values, _ = trained()
     path = automl_paths(config)["resample_p6/bn/beta"]
@@ -370,12 +387,12 @@ def test_slots_of_adam_and_unknown_ones() -> None:
     )
 
 
-def test_a_slot_of_another_shape_is_refused_in_conversion() -> None:
+def test_a_slot_of_another_shape_is_refused() -> None:
     config, values, averages = trained()
-    name = "resample_p6/bn/beta"
-    averages[slot(automl_paths(config)[name], "average")] = np.zeros(3, np.float32)
-    with pytest.raises(ConversionError, match=r"resample_p6/bn/beta/Exp\S+ in .* has shape \[3\]"):
-        choose_variables(read(memory_of(config, values, **averages)), config, raw=False)
+    path = automl_paths(config)["resample_p6/bn/beta"]
+    averages[slot(path, "average")] = np.zeros(3, np.float32)
+    with pytest.raises(CheckpointError, match=rf"{path} of shape \[64\], but its average of shape \[3\]"):
+        read(memory_of(config, values, **averages))
 
 
 # --- trees that do not fit -------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
     notes = list(names.notes)
     if PurePath(tree.bundle.source).name.startswith("emackpt"):
         notes.append("emackpt: the trained weights are moving averages, the batch-norm statistics as trained")
-    return assemble(tree, variables, pieces, FORMAT, notes)
+    # Fine-tuning from a name-based checkpoint copies their averages once; tfa's MovingAverage leaves them so.
+    return assemble(tree, variables, pieces, FORMAT, notes, stale_statistics=True)
 
 
 def read_hub(tree: ObjectTree, root: int) -> Checkpoint:
@@ -55,7 +56,7 @@ def read_hub(tree: ObjectTree, root: int) -> Checkpoint:
             if part == predict:
                 pieces[f"{scope}/{prefix}-predict/{rest}"] = Piece(path)
     notes = ["trained from a TensorFlow Hub module; no real file of this layout was at hand to check"]
-    return assemble(tree, variables, pieces, FORMAT, notes)
+    return assemble(tree, variables, pieces, FORMAT, notes, stale_statistics=True)
 
 
 class KerasNames:

@@ -43,7 +43,7 @@ _BOOKKEEPING = frozenset(
 _TRAINING = frozenset(
     {"optimizer", "_optimizer", "save_counter", "step", "epoch", "global_step", "keras_api", "metrics"}
 )
-_STEP_KEY = re.compile(r"(.*/)?optimizer/(iter|_iterations)|step|global_step")
+_STEP_KEY = re.compile(r"(.*/)?\w*optimizer/(iter|_iterations)|step|global_step")
 
 
 class Node(NamedTuple):
@@ -212,15 +212,17 @@ def assemble(
     pieces: Mapping[str, Piece],
     format: str,
     notes: Iterable[str] = (),
+    stale_statistics: bool = False,
 ) -> Checkpoint:
     """The checkpoint whose variables are ``pieces`` (AutoML name → what it is made of).
 
-    Slots follow their variable, under AutoML's suffixes. What belongs to the model but is nobody's piece
-    keeps its path for a name, so that conversion refuses it; what belongs to training is left out and counted
-    in the notes.
+    ``stale_statistics``: averages of batch-norm statistics are never updated and must not be used. Slots
+    follow their variable, under AutoML's suffixes. What belongs to the model but is nobody's piece keeps its
+    path for a name, so that conversion refuses it; what belongs to training is left out and counted in the
+    notes.
     """
     bundle = tree.bundle
-    slots, unknown_slots = _slots(bundle)
+    slots, unknown_slots = _slots(bundle, variables.values())
     sources: dict[str, Source] = {}
     for name, piece in pieces.items():
         variable = variables[piece.path]
@@ -228,7 +230,7 @@ def assemble(
         for slot, key in slots[variable.key].items():
             if slot != _AVERAGE:
                 sources[name + _SLOT_SUFFIXES[slot]] = Source(key, piece.take, piece.shape)
-    averages, about_averages = _averages(variables, pieces, slots)
+    averages, about_averages = _averages(variables, pieces, slots, stale_statistics)
     sources.update(averages)
     used = {variables[piece.path].key for piece in pieces.values()}
     for path, variable in variables.items():
@@ -245,18 +247,30 @@ def assemble(
     return Renamed(bundle, sources, format, about)
 
 
-def _slots(bundle: TensorBundle) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Key of a variable → slot → key of the slot variable; and the keys of slots of a kind not known."""
+def _slots(
+    bundle: TensorBundle, variables: Iterable[Variable]
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Key of a variable → slot → key of the slot variable; and the keys of slots of a kind not known.
+
+    Raises CheckpointError for a known slot that has not its variable's shape.
+    """
+    shapes = {variable.key: variable.shape for variable in variables}
     slots: dict[str, dict[str, str]] = defaultdict(dict)
     unknown = []
     for key in bundle:
-        if _SLOT in key and key.endswith(_VALUE):
-            variable, _, slot = key.removesuffix(_VALUE).partition(_SLOT)
-            slot = slot.rsplit("/", 1)[-1]
-            if slot in _SLOT_SUFFIXES or slot == _AVERAGE:
-                slots[variable][slot] = key
-            else:
-                unknown.append(key)
+        if _SLOT not in key or not key.endswith(_VALUE):
+            continue
+        variable, _, slot = key.removesuffix(_VALUE).partition(_SLOT)
+        slot = slot.rsplit("/", 1)[-1]
+        if slot not in _SLOT_SUFFIXES and slot != _AVERAGE:
+            unknown.append(key)
+        elif bundle.shapes[key] != shapes.get(variable, bundle.shapes[key]):
+            raise CheckpointError(
+                f"{bundle.source} holds {variable} of shape {list(shapes[variable])}, but its {slot} of "
+                f"shape {list(bundle.shapes[key])}; this checkpoint mixes two models"
+            )
+        else:
+            slots[variable][slot] = key
     return slots, unknown
 
 
@@ -264,10 +278,11 @@ def _averages(
     variables: Mapping[str, Variable],
     pieces: Mapping[str, Piece],
     slots: Mapping[str, Mapping[str, str]],
+    stale_statistics: bool,
 ) -> tuple[dict[str, Source], list[str]]:
     """The moving averages, and what to say about them.
 
-    tfa's MovingAverage averages what the optimizer updates and nothing else. AutoML's ``emackpt`` pairs these
+    Optimizers that average do so for what they update and nothing else. AutoML's ``emackpt`` pairs these
     averages with the batch-norm statistics and frozen weights as they are, so those are their own averages.
     """
     sources: dict[str, Source] = {}
@@ -277,12 +292,13 @@ def _averages(
     stale = 0
     for name, (path, take, shape) in pieces.items():
         key, its_slots = variables[path].key, slots.get(variables[path].key, {})
-        if name.endswith(("/moving_mean", "/moving_variance")):
-            own["batch-norm statistics"] += 1
-            stale += _AVERAGE in its_slots
-        elif _AVERAGE in its_slots:
+        is_statistic = name.endswith(("/moving_mean", "/moving_variance"))
+        if _AVERAGE in its_slots and not (is_statistic and stale_statistics):
             sources[name + EMA_SUFFIX] = Source(its_slots[_AVERAGE], take, shape)
             continue
+        if is_statistic:
+            own["batch-norm statistics"] += 1
+            stale += _AVERAGE in its_slots
         elif not its_slots:
             own["weights that the optimizer never touched"] += 1
         else:
@@ -291,9 +307,7 @@ def _averages(
     kinds = " and ".join(f"{count} {what}" for what, count in own.items() if count)
     notes = []
     if kinds:
-        notes.append(
-            f"the optimizer does not average {kinds}: they stand for their own averages, as in emackpt"
-        )
+        notes.append(f"the optimizer does not average {kinds}: they stand for their own averages")
     if stale:
         notes.append(
             f"{stale} averages of batch-norm statistics were left out: training does not update them"

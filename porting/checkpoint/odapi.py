@@ -91,8 +91,6 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
         "API's way of resizing images compared",
         *_about_pipeline(pipeline),
     ]
-    if layout.unused:
-        notes.append(f"left out {len(layout.unused)} variables of the ImageNet classifier on the backbone")
     kept = {path: variable for path, variable in variables.items() if path not in layout.unused}
     return assemble(tree, kept, pieces, FORMAT, notes)
 
