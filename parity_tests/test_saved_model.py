@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import struct
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -288,3 +290,16 @@ def test_any_damage_is_told(tmp_path: Path, data: st.DataObject) -> None:
     with suppress(CheckpointError), open_checkpoint(tmp_path / "g.pb") as checkpoint:
         for name in checkpoint:
             assert checkpoint[name].nbytes == 4 * math.prod(checkpoint.shapes[name]) <= len(graph)
+
+
+def test_readers_need_neither_tensorflow_nor_h5py(tmp_path: Path) -> None:
+    """Opening a SavedModel loads every reader's door, and nothing heavy behind it."""
+    written(tmp_path / "export")
+    script = (
+        "import sys; from porting.checkpoint import object_graph, odapi, open_checkpoint; "
+        f"assert open_checkpoint({str(tmp_path / 'export')!r}).step == 5; "
+        "print(sorted({'tensorflow', 'h5py', 'keras'} & sys.modules.keys()))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    ran = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
