@@ -593,15 +593,15 @@ def _convolution(
     numbers: _Numbers, kernels: tuple[str, ...], bias: str, bn: str | None
 ) -> tuple[_Rounded, ...]:
     """(kernel [out, in, h, w], shift [out]) of a convolution and the batch norm behind it, if any."""
-    kernel = numbers[kernels[-1]]
+    kernel, shift = numbers[kernels[-1]], numbers.get(bias)
+    if bn is not None:
+        weight, beta, mean, variance = (numbers[f"{bn}.{leaf}"] for leaf in _BATCH_NORM)
+        scale = weight / variance.plus(BN_EPSILON).sqrt()
+        kernel = kernel * scale.shaped(lambda x: x.reshape(-1, 1, 1, 1))
+        shift = beta - (mean - shift if shift else mean) * scale
     if len(kernels) == 2:  # depthwise [in, 1, h, w], then pointwise [out, in, 1, 1]
         kernel = kernel * numbers[kernels[0]].shaped(lambda x: x.transpose(0, 1))
-    if bn is None:
-        return (kernel, numbers[bias]) if bias in numbers else (kernel,)
-    weight, beta, mean, variance = (numbers[f"{bn}.{leaf}"] for leaf in _BATCH_NORM)
-    scale = weight / variance.plus(BN_EPSILON).sqrt()
-    centre = mean - numbers[bias] if bias in numbers else mean
-    return kernel * scale.shaped(lambda x: x.reshape(-1, 1, 1, 1)), beta - centre * scale
+    return (kernel, shift) if shift else (kernel,)
 
 
 def _fusion(numbers: _Numbers, key: str, method: str) -> tuple[_Rounded, ...]:
