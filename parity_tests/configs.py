@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from pytorch_model.config import (
+    ENDPOINT_LEVELS,
     WEIGHT_METHODS,
     BackboneConfig,
     EfficientDetConfig,
@@ -25,7 +26,14 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
         for i, (kernel, stride) in enumerate(zip(_KERNELS, _STRIDES, strict=True))
     )
     name = "efficientnet-lite0" if lite else "efficientnet-b0"
-    return BackboneConfig(name, draw(_WIDTHS), stages, se_ratio=0.0 if lite else 0.25)
+    backbone = BackboneConfig(name, draw(_WIDTHS), stages, se_ratio=0.0 if lite else 0.25)
+    if not draw(st.booleans()):
+        return backbone
+    levels = backbone.block_levels
+    choices = ([i for i, level in enumerate(levels) if level == wanted] for wanted in ENDPOINT_LEVELS)
+    third, fourth, fifth = (draw(st.sampled_from(blocks)) for blocks in choices)
+    # Both stages of the last level stay, for a backbone of other than seven stages is not one.
+    return backbone.ending_at((third, fourth, max(fifth, len(levels) - stages[-1].repeats)))
 
 
 @st.composite

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 
 from parity_tests.configs import configs
-from porting.errors import ConversionError
+from porting.errors import ConfigError, ConversionError
 from porting.infer import INDISTINGUISHABLE, infer_config, named_config
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes
@@ -45,12 +49,62 @@ def test_custom_classes_keep_the_variant(model: str) -> None:
 @given(configs())
 def test_any_configuration_is_recovered(config: EfficientDetConfig) -> None:
     given_anchors = {"num_scales": config.num_scales, "aspect_ratios": config.aspect_ratios}
-    found = infer_config(variable_shapes(config), overrides=given_anchors).config
+    told = {"endpoints": config.backbone.endpoints} if config.backbone.endpoints else {}
+    found = infer_config(variable_shapes(config), overrides=given_anchors, settings=told).config
     methods = {found.fpn_weight_method, config.fpn_weight_method}
     assert len(methods) == 1 or methods in INDISTINGUISHABLE
     seen = config.replace(fpn_weight_method=found.fpn_weight_method, **UNSEEN)
     assert found.replace(**UNSEEN) == seen
     assert variable_shapes(found) == variable_shapes(config)
+
+
+@pytest.mark.parametrize("min_level", [2, 3, 4, 5])
+def test_levels_without_head_layers(min_level: int) -> None:
+    """Heads of a predicting layer alone have no batch norms to read the levels from; the widths tell them."""
+    config = model_config("efficientdet-d1", box_class_repeats=0, min_level=min_level)
+    found = infer_config(variable_shapes(config)).config
+    assert (found.min_level, found.max_level) == (min_level, 7)
+
+
+def test_what_the_checkpoint_tells_is_not_assumed() -> None:
+    shapes = variable_shapes(model_config("efficientdet-d0"))
+    told = {"image_size": (640, 512), "anchor_scale": 3.5}
+    for find in (infer_config, partial(named_config, "efficientdet-d0")):
+        inference = find(shapes, settings=told)
+        assert inference.variant == "efficientdet-d0"
+        assert (inference.config.image_size, inference.config.anchor_scale) == ((640, 512), 3.5)
+        assert not any(line.startswith(("image size", "anchor scale")) for line in inference.assumed)
+        assert find(shapes, settings=told, overrides={"anchor_scale": 2.0}).config.anchor_scale == 2
+
+
+def test_a_mean_without_a_deviation() -> None:
+    shapes = variable_shapes(model_config("efficientdet-d0"))
+    assumed = infer_config(shapes, overrides={"mean_rgb": (0.0, 0.0, 0.0)}).assumed
+    assert "standard deviation 58.395/57.12/57.375" in assumed
+    assert not any(line.startswith("mean ") for line in assumed)
+
+
+def test_other_endpoints_are_another_network() -> None:
+    """The same blocks but the last, the same variables: P3…P5 from the middle of their stages."""
+    released = model_config("efficientdet-d1")
+    backbone = released.backbone.ending_at((6, 14, 21))
+    assert (len(backbone.blocks), backbone.endpoints) == (22, (6, 14, 21))
+    shapes = variable_shapes(released.replace(backbone=backbone))
+    for find in (infer_config, partial(named_config, "efficientdet-d1")):
+        inference = find(shapes, settings={"endpoints": (6, 14, 21)})
+        assert inference.variant is None
+        assert inference.config == released.replace(name="custom", backbone=backbone)
+    assert released.backbone.ending_at((7, 15, 22)) == released.backbone
+    assert EfficientDetConfig.from_dict(inference.config.to_dict()) == inference.config
+
+
+@pytest.mark.parametrize(
+    "endpoints", [(6, 14), (6, 14, 20), (14, 6, 22), (-16, 14, 22), (6, 14, 23), (6.0, 14, 22), "abc"]
+)
+def test_impossible_endpoints(endpoints: Any) -> None:
+    config = model_config("efficientdet-d1")
+    with pytest.raises(ConfigError, match="must be a block of stride 8, one of stride 16 and the last block"):
+        config.replace(backbone=replace(config.backbone, endpoints=endpoints))
 
 
 def test_what_cannot_be_seen_is_said_to_be_assumed() -> None:

@@ -32,6 +32,7 @@ from porting.infer import infer_config
 from porting.names import EMA_SUFFIX
 from pytorch_model.anchors import decode_boxes, generate_anchors
 from pytorch_model.config import EfficientDetConfig, model_config
+from pytorch_model.efficientdet import EfficientDet
 from tf_reference.variables import variable_shapes, variables
 
 SIZES = [f"efficientdet-d{n}" for n in range(8)]
@@ -93,6 +94,13 @@ def blocks_run(config: EfficientDetConfig) -> int:
     return sum(s.repeats for s in config.backbone.stages[:stage]) + block + 1
 
 
+def detector(config: EfficientDetConfig) -> EfficientDetConfig:
+    """The API's network with the whole backbone of ``config``."""
+    stages = config.backbone.stages
+    third, fourth, fifth = (sum(s.repeats for s in stages[:stage]) + b for stage, b in ENDPOINTS.values())
+    return config.replace(backbone=config.backbone.ending_at((third, fourth, fifth)))
+
+
 def tree_of(config: EfficientDetConfig) -> dict[str, Variable]:
     """Path → variable of the whole detection model, the classifier's top included."""
     paths, shapes = odapi_paths(config, blocks_run(config)), variable_shapes(config)
@@ -145,15 +153,16 @@ def real_tree() -> dict[str, Variable]:
 
 
 def test_a_real_index_is_explained_whole() -> None:
-    """The released D1: every AutoML variable once, in its shape, and the classifier's top besides."""
+    """The released D1: every AutoML variable once, in its shape; the classifier's block and top besides."""
     config, tree = model_config("efficientdet-d1"), real_tree()
     layout = read_layout(tree)
     assert layout.backbone == config.backbone
     assert (layout.num_levels, layout.max_level) == (5, 7)
     shapes = {n: p.shape if p.take else tree[p.path].shape for n, p in layout.pieces.items()}
-    assert shapes == variable_shapes(config)
+    assert shapes == variable_shapes(detector(config))
     top = "_feature_extractor/classification_backbone/layer_with_weights-"
-    assert {path.removeprefix(top).split("/")[0] for path in layout.unused} == {"182", "183", "184"}
+    unused = {int(path.removeprefix(top).split("/")[0]) for path in layout.unused}
+    assert unused == set(range(174, 185))
     assert len({piece.path for piece in layout.pieces.values()}) + len(layout.unused) == len(tree) == 875
     assert {piece.path: piece.path for piece in layout.pieces.values()}.keys() | layout.unused == tree.keys()
 
@@ -179,12 +188,10 @@ def test_names_and_back_for_every_size(model: str) -> None:
     layout = read_layout(tree)
     assert layout.backbone == config.backbone
     assert layout.detector_blocks == blocks_run(config)
-    assert {n: p.shape if p.take else tree[p.path].shape for n, p in layout.pieces.items()} == (
-        variable_shapes(config)
-    )
-    assert {name: piece.path for name, piece in layout.pieces.items()} == odapi_paths(
-        config, blocks_run(config)
-    )
+    shapes = variable_shapes(detector(config))
+    assert {n: p.shape if p.take else tree[p.path].shape for n, p in layout.pieces.items()} == shapes
+    paths = {n: path for n, path in odapi_paths(config, blocks_run(config)).items() if n in shapes}
+    assert {name: piece.path for name, piece in layout.pieces.items()} == paths
 
 
 @given(
@@ -281,7 +288,8 @@ def test_the_same_detections(
     theirs = their_predictions(arrays, features, ratios, scales, slots, background, coder)
     with open_checkpoint(model_folder(tmp_path, arrays, text)) as checkpoint:
         ours = our_predictions(checkpoint, config, features)
-        assert any("aspect_ratios=[1,3],num_scales=2" in note for note in checkpoint.notes) == (scales == 2)
+        told = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
+        assert (told.aspect_ratios, told.num_scales) == (config.aspect_ratios, scales)
     assert len(ours) == len(theirs) == anchors
     for (box, logits), (their_box, their_logits) in zip(sorted(ours), sorted(theirs), strict=True):
         np.testing.assert_allclose(box, their_box, rtol=1e-4, atol=1e-4)  # float32 sums of 64 products
@@ -343,11 +351,60 @@ def our_predictions(
     return [(tuple(box), tuple(row)) for box, row in zip(boxes, logits, strict=True)]
 
 
-def test_settings_that_the_user_must_repeat(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "endpoints"),
+    [
+        ("efficientdet-d1", (6, 14, 21)),
+        ("efficientdet-d4", (7, 18, 30)),
+        ("efficientdet-d7", (10, 25, 42)),
+    ],
+)
+def test_deeper_backbones_are_another_network(
+    tmp_path: Path, model: str, endpoints: tuple[int, int, int]
+) -> None:
+    """Their pyramid comes from the middle of AutoML's stages; the blocks after it are not the detector's."""
+    whole = model_config(model, num_classes=2, fpn_num_filters=16, fpn_cell_repeats=1, box_class_repeats=1)
+    pipeline = pipeline_text(
+        extractor=f"ssd_{whole.backbone.name}_bifpn_keras",
+        combine="combine_method: 'sum'" if whole.fpn_weight_method == "sum" else "",
+    )
+    with open_checkpoint(model_folder(tmp_path, stored(whole), pipeline)) as checkpoint:
+        inference = infer_config(checkpoint.shapes, checkpoint.source, settings=checkpoint.settings)
+        config = inference.config
+        result = convert(checkpoint, config)
+        blocks = f"{whole.backbone.name}/blocks_{endpoints[-1] + 1}/"
+        assert not any(name.startswith(blocks) for name in checkpoint)
+    assert inference.variant is None
+    told = {"image_size": (512, 512), "anchor_scale": 4.0}  # by the pipeline, not by the variant
+    assert config == detector(whole).replace(name="custom", **told)
+    assert config.backbone.endpoints == endpoints
+    assert result.coverage.unused_count == 0
+    assert set(result.state_dict) == set(EfficientDet(config).state_dict())
+
+
+def test_where_the_pyramid_comes_from() -> None:
+    config = detector(model_config("efficientdet-d1"))
+    backbone = EfficientDet(config).backbone.eval()
+    outputs: list[torch.Tensor] = []
+    for block in backbone.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        features = backbone(torch.rand(1, 3, 64, 64))
+    assert len(outputs) == 22
+    for feature, index, side in zip(features, (6, 14, 21), (8, 4, 2), strict=True):
+        assert torch.equal(feature, outputs[index])
+        assert feature.shape[-2:] == (side, side)
+
+
+def test_the_pipelines_settings(tmp_path: Path) -> None:
+    """What only the pipeline knows reaches the configuration, unless the user says otherwise."""
     arrays = stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
     folder = model_folder(tmp_path, arrays, pipeline_text(anchor_scale=3.5, size=640))
     with open_checkpoint(folder) as checkpoint:
-        assert "give --hparams anchor_scale=3.5,image_size=640x640" in "\n".join(checkpoint.notes)
+        inference = infer_config(checkpoint.shapes, checkpoint.source, settings=checkpoint.settings)
+    assert (inference.config.anchor_scale, inference.config.image_size) == (3.5, (640, 640))
+    assert inference.config.aspect_ratios == (1.0, 2.0, 0.5)
+    assert not any(line.startswith(("anchor scale", "image size")) for line in inference.assumed)
 
 
 def test_training_state(tmp_path: Path) -> None:
@@ -392,28 +449,6 @@ def test_saved_model_by_its_graph(tmp_path: Path) -> None:
 
 
 # --- what must be refused --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("model", "differing"),
-    [
-        ("efficientdet-d1", "P3 from block 6 instead of 7, P4 from block 14 instead of 15, P5 from block 21"),
-        ("efficientdet-d4", "P3 from block 7 instead of 9, P4 from block 18 instead of 21, P5 from block 30"),
-        (
-            "efficientdet-d7",
-            "P3 from block 10 instead of 14, P4 from block 25 instead of 30, P5 from block 42",
-        ),
-    ],
-)
-def test_deeper_backbones_are_another_network(model: str, differing: str) -> None:
-    tree = tree_of(model_config(model))
-    arrays = {f"model/{path}{VALUE}": np.zeros(0, np.float32) for path in tree}
-    memory = Memory(arrays)
-    object.__setattr__(memory, "shapes", {f"model/{path}{VALUE}": v.shape for path, v in tree.items()})
-    with pytest.raises(
-        CheckpointError, match=f"not AutoML's network although its variables fit: it takes {differing}"
-    ):
-        open_object_checkpoint(cast(TensorBundle, memory))
 
 
 def test_without_pipeline(tmp_path: Path) -> None:

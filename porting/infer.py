@@ -16,6 +16,7 @@ from typing import Any
 from porting.errors import ConfigError, ConversionError
 from porting.names import model_name
 from pytorch_model.config import (
+    ENDPOINT_LEVELS,
     MODELS,
     BackboneConfig,
     EfficientDetConfig,
@@ -45,16 +46,25 @@ class Inference:
     assumed: tuple[str, ...]
 
 
-def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] | None = None) -> Inference:
+def infer_config(
+    shapes: Shapes,
+    source: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Inference:
     """The configuration whose variables have these names and ``shapes``; EMA twins and slots may be there.
 
     ``source`` is the checkpoint's path: its name may tell apart what the weights cannot (d6 from d7, AdvProp
-    from not, a 640-pixel d2). ``overrides`` are fields the user gave; they win and are not called assumed.
+    from not, a 640-pixel d2). ``overrides`` are fields the user gave, ``settings`` what the checkpoint tells
+    besides its variables (:attr:`Checkpoint.settings`); the user wins, and neither is called assumed.
     Raises :class:`ConversionError` if this is not an EfficientDet, or is one we cannot build.
     """
+    given, endpoints = _given(overrides, settings)
     overrides = dict(overrides or {})
     model = _model_variables(shapes)
     found = _Structure(model).read()
+    if endpoints:
+        found["backbone"] = found["backbone"].ending_at(endpoints)
     for key, value in overrides.items():
         if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
             raise ConversionError(
@@ -64,10 +74,18 @@ def infer_config(shapes: Shapes, source: str = "", overrides: Mapping[str, Any] 
     base, variant, notes = _nearest_variant(found, source)
     hints = _hints(variant, source, notes)
     anchors = found.pop("num_anchors")
-    fields: dict[str, Any] = {**found, **hints, **overrides}
+    fields: dict[str, Any] = {**found, **hints, **given}
     config = base.replace(name=variant or "custom", **fields)
     _check_anchors(config, anchors)
-    return Inference(config, variant, tuple(_assumptions(config, notes, overrides)))
+    return Inference(config, variant, tuple(_assumptions(config, notes, given)))
+
+
+def _given(
+    overrides: Mapping[str, Any] | None, settings: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
+    """The fields that need no guess, and the backbone's endpoints where they are told."""
+    given = {**(settings or {}), **(overrides or {})}
+    return given, given.pop("endpoints", None)
 
 
 def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
@@ -92,7 +110,8 @@ def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mappin
         "conv_after_downsample": (
             f"pooling {'before' if config.conv_after_downsample else 'after'} resampling convolutions"
         ),
-        "mean_rgb": f"mean {_triple(config.mean_rgb)}, standard deviation {_triple(config.stddev_rgb)}",
+        "mean_rgb": f"mean {_triple(config.mean_rgb)}",
+        "stddev_rgb": f"standard deviation {_triple(config.stddev_rgb)}",
     }
     if config.fpn_weight_method != "sum":  # the absence of fusion weights is no assumption
         lines["fpn_weight_method"] = f"fusion {config.fpn_weight_method}"
@@ -189,7 +208,7 @@ class _Structure:
         backbone = self._backbone()
         nodes = 1 + max(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/"))
         bn_levels = self.numbers(r"box_net/box-0-bn-(\d+)/")
-        min_level = min(bn_levels, default=3)
+        min_level = min(bn_levels) if bn_levels else self._lowest_level(backbone)
         anchors = self.shape(r"box_net/box-predict/bias", 1)[0] // 4
         classes = self.shape(r"class_net/class-predict/bias", 1)[0]
         if not anchors or classes % anchors:
@@ -260,6 +279,13 @@ class _Structure:
                 "separable convolutions are supported"
             )
 
+    def _lowest_level(self, backbone: BackboneConfig) -> int:
+        """The level whose width the first cell's first input has; 3 where it has no resampling to show it."""
+        kernels = self.matches(r"fpn_cells/cell_0/fnode\d+/resample_\d+_0_\d+/conv2d/kernel")
+        widths = {self.shapes[name][2] for name in kernels if len(self.shapes[name]) == 4}
+        levels = (*ENDPOINT_LEVELS, 2, 1)
+        return next((level for level in levels if backbone.filters_at(level) in widths), 3)
+
     def _weight_method(self) -> str:
         wsm = self.matches(r"fpn_cells/cell_0/fnode0/WSM$")
         if not wsm:
@@ -325,29 +351,37 @@ def _group_stages(blocks: list[tuple[int, int, int, int]]) -> tuple[Stage, ...]:
 
 
 def named_config(
-    name: str, shapes: Shapes, overrides: Mapping[str, Any] | None = None, source: str = ""
+    name: str,
+    shapes: Shapes,
+    overrides: Mapping[str, Any] | None = None,
+    source: str = "",
+    settings: Mapping[str, Any] | None = None,
 ) -> Inference:
     """The variant the user named, with the classes of the variables unless ``overrides`` gives them.
 
-    ``source`` as for :func:`infer_config`. Raises :class:`ConversionError` when the variables are another
-    model's, and says which, if it is known.
+    ``source`` and ``settings`` as for :func:`infer_config`. Raises :class:`ConversionError` when the
+    variables are another model's, and says which, if it is known.
     """
-    overrides = dict(overrides or {})
+    given, endpoints = _given(overrides, settings)
     notes: list[str] = []
     config = model_config(name)
-    config = config.replace(**{**_hints(config.name, source, notes), **overrides})
+    config = config.replace(**{**_hints(config.name, source, notes), **given})
+    variant: str | None = config.name
+    backbone = config.backbone.ending_at(endpoints) if endpoints else config.backbone
+    if backbone != config.backbone:
+        variant, config = None, config.replace(name="custom", backbone=backbone)
     model = _model_variables(shapes)
     anchors = math.prod(model.get("box_net/box-predict/bias", (0,))) // 4
     classes = math.prod(model.get("class_net/class-predict/bias", (0,)))
     if anchors and classes % anchors == 0 and classes:
         _check_anchors(config, anchors)
-        if "num_classes" not in overrides:
+        if "num_classes" not in given:
             config = config.replace(num_classes=classes // anchors)
     expected = variable_shapes(config)
     wrong = next((key for key, shape in expected.items() if model.get(key) != shape), None)
     if wrong is not None or model.keys() - expected.keys():
         raise ConversionError(_explain_mismatch(config, model, wrong))
-    return Inference(config, config.name, tuple(_assumptions(config, notes, overrides)))
+    return Inference(config, variant, tuple(_assumptions(config, notes, given)))
 
 
 def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | None) -> str:

@@ -62,7 +62,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     model = _model_shapes(entries)
     inference, unexpected = None, []
     try:
-        inference = infer_config(entries, checkpoint.source)
+        inference = infer_config(entries, checkpoint.source, settings=checkpoint.settings)
     except (ConfigError, ConversionError) as error:
         unexpected.append(str(error))
     if inference:

@@ -23,6 +23,7 @@ ACTIVATIONS = ("swish", "swish_native", "silu", "relu", "relu6", "hswish", "mish
 BN_EPSILON = 1e-3
 BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as 0.99
 MAX_BACKBONE_LEVEL = 5  # P3…P5 come from the backbone, P6 and up are resampled from P5
+ENDPOINT_LEVELS = (3, 4, 5)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class BackboneConfig:
     stem_filters: int
     stages: tuple[Stage, ...]
     se_ratio: float = 0.25  # 0: none
+    endpoints: tuple[int, int, int] | None = None  # blocks P3, P4, P5 come from; None: AutoML's choice
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -93,14 +95,27 @@ class BackboneConfig:
         return tuple(blocks)
 
     @cached_property
+    def block_levels(self) -> tuple[int, ...]:
+        """Block → the level l of its output, whose stride is 2**l (1…5)."""
+        strides = itertools.accumulate((block.stride == 2 for block in self.blocks), initial=1)  # 1: the stem
+        return tuple(strides)[1:]
+
+    @cached_property
     def reduction_blocks(self) -> dict[int, int]:
-        """Level → index of the last block at stride 2**level: the backbone's endpoints (1…5)."""
-        endpoints: dict[int, int] = {}
-        level = 1  # the stem halves once
-        for index, block in enumerate(self.blocks):
-            level += block.stride == 2
-            endpoints[level] = index
-        return endpoints
+        """Level → index of the block it is taken from: the last at stride 2**level, if not told otherwise."""
+        last = {level: index for index, level in enumerate(self.block_levels)}
+        return {**last, **dict(zip(ENDPOINT_LEVELS, self.endpoints or (), strict=False))}
+
+    def ending_at(self, endpoints: tuple[int, int, int]) -> BackboneConfig:
+        """This network with P3, P4 and P5 taken from the given blocks, and nothing after the last of them."""
+        stages = []
+        left = endpoints[-1] + 1
+        for stage in self.stages:
+            stages.append(dataclasses.replace(stage, repeats=min(stage.repeats, left)))
+            left -= stages[-1].repeats
+        cut = dataclasses.replace(self, stages=tuple(s for s in stages if s.repeats), endpoints=None)
+        usual = tuple(cut.reduction_blocks[level] for level in ENDPOINT_LEVELS)
+        return cut if usual == endpoints else dataclasses.replace(cut, endpoints=endpoints)
 
     def filters_at(self, level: int) -> int:
         """Channels of the backbone's endpoint at ``level``."""
@@ -220,6 +235,8 @@ class EfficientDetConfig:
             values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
             backbone = dict(values.pop("backbone"))
             backbone["stages"] = tuple(Stage(**stage) for stage in backbone["stages"])
+            if backbone.get("endpoints") is not None:
+                backbone["endpoints"] = tuple(backbone["endpoints"])
             return cls(backbone=BackboneConfig(**backbone), **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not an EfficientDet configuration: {error}") from None
@@ -272,6 +289,17 @@ def _check(config: EfficientDetConfig) -> None:
     require(
         max(endpoints) == MAX_BACKBONE_LEVEL,
         f"the backbone ends at level {max(endpoints)}, must end at {MAX_BACKBONE_LEVEL}",
+    )
+    given = config.backbone.endpoints
+    require(
+        given is None
+        or (
+            len(given) == len(ENDPOINT_LEVELS)
+            and all(type(index) is int and 0 <= index < len(config.backbone.blocks) for index in given)
+            and tuple(config.backbone.block_levels[index] for index in given) == ENDPOINT_LEVELS
+            and given[-1] == len(config.backbone.blocks) - 1
+        ),
+        f"endpoints are {given!r}, must be a block of stride 8, one of stride 16 and the last block",
     )
     require(
         config.fpn_weight_method in WEIGHT_METHODS,

@@ -36,16 +36,16 @@ def block(net: Network, x: Tensor, scope: str, config: Block, act_type: str) -> 
 
 
 def efficientnet(net: Network, images: Tensor, config: BackboneConfig, act_type: str) -> dict[int, Tensor]:
-    """Images [N, H, W, 3] → level 1…5 → the last block's output at stride 2**level."""
+    """Images [N, H, W, 3] → level 1…5 → the output of the block that ``config`` takes it from."""
     scope = config.name
     x = batch_norm(
         net, conv(net, images, f"{scope}/stem/conv2d", stride=2), f"{scope}/stem/tpu_batch_normalization"
     )
     x = net.tap(f"{scope}/stem", activation(x, act_type))
     endpoints: dict[int, Tensor] = {}
-    level = 1
+    levels = {index: level for level, index in config.reduction_blocks.items()}
     for index, block_config in enumerate(config.blocks):
         x = block(net, x, f"{scope}/blocks_{index}", block_config, act_type)
-        level += block_config.stride == 2
-        endpoints[level] = x
+        if index in levels:
+            endpoints[levels[index]] = x
     return endpoints

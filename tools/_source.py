@@ -43,7 +43,13 @@ def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool = Tru
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """``--model``, ``--hparams``."""
-    parser.add_argument("--model", choices=MODELS, metavar="MODEL", help="variant (default: found out)")
+    parser.add_argument(
+        "--model",
+        type=lambda name: name.lower().replace("_", "-"),
+        choices=MODELS,
+        metavar="MODEL",
+        help="variant (default: found out)",
+    )
     parser.add_argument(
         "--hparams",
         type=read_hparams,  # refused before anything is downloaded
@@ -73,8 +79,10 @@ def find_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Infere
     hparams: Hparams = arguments.hparams
     model = arguments.model or hparams.model
     if model:
-        return named_config(model, checkpoint.shapes, hparams.overrides, checkpoint.source)
-    return infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides)
+        return named_config(
+            model, checkpoint.shapes, hparams.overrides, checkpoint.source, checkpoint.settings
+        )
+    return infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides, checkpoint.settings)
 
 
 def describe(config: EfficientDetConfig) -> str:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from types import MappingProxyType, TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,7 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, np.dtype],
         notes: Iterable[str] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """``dtypes`` are those of the arrays that reading returns; ``object`` where it cannot be read."""
         self.source = source  # what the user would recognise: a path
@@ -38,6 +40,9 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         self.shapes = MappingProxyType(dict(shapes))
         self.dtypes = MappingProxyType(dict(dtypes))
         self.notes = tuple(notes)  # what the user must be told about the variables, a sentence each
+        #: Fields of ``EfficientDetConfig`` that the source tells and the variables do not, and ``endpoints``
+        #: of its backbone.
+        self.settings = MappingProxyType(dict(settings or {}))
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -213,9 +213,11 @@ def assemble(
     format: str,
     notes: Iterable[str] = (),
     stale_statistics: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """The checkpoint whose variables are ``pieces`` (AutoML name → what it is made of).
 
+    ``settings``: what the source tells of the configuration, as :class:`Checkpoint` keeps it.
     ``stale_statistics``: averages of batch-norm statistics are never updated and must not be used. Slots
     follow their variable, under AutoML's suffixes. What belongs to the model but is nobody's piece keeps its
     path for a name, so that conversion refuses it; what belongs to training is left out and counted in the
@@ -244,7 +246,7 @@ def assemble(
         sources[STEP_VARIABLE] = Source(step)
         left.remove(step)
     about = [*notes, *about_averages, *_about_left_out(left, unknown_slots)]
-    return Renamed(bundle, sources, format, about)
+    return Renamed(bundle, sources, format, about, settings)
 
 
 def _slots(

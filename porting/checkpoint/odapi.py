@@ -8,8 +8,9 @@ What differs from AutoML, and what becomes of it:
   in ``pipeline.config``, nowhere in the weights. The scales are divided into the box predictor, the
   background is left out.
 - P3, P4 and P5 come from fixed blocks (:data:`ENDPOINTS`), which are the last of their resolution in b0
-  alone. With a deeper backbone this is another network than AutoML's, though the variables fit: such a
-  checkpoint is refused.
+  alone. With a deeper backbone this is another network than AutoML's, though the variables fit: the
+  configuration says which blocks, and those after the last are left out.
+- Image size and anchors are those of ``pipeline.config``, not of a variant.
 
 Source: TensorFlow Models: ``research/object_detection``, in it
 ``models/ssd_efficientnet_bifpn_feature_extractor.py``, ``utils/bifpn_utils.py``,
@@ -25,7 +26,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
     source = tree.bundle.source
     variables = tree.variables(root)
     layout = read_layout(variables, source)
-    _refuse_other_endpoints(layout, source)
+    endpoints = _endpoints(layout, source)
     pipeline = read_pipeline(_find_pipeline(source))
     _check_pipeline(pipeline, layout, variables)
     pieces = {**layout.pieces, **dict(_predictors(layout, pipeline, variables))}
@@ -92,7 +93,7 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
         *_about_pipeline(pipeline),
     ]
     kept = {path: variable for path, variable in variables.items() if path not in layout.unused}
-    return assemble(tree, kept, pieces, FORMAT, notes)
+    return assemble(tree, kept, pieces, FORMAT, notes, settings=_settings(pipeline, endpoints))
 
 
 # --- the tree -----------------------------------------------------------------------------------------
@@ -195,7 +196,11 @@ class _Reader:
         name = backbone_named(shapes)
         if name is None:
             self.refuse(f"its backbone of {block} blocks is not one of EfficientNet-B0…B7")
-        self.pieces = {f"{name}/{inner}": piece for inner, piece in self.pieces.items()}
+        behind = tuple(f"blocks_{index}/" for index in range(self.detector_blocks, block))
+        self.unused |= {piece.path for inner, piece in self.pieces.items() if inner.startswith(behind)}
+        self.pieces = {
+            f"{name}/{inner}": piece for inner, piece in self.pieces.items() if not inner.startswith(behind)
+        }
         self.unused |= {f"{layer.path}/{leaf}" for layer in chain for leaf in layer.leaves}
         if any(self._in_detector(layer) for layer in chain):
             self.refuse(f"{chain[0].path} belongs to no block")
@@ -323,26 +328,28 @@ def _cell_nodes(num_levels: int) -> tuple[Node, ...]:
 # --- what the weights do not say -----------------------------------------------------------------------
 
 
-def _refuse_other_endpoints(layout: Layout, source: str) -> None:
-    """Raise CheckpointError unless P3…P5 come from the same blocks as AutoML's."""
-    last = sum(stage.repeats for stage in layout.backbone.stages[: ENDPOINTS[MAX_BACKBONE_LEVEL][0]])
-    if layout.detector_blocks != last + ENDPOINTS[MAX_BACKBONE_LEVEL][1] + 1:
+def _endpoints(layout: Layout, source: str) -> tuple[int, int, int]:
+    """The blocks of P3, P4 and P5. Raises CheckpointError unless the detector ends at the last of them."""
+    stages = layout.backbone.stages
+    third, fourth, fifth = (sum(s.repeats for s in stages[:stage]) + b for stage, b in ENDPOINTS.values())
+    if layout.detector_blocks != fifth + 1:
         raise CheckpointError(
             f"{source} runs {layout.detector_blocks} blocks of {layout.backbone.name}, the Object Detection "
-            f"API runs {last + 1}; where this one takes its pyramid from cannot be known"
+            f"API runs {fifth + 1}; where this one takes its pyramid from cannot be known"
         )
-    differing = []
-    for level, (stage, block) in ENDPOINTS.items():
-        theirs = sum(s.repeats for s in layout.backbone.stages[:stage]) + block
-        ours = layout.backbone.reduction_blocks[level]
-        if theirs != ours:
-            differing.append(f"P{level} from block {theirs} instead of {ours}")
-    if differing:
-        raise CheckpointError(
-            f"{source} is the Object Detection API's EfficientDet on {layout.backbone.name}, which is not "
-            f"AutoML's network although its variables fit: it takes {', '.join(differing)}; only the API's "
-            "EfficientDet-D0 is supported"
-        )
+    return third, fourth, fifth
+
+
+def _settings(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str, Any]:
+    """What the configuration takes from elsewhere than the weights."""
+    ratios = pipeline.aspect_ratios
+    settings = {
+        "endpoints": endpoints,
+        "num_scales": pipeline.scales_per_octave,
+        "anchor_scale": pipeline.anchor_scale,
+        "aspect_ratios": _AUTOML_RATIOS if sorted(ratios) == sorted(_AUTOML_RATIOS) else ratios,
+    }
+    return settings | ({"image_size": pipeline.image_size} if pipeline.image_size else {})
 
 
 def _find_pipeline(source: str) -> Path:
@@ -435,22 +442,11 @@ def _select(array: np.ndarray, channels: np.ndarray, divisor: np.ndarray | None)
 
 
 def _about_pipeline(pipeline: Pipeline) -> Iterator[str]:
-    """What was done because of the pipeline, and what the user has to do."""
+    """What was done because of the pipeline."""
+    yield f"image size, anchors and the blocks that P3, P4 and P5 come from as {pipeline.path} says"
     yield f"class and box channels in AutoML's order of anchors, as {pipeline.path} says"
     if set(pipeline.box_scales) != {1.0}:
         scales = ", ".join(f"{scale:g}" for scale in pipeline.box_scales)
         yield f"the box coder's scales {scales} were divided into box_net/box-predict"
     if pipeline.add_background_class:
         yield "the background class was left out of class_net/class-predict"
-    hparams = []
-    if sorted(pipeline.aspect_ratios) != sorted(_AUTOML_RATIOS):
-        hparams.append(f"aspect_ratios=[{','.join(f'{r:g}' for r in pipeline.aspect_ratios)}]")
-    if pipeline.scales_per_octave != 3:
-        hparams.append(f"num_scales={pipeline.scales_per_octave}")
-    if pipeline.anchor_scale != 4:
-        hparams.append(f"anchor_scale={pipeline.anchor_scale:g}")
-    if pipeline.image_size and pipeline.image_size != (512, 512):
-        height, width = pipeline.image_size
-        hparams.append(f"image_size={width}x{height}")
-    if hparams:
-        yield f"anchors or input are not AutoML's: give --hparams {','.join(hparams)}"

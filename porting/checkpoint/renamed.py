@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,12 @@ class Renamed(Checkpoint):
     """
 
     def __init__(
-        self, inner: Checkpoint, sources: Mapping[str, Source], format: str, notes: Iterable[str] = ()
+        self,
+        inner: Checkpoint,
+        sources: Mapping[str, Source],
+        format: str,
+        notes: Iterable[str] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(
             source=inner.source,
@@ -36,6 +41,7 @@ class Renamed(Checkpoint):
             },
             dtypes={name: inner.dtypes[source.key] for name, source in sources.items()},
             notes=(*inner.notes, *notes),
+            settings={**inner.settings, **(settings or {})},
         )
         self._inner = inner
         self._sources = dict(sources)
