@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import reprlib
 import weakref
 from collections.abc import Mapping
@@ -52,6 +53,16 @@ _DTYPES: dict[int, tuple[str, np.dtype]] = {
 }
 _OTHER_DTYPES = {DT_STRING: "string", 8: "complex64", 18: "complex128", 20: "resource", 21: "variant"}
 DTYPE_NUMBERS = {dtype: number for number, (_, dtype) in _DTYPES.items() if number != DT_BFLOAT16}
+
+# The form in which TensorFlow writes an entry of the first data file: type, shape, offset, size, checksum, in
+# the order of their numbers and without zeros. A checkpoint has thousands of them; this takes half
+# the time of reading the message field by field, which every other form still gets.
+_VARINT = rb"([\x80-\xff]{0,8}[\x00-\x7f])"
+_USUAL_ENTRY = re.compile(
+    rb"\x08([\x01-\x7f])\x12([\x00-\x7f])((?:\x12[\x02-\x7f]\x08[\x80-\xff]{0,8}[\x01-\x7f])*)"
+    rb"(?:\x20" + _VARINT + rb")?(?:\x28" + _VARINT + rb")?\x35(.{4})",
+    re.DOTALL,
+)
 
 _MAX_DIMENSIONS = 32  # NumPy 1's limit
 _LONGEST_SHOWN = 200  # characters of a name; AutoML's reach about 100, damaged ones anything
@@ -184,31 +195,55 @@ def _parse_header(path: Path, message: bytes) -> int:
 
 
 def _parse_entry(name: str, message: bytes, num_shards: int) -> Entry:
-    dtype = shard = offset = size = crc32c = 0
-    shape: tuple[int, ...] = ()
-    partitioned = False
     try:
-        for number, wire_type, value in wire.read_fields(message):
-            if number == 1:
-                dtype = wire.expect_int(number, value)
-            elif number == 2:
-                shape = _parse_shape(wire.expect_bytes(number, value))
-            elif number == 3:
-                shard = wire.expect_int(number, value)
-            elif number == 4:
-                offset = wire.expect_int(number, value)
-            elif number == 5:
-                size = wire.expect_int(number, value)
-            elif number == 6 and wire_type == wire.FIXED32:
-                crc32c = wire.expect_int(number, value)
-            elif number == 7:
-                partitioned = True
-        entry = Entry(dtype, shape, shard, offset, size, crc32c, partitioned)
+        entry = _parse_usual_entry(message) or _parse_any_entry(message)
         _check_entry(entry, num_shards)
     except Malformed as error:
         shown = repr(name if len(name) <= _LONGEST_SHOWN else name[:_LONGEST_SHOWN] + "…")
         raise Malformed(f"the entry of variable {shown} is wrong: {error}") from None
     return entry
+
+
+def _parse_usual_entry(message: bytes) -> Entry | None:
+    """``message`` if it has the form :data:`_USUAL_ENTRY`, else None."""
+    found = _USUAL_ENTRY.fullmatch(message)
+    if found is None:
+        return None
+    dtype, length, shape, offset, size, crc32c = found.groups(b"\0")
+    if length[0] != len(shape):
+        return None
+    return Entry(
+        dtype[0],
+        _parse_shape(shape),
+        0,
+        wire.read_varint(offset, 0)[0],
+        wire.read_varint(size, 0)[0],
+        int.from_bytes(crc32c, "little"),
+        partitioned=False,
+    )
+
+
+def _parse_any_entry(message: bytes) -> Entry:
+    """A ``BundleEntryProto``."""
+    dtype = shard = offset = size = crc32c = 0
+    shape: tuple[int, ...] = ()
+    partitioned = False
+    for number, wire_type, value in wire.read_fields(message):
+        if number == 1:
+            dtype = wire.expect_int(number, value)
+        elif number == 2:
+            shape = _parse_shape(wire.expect_bytes(number, value))
+        elif number == 3:
+            shard = wire.expect_int(number, value)
+        elif number == 4:
+            offset = wire.expect_int(number, value)
+        elif number == 5:
+            size = wire.expect_int(number, value)
+        elif number == 6 and wire_type == wire.FIXED32:
+            crc32c = wire.expect_int(number, value)
+        elif number == 7:
+            partitioned = True
+    return Entry(dtype, shape, shard, offset, size, crc32c, partitioned)
 
 
 @lru_cache(maxsize=1024)  # a checkpoint's thousands of entries share a few hundred shapes
@@ -232,16 +267,23 @@ def _parse_shape(message: bytes) -> tuple[int, ...]:
 
 
 def _check_entry(entry: Entry, num_shards: int) -> None:
-    if entry.partitioned:
+    dtype, shape, shard, offset, size, _, partitioned = entry
+    if partitioned:
         return
-    if not 0 <= entry.shard < num_shards:
-        raise Malformed(f"it lies in data file {entry.shard} of {num_shards}")
-    if entry.offset < 0 or entry.size < 0:
-        raise Malformed(f"it claims {entry.size} bytes at offset {entry.offset}")
-    if entry.storage is not None and entry.size != math.prod(entry.shape) * entry.storage.itemsize:
+    if not 0 <= shard < num_shards:
+        raise Malformed(f"it lies in data file {shard} of {num_shards}")
+    if offset < 0 or size < 0:
+        raise Malformed(f"it claims {size} bytes at offset {offset}")
+    if size != _byte_size(dtype, shape) is not None:
         raise Malformed(
             f"{entry.dtype_name} of shape {list(entry.shape)} does not fill the {entry.size} bytes it claims"
         )
+
+
+@lru_cache(maxsize=1024)
+def _byte_size(dtype: int, shape: tuple[int, ...]) -> int | None:
+    """What an array takes on disk; None for types that are not plain arrays."""
+    return math.prod(shape) * _DTYPES[dtype][1].itemsize if dtype in _DTYPES else None
 
 
 class TensorBundle(Checkpoint):
@@ -329,17 +371,22 @@ class TensorBundle(Checkpoint):
         except (MemoryError, ValueError) as error:
             raise self._refusal(name, f"does not fit in memory ({error})") from None
         file = self._files[entry.shard]
-        unread = array.reshape(-1).view(np.uint8).data
         try:
             file.seek(entry.offset)
-            while unread:
-                count = file.readinto(unread)  # type: ignore[attr-defined]
-                if not count:
-                    raise self._damage(name, entry, f"the file ends {len(unread)} bytes too early")
-                unread = unread[count:]
+            count = file.readinto(array)  # type: ignore[attr-defined]
+            if count != array.nbytes:
+                self._read_rest(name, entry, array.reshape(-1).view(np.uint8).data[count:])
         except OSError as error:
             raise _unreadable(self.index.shard_path(entry.shard), error) from None
         return array
+
+    def _read_rest(self, name: str, entry: Entry, unread: memoryview) -> None:
+        """Fill ``unread`` from where the file stands: one request may return less than was asked for."""
+        while unread:
+            count = self._files[entry.shard].readinto(unread)  # type: ignore[attr-defined]
+            if not count:
+                raise self._damage(name, entry, f"the file ends {len(unread)} bytes too early")
+            unread = unread[count:]
 
     def _damage(self, name: str, entry: Entry, what: str) -> CheckpointError:
         return CheckpointError(

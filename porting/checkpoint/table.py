@@ -115,9 +115,13 @@ def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
         while position < end:
             is_restart = position in restarts
             restarts_met += is_restart
-            shared, position = read_varint(block, position)
-            unshared, position = read_varint(block, position)
-            size, position = read_varint(block, position)
+            shared, unshared, size = block[position : position + 3].ljust(3, b"\xff")
+            if shared | unshared | size < 0x80:  # one byte each, as nearly always
+                position += 3
+            else:
+                shared, position = read_varint(block, position)
+                unshared, position = read_varint(block, position)
+                size, position = read_varint(block, position)
             if shared > len(key) or (is_restart and shared) or unshared + size > end - position:
                 raise Malformed("an entry does not fit")
             value_start = position + unshared
