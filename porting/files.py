@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,43 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder beside ``path``; leaving without an error renames it to ``path``.
+
+    ``path`` must not exist, or be an empty folder. On any failure, Ctrl-C included, the temporary folder is
+    gone and ``path`` is as it was. Raises :class:`OutputError` for what is there or what the disk refuses.
+    """
+    path = Path(path)
+    check_new_folder(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: str | os.PathLike[str]) -> None:
+    """Fail before long work: raise :class:`OutputError` unless ``path`` is fit for :func:`new_folder`."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise OutputError(f"cannot write {path}: there is something in it already; choose another folder")
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"cannot write {path}: there is a file of that name; choose another folder")
+    if not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -2,10 +2,12 @@
 
 ``keras_names.json.xz``: file → key → shape, of object-based checkpoints and ``.h5`` files.
 ``keras_graph.xz``: the object graph of Lite0's ``ckpt-1``.
+``h5_order.json``: model → layer, in order → SHA-256 of its ``weight_names``, one a line.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import sys
@@ -37,6 +39,19 @@ def make_graph() -> None:
     (GOLDENS / "keras_graph.xz").write_bytes(lzma.compress(bundle.read_string(GRAPH_KEY)))
 
 
+def make_order() -> None:
+    order: dict[str, dict[str, str]] = {}
+    for model in ("efficientdet-d0", "efficientdet-d4", "efficientdet-lite0"):
+        listed = json.loads((ORACLE / model / "names_h5.json").read_text())
+        names = listed["weight_names_by_layer"]
+        order[model] = {
+            layer: hashlib.sha256("\n".join(names[layer]).encode()).hexdigest()
+            for layer in listed["attrs"]["layer_names"]
+        }
+    (GOLDENS / "h5_order.json").write_text(json.dumps(order, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     make_names()
     make_graph()
+    make_order()

@@ -1,0 +1,58 @@
+"""Weights written for other programs. One :class:`Target` a program, each in a module of its own.
+
+A new target is a module here with ``write(weights, out)`` and a line in :data:`TARGETS`; what it needs is
+imported when it writes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from pytorch_model.config import EfficientDetConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checked state dict, the configuration it fits, and what its file says of where it came from."""
+
+    state_dict: Mapping[str, Tensor]
+    config: EfficientDetConfig
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """``files``, below or at the output path; ``facts``: what was done and checked, one sentence each."""
+
+    files: tuple[Path, ...]
+    facts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program to write for. ``module``, below this package, has ``write(weights, out) -> Written``."""
+
+    name: str
+    summary: str
+    module: str
+
+    def write(self, weights: Weights, out: Path) -> Written:
+        """Write, read back, compare; complete or not at all. Raises :class:`PortingError`."""
+        written: Written = importlib.import_module(f"{__name__}.{self.module}").write(weights, out)
+        return written
+
+
+TARGETS: Mapping[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "tf-checkpoint", "a folder with AutoML's checkpoint, moving averages included", "tf_checkpoint"
+        ),
+        Target("h5", "one file, as Keras's save_weights writes AutoML's model", "h5"),
+    )
+}

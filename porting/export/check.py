@@ -1,0 +1,39 @@
+"""What every way back to TensorFlow has to pass before its files take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from porting.checkpoint import Checkpoint
+from porting.convert import convert
+from porting.errors import ConversionError
+from porting.export import Weights
+
+
+def check_comes_back(checkpoint: Checkpoint, weights: Weights, kinds: Iterable[str]) -> None:
+    """Convert what was written and compare, bit for bit, with what was given, in float32.
+
+    ``kinds``: which of its values, ``"raw"`` and ``"EMA"``. Raises :class:`ConversionError` naming the first
+    tensor that differs.
+    """
+    for kind in kinds:
+        conversion = convert(checkpoint, weights.config, raw=kind == "raw")
+        for key, tensor in conversion.state_dict.items():
+            if tensor.is_floating_point() and not torch.equal(tensor, weights.state_dict[key].cpu().float()):
+                raise ConversionError(
+                    f"{key} differs after writing and reading back ({kind}); nothing was written, the disk "
+                    "or porting/rules.py is at fault"
+                )
+
+
+def rounding(weights: Weights) -> Iterator[str]:
+    """A sentence for weights that float32 cannot hold."""
+    rounded = [
+        key
+        for key, tensor in weights.state_dict.items()
+        if tensor.dtype == torch.float64 and not torch.equal(tensor, tensor.float().double())
+    ]
+    if rounded:
+        yield f"{len(rounded)} float64 tensors were rounded to float32, which is what AutoML keeps"
