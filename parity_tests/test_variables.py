@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.conftest import GOLDENS
-from porting.audit import PUBLISHED_MILLIONS, audit_parameters
+from porting.audit import PUBLISHED, audit_parameters
 from porting.checkpoint.bundle import read_index
 from porting.names import model_name
 from pytorch_model.config import MODELS, model_config
@@ -79,7 +79,7 @@ def test_released_checkpoints_hold_exactly_these_variables(folder: str, shared: 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameter_counts(model: str) -> None:
     audit = audit_parameters(model_config(model))
-    assert audit.agrees, f"{audit.automl} parameters, published {PUBLISHED_MILLIONS[model]}M"
+    assert audit.agrees, f"{audit.automl} parameters, published {PUBLISHED[model].parameters}M"
     if model in BIAS_FREE:
         assert audit.ours == BIAS_FREE[model]
 
