@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import numpy as np
 import tensorflow as tf
@@ -15,16 +15,21 @@ from tf_reference.layers import Network, Tap, Tensor, keep, size_of
 
 
 def efficientdet(
-    variables: Mapping[str, Tensor], config: EfficientDetConfig, images: Tensor, tap: Tap = keep
+    variables: Mapping[str, Tensor],
+    config: EfficientDetConfig,
+    images: Tensor,
+    tap: Tap = keep,
+    updates: MutableMapping[str, Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """AutoML's network: images [N, H, W, 3] → (class_outputs, box_outputs), one tensor per level.
 
     ``variables`` maps AutoML names to tensors of the images' float type (:func:`as_tensors`). Class
     logits are [N, H_l, W_l, anchors · num_classes], regressions [N, H_l, W_l, anchors · 4]. ``tap`` sees
-    every named point in execution order (see :class:`tf_reference.layers.Network`). Raises ``KeyError``
-    on a missing variable.
+    every named point in execution order (see :class:`tf_reference.layers.Network`). With ``updates``, batch
+    norms run in training mode and put their new ``moving_mean`` and ``moving_variance`` there. Raises
+    ``KeyError`` on a missing variable.
     """
-    net = Network(variables, tap)
+    net = Network(variables, tap, updates)
     endpoints = efficientnet(net, images, config.backbone, config.act_type)
     features = [endpoints[level] for level in config.levels if level <= MAX_BACKBONE_LEVEL]
     for level in config.extra_levels:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
-from pytorch_model.config import BN_EPSILON
+from pytorch_model.config import BN_EPSILON, BN_MOMENTUM
 
 Tensor = Any  # tf.Tensor; TensorFlow ships no types mypy can follow
 Tap = Callable[[str, Tensor], Tensor]
@@ -21,14 +21,16 @@ def keep(name: str, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Network:
-    """What every layer needs: the variables by name, and the tap.
+    """What every layer needs: the variables by name, the tap, and in training a place for statistics.
 
     ``tap(name, x)`` is called at every named point and returns what flows on: it may record ``x``
-    or replace it.
+    or replace it. ``updates``: None in evaluation; in training, the mapping in which batch norms leave
+    their new moving statistics, by variable name.
     """
 
     variables: Mapping[str, Tensor]
     tap: Tap = keep
+    updates: MutableMapping[str, Tensor] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.variables[name]
@@ -79,9 +81,34 @@ def separable_conv(net: Network, x: Tensor, scope: str) -> Tensor:
 
 
 def batch_norm(net: Network, x: Tensor, scope: str) -> Tensor:
-    """Evaluation-mode batch norm, epsilon 1e-3."""
-    scale = net[f"{scope}/gamma"] * tf.math.rsqrt(net[f"{scope}/moving_variance"] + BN_EPSILON)
-    return (x - net[f"{scope}/moving_mean"]) * scale + net[f"{scope}/beta"]
+    """Batch norm, epsilon 1e-3: by the moving statistics, or in training by the batch's own."""
+    if net.updates is None:
+        mean, variance = net[f"{scope}/moving_mean"], net[f"{scope}/moving_variance"]
+    else:
+        mean, variance = batch_statistics(x)
+        update_statistics(net, x, mean, variance, scope)
+    scale = net[f"{scope}/gamma"] * tf.math.rsqrt(variance + BN_EPSILON)
+    return (x - mean) * scale + net[f"{scope}/beta"]
+
+
+def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, [C] each."""
+    mean = tf.reduce_mean(x, [0, 1, 2])
+    return mean, tf.reduce_mean(tf.square(x - mean), [0, 1, 2])
+
+
+def update_statistics(net: Network, x: Tensor, mean: Tensor, variance: Tensor, scope: str) -> None:
+    """Leave ``0.99 · old + 0.01 · batch`` in ``net.updates``.
+
+    The *unbiased* variance enters the average, as in TensorFlow's fused batch norm (and PyTorch's). AutoML's
+    TPU and multi-GPU batch norms (``utils.TpuBatchNormalization``, ``SyncBatchNormalization``) let the biased
+    one in instead; gradients are the same.
+    """
+    assert net.updates is not None
+    count = int(x.shape[0]) * int(x.shape[1]) * int(x.shape[2])
+    unbiased = variance * (count / max(count - 1, 1))  # the fused kernel divides one value by one, too
+    for name, batch in ((f"{scope}/moving_mean", mean), (f"{scope}/moving_variance", unbiased)):
+        net.updates[name] = net[name] * (1 - BN_MOMENTUM) + batch * BN_MOMENTUM
 
 
 def size_of(x: Tensor) -> tuple[int, int]:
