@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests.conftest import GOLDENS
+from parity_tests.tflite_files import TINY
 from porting.checkpoint.writer import write_bundle
 from pytorch_model import load_model
 from pytorch_model.config import model_config
@@ -79,6 +81,24 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, checkpoint: Path) -> Non
     assert summary["coverage"]["used"] == 588
     assert load_model(tmp_path / summary["weights_file"]).config.to_dict() == model_config(MODEL).to_dict()
     assert "read" in done.stderr
+
+
+def test_what_the_file_tells_goes_with_the_weights(tmp_path: Path) -> None:
+    """A TFLite file knows its image size, anchors and input range; none of it is the variant's by guess."""
+    done = convert("--ckpt", GOLDENS / "tiny-lite-int8.tflite", "--out", "x.safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("told")]
+    assert len(told) == 1
+    assert f"image_size {TINY.image_size[0]}×{TINY.image_size[1]}" in told[0]
+    found = load_model(tmp_path / "x.safetensors").config
+    for field in ("image_size", "act_type", "aspect_ratios", "anchor_scale", "mean_rgb", "stddev_rgb"):
+        assert getattr(found, field) == getattr(TINY, field)
+    done = convert(
+        "--ckpt", GOLDENS / "tiny-lite-int8.tflite", "--out", "x.safetensors", "--hparams", "anchor_scale=7",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert load_model(tmp_path / "x.safetensors").config.anchor_scale == 7
+    assert "anchor_scale" not in next(line for line in done.stdout.splitlines() if line.startswith("told"))
 
 
 @pytest.mark.usefixtures("tensorflow")

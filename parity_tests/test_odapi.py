@@ -297,13 +297,17 @@ def test_the_same_detections(
 
 
 def test_packed_as_the_model_zoo_does(tmp_path: Path) -> None:
-    arrays = stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
-    model_folder(tmp_path / "efficientdet_d0", arrays, pipeline_text())
-    with tarfile.open(tmp_path / "d0.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "efficientdet_d0", "efficientdet_d0")
-    with open_checkpoint(tmp_path / "d0.tar.gz") as checkpoint:
+    whole = model_config("efficientdet-d1", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
+    arrays = stored(whole)
+    pipeline = pipeline_text(extractor="ssd_efficientnet-b1_bifpn_keras", anchor_scale=3.5)
+    folder = model_folder(tmp_path / "efficientdet_d1", arrays, pipeline)
+    with tarfile.open(tmp_path / "d1.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "efficientdet_d1", "efficientdet_d1")
+    with open_checkpoint(folder) as unpacked, open_checkpoint(tmp_path / "d1.tar.gz") as checkpoint:
+        assert checkpoint.settings == unpacked.settings
+        assert checkpoint.settings["endpoints"] == (6, 14, 21)
         assert "no real weights of this layout were at hand" in checkpoint.notes[0]
-        name = "efficientnet-b0/stem/conv2d/kernel"
+        name = "efficientnet-b1/stem/conv2d/kernel"
         key = f"model/_feature_extractor/_efficientnet/layer_with_weights-0/kernel{VALUE}"
         assert checkpoint[name].tobytes() == arrays[key].tobytes()
 

@@ -65,7 +65,7 @@ def lite0(shared: Path) -> TFLiteCheckpoint:
 def test_public_lite0_says_what_it_is(lite0: TFLiteCheckpoint) -> None:
     config = model_config("efficientdet-lite0")
     assert dict(lite0.shapes) == variable_shapes(config)
-    inference = infer_config(lite0.shapes, lite0.source, lite0.hparams)
+    inference = infer_config(lite0.shapes, lite0.source, settings=lite0.settings)
     assert inference.config == config
     assert inference.assumed == ()
     assert lite0.format == "TFLite, int8"
@@ -150,7 +150,7 @@ def test_public_lite0_average_precision(shared: Path, lite0: TFLiteCheckpoint) -
     evaluation = pytest.importorskip("pycocotools.cocoeval", reason="needs pycocotools")
     pytest.importorskip("PIL.Image", reason="needs Pillow")
     pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
-    config = infer_config(lite0.shapes, lite0.source, lite0.hparams).config
+    config = infer_config(lite0.shapes, lite0.source, settings=lite0.settings).config
     model = EfficientDet(config)
     model.load_state_dict(convert(lite0, config).state_dict)
     detector = Detector(model, decoder="fast-dct")
@@ -225,18 +225,18 @@ def test_carried_files(kind: str) -> None:
     checkpoint = TFLiteCheckpoint(golden(kind))
     assert dict(checkpoint.shapes) == variable_shapes(TINY)
     assert checkpoint.format == f"TFLite, {kind}"
-    config = infer_config(checkpoint.shapes, "", checkpoint.hparams).config
+    config = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
     assert config == TINY
     check_folded(checkpoint, tiny_variables(), HALF_STEPS[kind])
 
 
-def test_hparams_are_what_the_file_says() -> None:
-    hparams = dict(TFLiteCheckpoint(golden("int8")).hparams)
+def test_settings_are_what_the_file_says() -> None:
+    settings = dict(TFLiteCheckpoint(golden("int8")).settings)
     graph = ("image_size", "act_type", "survival_prob", "conv_after_downsample")
     names = (*graph, "mean_rgb", "stddev_rgb", "num_scales", "aspect_ratios", "anchor_scale")
-    assert hparams == {name: getattr(TINY, name) for name in names}
-    floating = dict(TFLiteCheckpoint(golden("float32")).hparams)
-    assert floating == {name: value for name, value in hparams.items() if not name.endswith("_rgb")}
+    assert settings == {name: getattr(TINY, name) for name in names}
+    floating = dict(TFLiteCheckpoint(golden("float32")).settings)
+    assert floating == {name: value for name, value in settings.items() if not name.endswith("_rgb")}
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -99,7 +99,7 @@ def test_damage_outside_the_weights_is_told_or_harmless(tmp_path: Path, data: by
             refused += 1
             continue
         assert found.shapes == sound.shapes
-        assert found.hparams == sound.hparams
+        assert found.settings == sound.settings
         if len(found.notes) > len(sound.notes):
             told += 1
             continue
@@ -339,10 +339,10 @@ def test_another_anchor_scale_and_ratios_are_read(tmp_path: Path) -> None:
     anchors = structure(INT8).anchors
     assert anchors is not None
     (tmp_path / "model.tflite").write_bytes(edited(INT8, anchors.stored(), centre_sizes(config)))
-    hparams = TFLiteCheckpoint(tmp_path / "model.tflite").hparams
-    assert hparams["anchor_scale"] == 4.5
-    assert hparams["aspect_ratios"] == (1.0, 1.4, 0.7)
-    assert hparams["num_scales"] == 3
+    settings = TFLiteCheckpoint(tmp_path / "model.tflite").settings
+    assert settings["anchor_scale"] == 4.5
+    assert settings["aspect_ratios"] == (1.0, 1.4, 0.7)
+    assert settings["num_scales"] == 3
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,7 +23,7 @@ from porting.errors import ConfigError
 from porting.hparams import Hparams, read_hparams
 from porting.infer import Inference, infer_config, named_config
 from porting.sources import SYNTHETIC, open_source
-from pytorch_model.config import MODELS, EfficientDetConfig
+from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -91,6 +93,19 @@ def describe(config: EfficientDetConfig) -> str:
         f"{config.backbone.name}, BiFPN {config.fpn_cell_repeats}×{config.fpn_num_filters} "
         f"({config.fpn_weight_method}), heads ×{config.box_class_repeats}"
     )
+
+
+def describe_settings(checkpoint: Checkpoint, overrides: Collection[str] = ()) -> str:
+    """What the file says beside its weights, where the user does not say otherwise; often nothing."""
+    return "; ".join(
+        f"{name} {shown(value)}" for name, value in checkpoint.settings.items() if name not in overrides
+    )
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ("×" if len(value) == 2 else "/").join(f"{number:.5g}" for number in value)
+    return value.name if isinstance(value, BackboneConfig) else str(value)
 
 
 class DownloadBar:

@@ -23,7 +23,6 @@ from porting.errors import PortingError
 from porting.files import check_writable, replacing
 from porting.hparams import Hparams
 from porting.infer import Inference
-from pytorch_model.config import BackboneConfig
 from pytorch_model.weights import SUFFIXES, write_weights
 
 if TYPE_CHECKING:
@@ -122,8 +121,11 @@ def print_conversion(
     table.add_row("model", escape(_source.describe(config)))
     if hparams.overrides:
         table.add_row(
-            "given", "; ".join(f"{name} {shown(getattr(config, name))}" for name in hparams.overrides)
+            "given", "; ".join(f"{name} {_source.shown(getattr(config, name))}" for name in hparams.overrides)
         )
+    told = _source.describe_settings(checkpoint, hparams.overrides)
+    if told:
+        table.add_row("told", told)
     if inference.assumed:
         table.add_row("assumed", "; ".join(inference.assumed))
     without_effect = [*hparams.ignored, *(f"nms_configs.{name}" for name in hparams.nms)]
@@ -151,12 +153,6 @@ def print_conversion(
         f"{audit.automl:,} in AutoML{published}",
     )
     console.print(table)
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ("×" if len(value) == 2 else "/").join(f"{number:.5g}" for number in value)
-    return value.name if isinstance(value, BackboneConfig) else str(value)
 
 
 def summarise(

@@ -78,6 +78,9 @@ def print_summary(console: Console, checkpoint: Checkpoint, inspection: Inspecti
     table.add_row("model", escape(_source.describe(found.config)) if found else "not one that can be ported")
     if found and found.assumed:
         table.add_row("assumed", escape("; ".join(found.assumed)))
+    told = _source.describe_settings(checkpoint)
+    if told:
+        table.add_row("told", told)
     table.add_row(
         "parameters",
         f"{inspection.trainable:,} trained, {inspection.untrained:,} batch-norm statistics, in "

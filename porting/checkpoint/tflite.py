@@ -50,9 +50,9 @@ _FLOAT16 = "weights are widened from float16 and keep its rounding"
 class TFLiteCheckpoint(Checkpoint):
     """``TFLiteCheckpoint("efficientdet_lite0.tflite")``: the whole file is read and checked at once.
 
-    ``hparams``: fields of :class:`EfficientDetConfig` that the file settles though no variable does: image
-    size, activation, … and, where the file has them, anchors and input normalisation. ``layers``: every
-    convolution with its names. ``outputs``: ``class_outputs/3``, … → number of the tensor that is it.
+    ``settings``: image size, activation, … and, where the file has them, anchors and input normalisation.
+    ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → number of the tensor
+    that is it.
 
     Raises :class:`CheckpointError`: not TFLite, damaged, or another network. TFLite has no checksums: damage
     to a weight goes unnoticed where structure, scales and what the heads share still agree. An operator that
@@ -68,7 +68,7 @@ class TFLiteCheckpoint(Checkpoint):
             self.layers = tuple(_layers(structure))
             check_layers(self.layers, graph, len(data))
             found = {variable.name: variable for variable in variables(self.layers)}
-            self.hparams: Mapping[str, Any] = MappingProxyType(_hparams(structure, graph))
+            settings = _settings(structure, graph)
         except Mismatch as error:
             raise CheckpointError(
                 f"{path} is a TFLite model but not an EfficientDet-Lite: {error}; give a file that AutoML or "
@@ -85,6 +85,7 @@ class TFLiteCheckpoint(Checkpoint):
             shapes={name: variable.shape for name, variable in found.items()},
             dtypes=dict.fromkeys(found, np.dtype(np.float32)),
             notes=[*notes, _FOLDED],
+            settings=settings,
         )
         self.outputs: Mapping[str, int] = MappingProxyType(dict(_outputs(structure)))
         self._variables: dict[str, Variable] | None = found
@@ -205,7 +206,7 @@ def _stored_as(layers: Sequence[Layer]) -> tuple[str, list[str]]:
     return "float32", []
 
 
-def _hparams(structure: Structure, graph: Graph) -> dict[str, Any]:
+def _settings(structure: Structure, graph: Graph) -> dict[str, Any]:
     config = structure.config
     settled = ("image_size", "act_type", "survival_prob", "conv_after_downsample")  # else it would not match
     found: dict[str, Any] = {name: getattr(config, name) for name in settled}
@@ -253,14 +254,14 @@ def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
     scales, ratios = np.sqrt(heights * widths), widths / heights
     per_scale = max(1, int(np.isclose(scales, scales[0], rtol=0.01).sum()))
     for digits in range(1, 7):
-        hparams = {
+        settings = {
             "num_scales": per_location // per_scale,
             "aspect_ratios": tuple(round(float(ratio), digits) for ratio in ratios[:per_scale]),
             "anchor_scale": round(float(scales[0]), digits),
         }
-        expected = _centre_sizes(config.replace(**hparams))
+        expected = _centre_sizes(config.replace(**settings))
         if expected.shape == anchors.shape and np.allclose(anchors, expected, rtol=tolerance, atol=1e-6):
-            return hparams
+            return settings
     raise Mismatch("its anchors are not laid out as AutoML's")
 
 
