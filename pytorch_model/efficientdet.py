@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +45,24 @@ class EfficientDet(nn.Module):
             features.append(resample(features[-1], ((height - 1) // 2 + 1, (width - 1) // 2 + 1)))
         features = self.bifpn(features)
         return self.class_net(features), self.box_net(features)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], num_classes: int | None = None) -> EfficientDet:
+        """:func:`pytorch_model.weights.load_model`: the model in a weight file or folder.
+
+        ``num_classes`` asks for a class predictor begun anew. Raises :class:`WeightsError`.
+        """
+        from pytorch_model.weights import load_model
+
+        return load_model(path, num_classes)
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """:func:`pytorch_model.weights.save_pretrained`: ``model.safetensors`` and ``config.json``."""
+        from pytorch_model.weights import save_pretrained
+
+        save_pretrained(self, folder, metadata)
 
 
 def create_model(name: str, **overrides: Any) -> EfficientDet:

@@ -1,7 +1,8 @@
 """Weight files a user keeps: tensors plus the configuration they belong to.
 
 ``.safetensors`` holds the configuration as JSON in its metadata; ``.pth`` is a dict of
-``{"state_dict", "config", …}`` that ``torch.load(weights_only=True)`` accepts.
+``{"state_dict", "config", …}`` that ``torch.load(weights_only=True)`` accepts. A folder holds
+``model.safetensors`` and ``config.json``; a ``.pth`` of tensors alone lies beside such a ``config.json``.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytorch_model.config import EfficientDetConfig
+from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, WeightsError
 
 SUFFIXES = (".safetensors", ".pth")
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+#: The tensors whose shape depends on the number of classes: those a change of it starts anew.
+CLASS_PREDICTOR = ("class_net.predict.pointwise.weight", "class_net.predict.pointwise.bias")
 
 
 def write_weights(
@@ -59,18 +65,46 @@ def _write_sorted(path: Path, data: bytes) -> None:
 def read_weights(
     path: str | os.PathLike[str],
 ) -> tuple[dict[str, Tensor], EfficientDetConfig, dict[str, str]]:
-    """Read what :func:`write_weights` wrote: (state dict on the CPU, configuration, metadata).
+    """Read a weight file or folder: (state dict on the CPU, configuration, metadata).
 
-    Raises :class:`WeightsError` on a missing, damaged or foreign file. Never runs code from the file.
+    ``path``: a file of :func:`write_weights`; a folder of :func:`save_pretrained`, or one with a single
+    ``.pth`` and ``config.json``; or a ``.pth`` of tensors alone with ``config.json`` beside it.
+    Raises :class:`WeightsError` on a missing, damaged or foreign file, and where a file and the
+    ``config.json`` of its folder disagree. Never runs code from the file.
     """
     path = Path(path)
+    if path.is_dir():
+        return _read_folder(path)
+    state_dict, metadata = read_tensors(path)
+    if "config" not in metadata and path.suffix == ".pth" and (path.parent / CONFIG_FILE).is_file():
+        return state_dict, *_read_config_file(path.parent / CONFIG_FILE)
+    if "config" not in metadata:
+        raise WeightsError(
+            f"{path} carries no EfficientDet configuration, and there is no {CONFIG_FILE} beside it; put the "
+            f"{CONFIG_FILE} there that it came with, or say which model it is (hubconf.py)"
+        )
+    return state_dict, _stored_config(metadata.pop("config"), path), metadata
+
+
+def _stored_config(text: Any, path: Path) -> EfficientDetConfig:
+    try:
+        return EfficientDetConfig.from_dict(json.loads(text))
+    except (ConfigError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path} carries an unusable configuration: {error}") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict and the metadata of one file; ``"config"`` is in the metadata if it is in the file.
+
+    Raises :class:`WeightsError` on a missing, damaged or foreign file.
+    """
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}: give the file that tools/convert.py wrote")
     read = {".safetensors": _read_safetensors, ".pth": _read_pth}.get(path.suffix)
     if read is None:
         raise WeightsError(f"cannot read {path}: its name must end in {' or '.join(SUFFIXES)}")
     try:
-        state_dict, metadata = read(path)
+        return read(path)
     except WeightsError:
         raise
     except ImportError:
@@ -78,15 +112,67 @@ def read_weights(
     except Exception as error:  # both libraries raise many types on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} is damaged or not a weight file ({reason}); convert it again") from None
-    if "config" not in metadata:
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], EfficientDetConfig, dict[str, str]]:
+    weights = [folder / MODEL_FILE] if (folder / MODEL_FILE).is_file() else sorted(folder.glob("*.pth"))
+    if len(weights) != 1 or not (folder / CONFIG_FILE).is_file():
         raise WeightsError(
-            f"{path} carries no EfficientDet configuration; it was not written by this project"
+            f"{folder} is no folder of weights: it needs {CONFIG_FILE} and {MODEL_FILE} or one .pth file; "
+            "give a folder that save_pretrained wrote, or a weight file"
         )
-    try:
-        config = EfficientDetConfig.from_dict(json.loads(metadata.pop("config")))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} carries an unusable configuration: {error}") from None
+    config, metadata = _read_config_file(folder / CONFIG_FILE)
+    state_dict, stored = read_tensors(weights[0])
+    if "config" in stored and _stored_config(stored["config"], weights[0]) != config:
+        raise WeightsError(
+            f"{weights[0]} was written for another configuration than {folder / CONFIG_FILE} beside it says; "
+            "take both from one place"
+        )
     return state_dict, config, metadata
+
+
+def _read_config_file(path: Path) -> tuple[EfficientDetConfig, dict[str, str]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in content["metadata"].items()}
+        return EfficientDetConfig.from_dict(content["config"]), metadata
+    except (OSError, ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{path} is no EfficientDet configuration ({type(error).__name__}: {error}); fetch it again"
+        ) from None
+
+
+def config_text(config: EfficientDetConfig, metadata: Mapping[str, Any]) -> str:
+    """The contents of ``config.json``: what :func:`read_weights` reads back."""
+    content = {"model_type": "efficientdet", "config": config.to_dict(), "metadata": dict(metadata)}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def save_pretrained(
+    model: EfficientDet, folder: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``folder/model.safetensors`` and ``folder/config.json``, which :func:`load_model` reads.
+
+    The folder is created; what it held under these names is replaced, each file complete or not at all.
+    Raises :class:`WeightsError` where the disk refuses.
+    """
+    folder, metadata = Path(folder), dict(metadata or {})
+    state_dict = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
+    temporary = [folder / f".{os.getpid()}-{name}" for name in (MODEL_FILE, CONFIG_FILE)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_weights(temporary[0], state_dict, model.config, metadata)
+        temporary[1].write_text(config_text(model.config, metadata), encoding="utf-8")
+        for path, name in zip(temporary, (MODEL_FILE, CONFIG_FILE), strict=True):
+            os.replace(path, folder / name)
+    except OSError as error:
+        raise WeightsError(
+            f"cannot write {folder}: {error.strerror or error}; free some space or choose another folder"
+        ) from None
+    finally:
+        for path in temporary:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,6 +184,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values()):
+        return dict(content), {}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise WeightsError(f"{path} holds no state_dict entry; it was not written by this project")
     metadata = dict(content.get("metadata") or {})
@@ -106,15 +194,70 @@ def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return content["state_dict"], metadata
 
 
-def load_model(path: str | os.PathLike[str]) -> EfficientDet:
-    """The model in a weight file, in evaluation mode, on the CPU, in the file's floating-point type.
+def load_model(path: str | os.PathLike[str], num_classes: int | None = None) -> EfficientDet:
+    """The model in a weight file or folder (:func:`read_weights`), in evaluation mode, on the CPU, in the
+    file's floating-point type.
 
-    Checks every key and shape before it copies. Raises :class:`WeightsError` when file and model differ.
+    ``num_classes``, if it is another number than the file's, starts the class predictor anew
+    (:data:`CLASS_PREDICTOR`) and keeps every other tensor. Checks every key and shape before it copies.
+    Raises :class:`WeightsError` when file and model differ.
     """
     state_dict, config, _ = read_weights(path)
+    return build(state_dict, config, str(path), num_classes)
+
+
+def load_variant(
+    model: str, weights: str | os.PathLike[str] | None = None, num_classes: int | None = None
+) -> EfficientDet:
+    """A variant by name, ``efficientdet-d4``, in evaluation mode; untrained without ``weights``.
+
+    ``weights`` is a path as for :func:`read_weights`, a ``.pth`` of tensors alone (with the variant's own
+    configuration), or an address of such a ``.pth``, fetched once into torch.hub's folder and held against
+    the digits of SHA-256 in its name. ``num_classes`` is as for :func:`load_model`.
+    Raises :class:`WeightsError` where the weights are another model's, or cannot be had.
+    """
+    config = model_config(model)
+    if weights is None:
+        return EfficientDet(config.replace(num_classes=num_classes or config.num_classes)).eval()
+    if "://" in str(weights):
+        return build(_fetch(str(weights)), config, str(weights), num_classes)
+    path = Path(weights)
+    if path.suffix == ".pth" and path.is_file() and not (path.parent / CONFIG_FILE).is_file():
+        state_dict, metadata = read_tensors(path)
+        if "config" not in metadata:
+            return build(state_dict, config, str(path), num_classes)
+    state_dict, found, _ = read_weights(path)
+    if found.name != config.name:
+        raise WeightsError(f"{path} holds {found.name}, not {config.name}; ask for that model")
+    return build(state_dict, found, str(path), num_classes)
+
+
+def _fetch(url: str) -> dict[str, Tensor]:
+    try:
+        content = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
+        )
+    except Exception as error:  # from the network, the disk, or a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"cannot get weights from {url}: {reason}; fetch the file by hand") from None
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise WeightsError(f"{url} is no state dict; give the address of a .pth that tools/release.py wrote")
+    return content
+
+
+def build(
+    state_dict: Mapping[str, Tensor], config: EfficientDetConfig, source: str, num_classes: int | None = None
+) -> EfficientDet:
+    """``EfficientDet(config)`` with these tensors, as :func:`load_model` returns it."""
+    state_dict = dict(state_dict)
     with torch.device("meta"):
         model = EfficientDet(config)
-    check_state_dict(model, state_dict, str(path))
+    check_state_dict(model, state_dict, source)
+    if num_classes is not None and num_classes != config.num_classes:
+        fresh = EfficientDet(config.replace(num_classes=num_classes))
+        dtype = state_dict[CLASS_PREDICTOR[0]].dtype
+        state_dict.update({key: fresh.state_dict()[key].to(dtype) for key in CLASS_PREDICTOR})
+        model = fresh
     model.load_state_dict(state_dict, assign=True)
     # assign=True turns parameters into what the file holds; they must still train.
     return model.requires_grad_(True).eval()

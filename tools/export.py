@@ -39,7 +39,9 @@ examples:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="weight file, .safetensors or .pth")
+    parser.add_argument(
+        "--weights", type=Path, required=True, help="weight file (.safetensors, .pth) or folder"
+    )
     parser.add_argument("--to", choices=TARGETS, required=True, metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--out", type=Path, required=True, help="what to write, a file or a folder")
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
