@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from parity_tests.recordings import seeded_value
 from porting.checkpoint import open_checkpoint
 from porting.convert import apply_rules, convert
+from porting.labels import COCO_NAMES, load_names
 from porting.rules import rules
 from pytorch_model import create_model, load_model
 from pytorch_model.anchors import generate_anchors
@@ -459,7 +460,7 @@ LABEL_FILES = [
 @pytest.mark.parametrize(("text", "expected"), LABEL_FILES)
 def test_label_files(tmp_path: Path, text: str, expected: dict[int, str]) -> None:
     (tmp_path / "labels").write_text(text)
-    names = detect.load_names(tmp_path / "labels", 5)
+    names = load_names(tmp_path / "labels", 5)
     assert len(names) == 5
     assert {index: names[index] for index in expected} == expected
 
@@ -468,16 +469,16 @@ def test_label_files(tmp_path: Path, text: str, expected: dict[int, str]) -> Non
 def test_bad_label_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "labels").write_text(text)
     with pytest.raises(PortingError, match="labels"):
-        detect.load_names(tmp_path / "labels", 5)
+        load_names(tmp_path / "labels", 5)
 
 
 def test_cocos_names_are_cocos(shared: Path) -> None:
     content = json.loads((shared / "coco/instances_val2017_158.json").read_text())
     official = {category["id"]: category["name"] for category in content["categories"]}
-    assert {index: name for index, name in enumerate(detect.COCO_NAMES, start=1) if name} == official
-    assert detect.load_names(None, 90)[90] == "toothbrush"
-    assert detect.load_names(None, 90)[12] == "class 12"
-    assert detect.load_names(None, 3) == {1: "class 1", 2: "class 2", 3: "class 3"}
+    assert {index: name for index, name in enumerate(COCO_NAMES, start=1) if name} == official
+    assert load_names(None, 90)[90] == "toothbrush"
+    assert load_names(None, 90)[12] == "class 12"
+    assert load_names(None, 3) == {1: "class 1", 2: "class 2", 3: "class 3"}
 
 
 def test_detect_runs_as_a_command() -> None:

@@ -114,6 +114,11 @@ def postprocess_per_class(
     """
     nms = nms or NMSConfig()
     candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
+    return per_class_nms(candidates, nms, image_scales)
+
+
+def per_class_nms(candidates: Candidates, nms: NMSConfig, image_scales: Tensor | None = None) -> Detections:
+    """What :func:`postprocess_per_class` does once the candidates are chosen: suppress and scale back."""
     # Equal scores go to the lower class, then to the lower candidate: the order AutoML concatenates in.
     order = candidates.classes.argsort(dim=1, stable=True)
     candidates = Candidates(*(_pick(values, order) for values in candidates))

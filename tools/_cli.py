@@ -9,7 +9,10 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
 
 # Until `run` takes over, Ctrl-C ends the imports at once: nothing has been started that needs an end.
 signal.signal(signal.SIGINT, lambda *_: os._exit(130))
@@ -61,6 +64,26 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = fail(f"cannot print: {error.strerror or error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """``auto`` is the GPU where there is one, of several the one numbered ``local_rank``.
+
+    Raises :class:`PortingError` when the device cannot be used.
+    """
+    import torch
+
+    from porting.errors import PortingError
+
+    if name == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PortingError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def fail(message: str) -> int:

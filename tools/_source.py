@@ -25,8 +25,10 @@ from porting.infer import Inference, infer_config, named_config
 from porting.sources import SYNTHETIC, open_source
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig
 
+HPARAMS_HELP = "AutoML's hyper-parameters, as it takes them: NAME=VALUE,… or a .yaml file"
 
-def add_checkpoint_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+
+def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = True) -> None:
     """``--ckpt``, ``--step``, ``--cache-dir``."""
     parser.add_argument(
         "--ckpt",
@@ -57,7 +59,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=read_hparams,  # refused before anything is downloaded
         default=read_hparams(""),
         metavar="TEXT",
-        help="AutoML's hyper-parameters, as it takes them: NAME=VALUE,… or a .yaml file",
+        help=HPARAMS_HELP,
     )
 
 

@@ -16,17 +16,22 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import _source
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
-from porting.errors import OutputError, PortingError
+from porting.coco import to_results
+from porting.errors import OutputError
+from porting.evaluation import nms_and_size
 from porting.files import replacing
+from porting.hparams import read_hparams
+from porting.labels import load_names
 from pytorch_model import load_model
 from pytorch_model.detector import Detector
-from pytorch_model.preprocess import DECODERS, DecodedImage, ImageError, load_image
+from pytorch_model.preprocess import DECODERS, DecodedImage, ImageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,18 +52,6 @@ the name. A picture that cannot be read is passed over and makes the exit status
 """
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 DRAWN_SUFFIXES = (".jpg", ".jpeg", ".png")  # others are drawn as PNG beside their full name
-
-# COCO's 90 class ids in order, from 1; ten of them name nothing.
-_COCO_NAMES = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,"
-    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,"
-    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
-    "surfboard,tennis racket,bottle,,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
-    "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,,dining table,,,toilet,,tv,"
-    "laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,,book,clock,vase,"
-    "scissors,teddy bear,hair drier,toothbrush"
-)
-COCO_NAMES = tuple(_COCO_NAMES.split(","))
 
 
 class Found(NamedTuple):
@@ -90,6 +83,9 @@ def parse_arguments() -> argparse.Namespace:
         help="how JPEG files are read; fast-dct equals tf.io.decode_jpeg, needs simplejpeg (default pillow)",
     )
     parser.add_argument(
+        "--hparams", type=read_hparams, default=read_hparams(""), metavar="TEXT", help=_source.HPARAMS_HELP
+    )
+    parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)"
     )
     parser.add_argument("--batch-size", type=int, default=4, help="pictures at a time (default 4)")
@@ -106,16 +102,19 @@ def main() -> int:
     console = Console(highlight=False)
     files = list_images(args.images)
     prepare_folder(args.out, files)
-    model = load_model(args.weights).to(choose_device(args.device))
+    model = load_model(args.weights).to(_cli.choose_device(args.device))
     names = load_names(args.labels, model.config.num_classes)
-    detector = Detector(model, score_threshold=args.score_threshold, decoder=args.decoder)
+    nms, image_size = nms_and_size(args.hparams, model.config)
+    detector = Detector(
+        model, image_size=image_size, nms=nms, score_threshold=args.score_threshold, decoder=args.decoder
+    )
     unreadable: dict[str, str] = {}
     results: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     started = time.perf_counter()
     for found in detect_files(detector, files, args.batch_size, unreadable, console):
         save_drawing(args.out, found, names)
-        results += coco_results(found)
+        results += to_results(image_id(found.path), found.detections)
         pictures.append(describe(found))
     seconds = time.perf_counter() - started
     summary = {
@@ -172,54 +171,6 @@ def prepare_folder(out: Path, files: Sequence[Path]) -> None:
         )
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises :class:`PortingError` when the device cannot be used."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise PortingError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def load_names(path: Path | None, num_classes: int) -> dict[int, str]:
-    """Class id → name for every class of the model; classes without a name are called by number.
-
-    Raises :class:`PortingError` when the file cannot be read as labels, or names a class the model lacks.
-    """
-    names = {index: f"class {index}" for index in range(1, num_classes + 1)}
-    if path is None:
-        given = dict(enumerate(COCO_NAMES, start=1)) if num_classes == len(COCO_NAMES) else {}
-    else:
-        try:
-            given = _parse_labels(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PortingError(f"--labels {path} is not a label file: {error}") from None
-    unknown = given.keys() - names.keys()
-    if unknown:
-        raise ImageError(
-            f"--labels {path} names class {max(unknown)}, but the model has classes 1 to {num_classes}"
-        )
-    return names | {index: name for index, name in given.items() if name}
-
-
-def _parse_labels(text: str) -> dict[int, str]:
-    if not text.lstrip().startswith(("{", "[")):
-        lines = [line.strip() for line in text.splitlines()]
-        pairs = [line.partition(":") for line in lines if line]
-        if pairs and all(key.strip().isdecimal() and name for key, _, name in pairs):
-            return {int(key): name.strip().strip("'\"") for key, _, name in pairs}
-        return dict(enumerate(lines, start=1))
-    content = json.loads(text)
-    if isinstance(content, list):
-        return {index: str(name) for index, name in enumerate(content, start=1)}
-    if "categories" in content:
-        return {int(category["id"]): str(category["name"]) for category in content["categories"]}
-    return {int(index): str(name) for index, name in content.items()}
-
-
 # --- detection ----------------------------------------------------------------------------------------
 
 
@@ -235,7 +186,7 @@ def detect_files(
             images: dict[Path, DecodedImage] = {}
             for path in chunk:
                 try:
-                    images[path] = load_image(path, detector.decoder)
+                    images[path] = detector.load(path)
                 except ImageError as error:
                     unreadable[str(path)] = str(error)
             if images:
@@ -246,17 +197,6 @@ def detect_files(
 
 
 # --- output -------------------------------------------------------------------------------------------
-
-
-def coco_results(found: Found) -> list[dict[str, Any]]:
-    """The picture's lines of a COCO results file; ``bbox`` is x, y, width, height in pixels."""
-    left, top, right, bottom = found.detections["boxes"].unbind(1)
-    boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1).tolist()
-    labels, scores = found.detections["labels"].tolist(), found.detections["scores"].tolist()
-    return [
-        {"image_id": image_id(found.path), "category_id": label, "bbox": box, "score": score}
-        for label, box, score in zip(labels, boxes_xywh, scores, strict=True)
-    ]
 
 
 def describe(found: Found) -> dict[str, Any]:

@@ -1,0 +1,662 @@
+"""COCO's figures: data sets, average precision, resuming, several processes, the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from porting.coco import (
+    FIGURES,
+    DatasetError,
+    class_to_category,
+    evaluate,
+    read_dataset,
+    server_file_name,
+    server_results,
+    to_results,
+)
+from porting.errors import OutputError, PortingError
+from porting.evaluation import nms_and_size
+from porting.hparams import read_hparams
+from porting.labels import COCO_NAMES
+from porting.shards import ShardError, Shards
+from pytorch_model import create_model, load_model
+from pytorch_model.config import model_config
+from pytorch_model.detector import Detector
+from pytorch_model.errors import ConfigError
+from pytorch_model.postprocess import NMSConfig
+from pytorch_model.weights import write_weights
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import _cli
+import eval_coco
+
+Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
+pytest.importorskip("pycocotools", reason="needs pycocotools")
+
+# --- a small data set and a small model ---------------------------------------------------------------
+
+COUNT = 7
+CATEGORIES = [{"id": index, "name": COCO_NAMES[index - 1]} for index in (1, 2, 90)]
+
+
+def content(count: int = COUNT) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    annotations = [
+        {
+            "id": number,
+            "image_id": 10 * (number % count),
+            "category_id": (1, 2, 90)[number % 3],
+            "bbox": [*rng.uniform(0, 30, 2), *rng.uniform(5, 40, 2)],
+            "area": 300.0,
+            "iscrowd": int(number == 3),
+        }
+        for number in range(1, 3 * count)
+    ]
+    images = [{"id": 10 * i, "file_name": f"{i}.png", "height": 60, "width": 80} for i in range(count)]
+    return {"images": images, "annotations": annotations, "categories": copy.deepcopy(CATEGORIES)}
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """A folder as COCO's are: annotations/instances_val2017.json and val2017/."""
+    folder = tmp_path / "coco"
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "val2017").mkdir()
+    (folder / "annotations/instances_val2017.json").write_text(json.dumps(content()))
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(folder / f"val2017/{i}.png")
+    return folder
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    file = folder / "annotations/instances_val2017.json"
+    changed = content()
+    change(changed)
+    file.write_text(json.dumps(changed))
+    return file
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    torch.manual_seed(0)
+    model = create_model("efficientdet-lite0", image_size=(64, 64))
+    write_weights(path, model.state_dict(), model.config, {})
+    return path
+
+
+def run(weights: Path, coco: Path, out: Path, *more: str) -> int:
+    """The command's exit status."""
+    arguments = ["--weights", weights, "--coco", coco, "--out", out, "--batch-size", "2", *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["eval_coco.py", *map(str, arguments)])
+        try:
+            _cli.run(eval_coco.main)
+        except SystemExit as end:
+            status = end.code
+    assert isinstance(status, int)
+    return status
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# --- figures ------------------------------------------------------------------------------------------
+
+
+def box(x: float, y: float, category: int = 1, image: int = 0, **more: Any) -> dict[str, Any]:
+    return {"image_id": image, "category_id": category, "bbox": [x, y, 50.0, 50.0], **more}
+
+
+def truth(*boxes: dict[str, Any]) -> dict[str, Any]:
+    annotations = [{**b, "id": i, "area": 2500.0, "iscrowd": 0} for i, b in enumerate(boxes, start=1)]
+    return {
+        "images": [{"id": 0}, {"id": 1}],
+        "categories": [{"id": 1}, {"id": 2}],
+        "annotations": annotations,
+    }
+
+
+def test_figures_by_hand() -> None:
+    """COCO averages precision over 101 recalls and ten IoUs, 0.5 to 0.95."""
+    right = box(0, 0, score=0.9)
+    half = evaluate(truth(box(0, 0), box(100, 100)), [right], [0])
+    assert half.figures["AP"] == pytest.approx(51 / 101)
+    assert half.figures["ARmax100"] == pytest.approx(0.5)
+    assert half.figures["APs"] == -1
+    # 45 of 50 pixels: overlap 45 / 55 = 0.818, which seven of the ten thresholds accept.
+    shifted = evaluate(truth(box(0, 0)), [box(5, 0, score=0.9)], [0])
+    assert shifted.figures["AP"] == pytest.approx(0.7)
+    assert shifted.figures["AP50"] == pytest.approx(1)
+    assert shifted.per_class == pytest.approx({1: 0.7, 2: -1})
+    # A better-scored mistake ahead halves the precision.
+    mistaken = evaluate(truth(box(0, 0)), [box(200, 200, score=0.95), right], [0])
+    assert mistaken.figures["AP"] == pytest.approx(0.5)
+
+
+def test_only_chosen_pictures_count() -> None:
+    boxes = truth(box(0, 0), box(0, 0, image=1))
+    found = [box(0, 0, score=0.9), box(200, 200, image=1, score=0.95)]
+    assert evaluate(boxes, found, [0]).figures["AP"] == pytest.approx(1)
+    assert evaluate(boxes, found, [0, 1]).figures["AP"] < 0.6
+
+
+def test_nothing_found_is_zero() -> None:
+    figures = evaluate(truth(box(0, 0)), [], [0]).figures
+    assert set(figures) == set(FIGURES)
+    assert figures["AP"] == figures["ARmax100"] == 0
+
+
+# AP, AP50, AP75, by size; AR at 1, 10, 100, by size, by Google's code on these pictures.
+GOOGLE = {
+    "fast-dct": (
+        "detections_tf_158.json",
+        (0.3159, 0.4984, 0.3464, 0.0896, 0.3295, 0.5486, 0.2755, 0.4049, 0.4163, 0.1218, 0.4516, 0.6758),
+    ),
+    "pillow": (
+        "detections_tf_158_accurate_dct.json",
+        (0.3167, 0.4965, 0.3449, 0.0902, 0.3330, 0.5487, 0.2779, 0.4052, 0.4162, 0.1179, 0.4498, 0.6773),
+    ),
+}
+
+
+@pytest.mark.parametrize("decoder", GOOGLE)
+def test_googles_detections_have_googles_figures(shared: Path, decoder: str) -> None:
+    file, expected = GOOGLE[decoder]
+    dataset = read_dataset(shared / "coco")
+    results = read(shared / "lite0" / file)
+    figures = evaluate(dataset.content, results, [picture.id for picture in dataset.pictures]).figures
+    assert tuple(round(value, 4) for value in figures.values()) == expected
+
+
+@pytest.fixture(scope="module")
+def trained_lite0(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from porting.checkpoint import open_checkpoint
+    from porting.convert import convert
+
+    conversion = convert(
+        open_checkpoint(shared / "lite0/efficientdet-lite0"), model_config("efficientdet-lite0")
+    )
+    path = tmp_path_factory.mktemp("lite0") / "lite0.safetensors"
+    write_weights(path, conversion.state_dict, conversion.config, {})
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", GOOGLE)
+def test_trained_lite0_on_158_pictures(
+    shared: Path, trained_lite0: Path, tmp_path: Path, decoder: str, tensorflow: object
+) -> None:
+    """From JPEG files: all twelve figures are Google's, and those of our own reference, to 4 decimals."""
+    if decoder == "fast-dct":
+        pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
+    reference = ["--reference", "ops", "--ckpt", str(shared / "lite0/efficientdet-lite0")]
+    status = run(trained_lite0, shared / "coco", tmp_path / "out", "--decoder", decoder, *reference)
+    metrics = read(tmp_path / "out/metrics.json")
+    for name in ("ours", "reference"):
+        figures = tuple(round(metrics[name][figure], 4) for figure in FIGURES)
+        print(decoder, name, *figures)
+        assert figures == GOOGLE[decoder][1]
+    print(metrics["detection_parity"])
+    assert status == 0
+    assert metrics["detection_parity"]["passed"]
+    assert metrics["decoders"] == {decoder: 158}
+
+
+# --- data sets ----------------------------------------------------------------------------------------
+
+
+def test_annotations_and_pictures_are_found(coco: Path) -> None:
+    (coco / "annotations/instances_train2017.json").write_text("{}")
+    dataset = read_dataset(coco, limit=3)
+    assert dataset.annotations == coco / "annotations/instances_val2017.json"
+    assert dataset.folder == coco / "val2017"
+    assert [picture.id for picture in dataset.pictures] == [0, 10, 20]
+    assert dataset.categories == {1: "person", 2: "bicycle", 90: "toothbrush"}
+    assert dataset.notes == ()
+
+
+def test_other_layouts_are_found(coco: Path, tmp_path: Path) -> None:
+    shutil.copy(coco / "annotations/instances_val2017.json", tmp_path / "mine.json")
+    given = read_dataset(None, tmp_path / "mine.json", coco / "val2017")
+    assert len(given.pictures) == COUNT
+    flat = tmp_path / "flat"
+    shutil.copytree(coco / "val2017", flat)
+    shutil.copy(tmp_path / "mine.json", flat / "mine.json")
+    assert read_dataset(flat).folder == flat
+    inner = coco / "annotations/instances_val2017.json"
+    assert read_dataset(None, inner).folder == coco / "val2017"
+
+
+def test_what_belongs_to_nothing_is_left_out_and_counted(coco: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["annotations"] += [box(0, 0, image=999), box(0, 0, 7, image=10), box(0, 0, image=10)]
+        data["images"].pop(0)
+
+    rewrite(coco, change)
+    dataset = read_dataset(coco)
+    notes = "\n".join(dataset.notes)
+    gone = sum(entry["image_id"] == 0 for entry in content()["annotations"])
+    assert f"{gone + 1} annotations of pictures that are not listed" in notes
+    assert "1 annotations of categories that are not listed" in notes
+    assert "1 annotations without an area" in notes
+    assert "1 pictures in" in notes
+    added = dataset.content["annotations"][-1]
+    assert (added["area"], added["iscrowd"]) == (2500.0, 0)
+    assert evaluate(dataset.content, [], [10]).figures["AP"] == 0
+
+
+BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no images": (lambda data: data.pop("images"), "lacks 'images'"),
+    "no pictures": (lambda data: data["images"].clear(), "has no image"),
+    "no categories": (lambda data: data["categories"].clear(), "has no category"),
+    "no file name": (lambda data: data["images"][0].pop("file_name"), "lacks 'file_name'"),
+    "two alike": (lambda data: data["images"][1].update(id=0), "two entries for image 0"),
+    "category twice": (lambda data: data["categories"].append(CATEGORIES[0]), "two entries for category 1"),
+    "half a box": (lambda data: data["annotations"][0].update(bbox=[1, 2]), "the bbox of annotation 1"),
+    "text for a side": (lambda data: data["annotations"][0].update(bbox=[1, 2, "3", 4]), "four numbers"),
+    "no category": (lambda data: data["annotations"][4].pop("category_id"), "lacks 'category_id'"),
+    "other pictures": (
+        lambda data: [image.update(file_name="x" + image["file_name"]) for image in data["images"]],
+        "holds no picture of instances_val2017.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANNOTATIONS)
+def test_bad_annotations(coco: Path, case: str) -> None:
+    change, message = BAD_ANNOTATIONS[case]
+    rewrite(coco, change)
+    with pytest.raises(DatasetError, match=message):
+        read_dataset(coco)
+
+
+def test_bad_places(coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="is no folder"):
+        read_dataset(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetError, match="holds no annotation file"):
+        read_dataset(tmp_path / "empty")
+    with pytest.raises(DatasetError, match="cannot read"):
+        read_dataset(None, tmp_path / "missing.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(DatasetError, match="not JSON"):
+        read_dataset(None, tmp_path / "broken.json")
+    for name in ("a", "b"):
+        (tmp_path / f"empty/instances_{name}.json").write_text("{}")
+    with pytest.raises(DatasetError, match=r"instances_a.json, instances_b.json.*give --annotations"):
+        read_dataset(tmp_path / "empty")
+    with pytest.raises(DatasetError, match="--images"):
+        read_dataset(coco, images=tmp_path / "nowhere")
+
+
+# --- classes ------------------------------------------------------------------------------------------
+
+
+def test_coco_ids_are_class_ids(coco: Path) -> None:
+    assert class_to_category(read_dataset(coco), 90, None) == {1: 1, 2: 2, 90: 90}
+
+
+@pytest.mark.parametrize(
+    ("change", "num_classes", "message"),
+    [
+        (lambda data: None, 20, "category id 90 .toothbrush., but the model has classes 1 to 20"),
+        (lambda data: data["categories"][0].update(id=0), 90, "category id 0 .person."),
+        (lambda data: data["categories"][0].update(name="cat"), 90, "'cat', but class 1 .* COCO's 'person'"),
+        (lambda data: data["categories"][2].update(id=12), 90, "COCO's 'nothing'"),
+    ],
+)
+def test_categories_that_do_not_fit(
+    coco: Path, change: Callable[[dict[str, Any]], Any], num_classes: int, message: str
+) -> None:
+    rewrite(coco, change)
+    with pytest.raises(DatasetError, match=message):
+        class_to_category(read_dataset(coco), num_classes, None)
+
+
+def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["categories"] = [{"id": 0, "name": "dog"}, {"id": 500, "name": "cat"}]
+
+    rewrite(coco, change)
+    dataset = read_dataset(coco)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("cat\nbird\ndog\n")
+    assert class_to_category(dataset, 3, labels) == {3: 0, 1: 500}
+    labels.write_text("cat\nbird\n")
+    with pytest.raises(DatasetError, match="does not name 'dog'"):
+        class_to_category(dataset, 3, labels)
+    labels.write_text("cat\ndog\ndog\n")
+    with pytest.raises(DatasetError, match="two classes alike"):
+        class_to_category(dataset, 3, labels)
+
+
+def test_results_take_the_categories_ids() -> None:
+    found = {
+        "boxes": torch.tensor([[1.0, 2.0, 4.0, 8.0]] * 2),
+        "scores": torch.tensor([0.75, 0.5]),
+        "labels": torch.tensor([3, 2]),
+    }
+    expected = {"image_id": "a", "bbox": [1.0, 2.0, 3.0, 6.0]}
+    assert to_results("a", found, {3: 0}) == [{**expected, "category_id": 0, "score": 0.75}]
+    assert [row["category_id"] for row in to_results("a", found)] == [3, 2]
+
+
+def test_test_dev_files() -> None:
+    assert server_file_name("efficientdet-d7") == "detections_test-dev2017_efficientdet-d7_results.json"
+    for name in ("", "a_b", "a/b", "a b"):
+        with pytest.raises(DatasetError, match="--test-dev"):
+            server_file_name(name)
+    (row,) = server_results([box(0.123456, 7.0, score=0.98765)])
+    assert (row["bbox"][0], row["score"]) == (0.12, 0.988)
+
+
+# --- hyper-parameters ---------------------------------------------------------------------------------
+
+
+def test_hparams_reach_suppression_and_size() -> None:
+    config = model_config("efficientdet-d0")
+    text = "nms_configs.method=hard,nms_configs.max_nms_inputs=0,image_size=640x512,num_classes=90"
+    nms, size = nms_and_size(read_hparams(text), config)
+    assert nms == NMSConfig(method="hard", max_nms_inputs=0)
+    assert size == (512, 640)
+    assert nms_and_size(read_hparams(""), config) == (NMSConfig(), (512, 512))
+
+
+@pytest.mark.parametrize("text", ["num_classes=20", "anchor_scale=5.0", "name=efficientdet-d1"])
+def test_hparams_of_another_network(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"the weights"):
+        nms_and_size(read_hparams(text), model_config("efficientdet-d0"))
+
+
+# --- shards -------------------------------------------------------------------------------------------
+
+
+def test_shards_are_read_by_whoever_comes_next(tmp_path: Path) -> None:
+    settings_ = {"decoder": "pillow", "size": (1, 2)}
+    for process, batch in ((0, 0), (1, 1), (0, 2)):
+        Shards(tmp_path / "s", "ours", settings_).append(process, batch, {"n": batch})
+    assert Shards(tmp_path / "s", "ours", settings_).read() == {n: {"n": n} for n in range(3)}
+    assert Shards(tmp_path / "s", "reference", settings_).read() == {}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_file_cut_anywhere_loses_the_last_batch_only(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    shards = Shards(tmp_path_factory.mktemp("cut") / "s", "ours", {"decoder": "pillow"})
+    for batch in range(3):
+        shards.append(0, batch, [0.1] * batch)
+    (file,) = shards.files()
+    whole = file.read_bytes()
+    size = data.draw(st.integers(0, len(whole)))
+    file.write_bytes(whole[:size])
+    complete = max(0, whole[:size].count(b"\n") - 1)
+    assert sorted(shards.read()) == list(range(complete))
+    shards.append(0, complete, "again")
+    assert shards.read() == {**{n: [0.1] * n for n in range(complete)}, complete: "again"}
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    Shards(tmp_path / "s", "ours", {"decoder": "pillow", "tta": "none"}).append(0, 0, 1)
+    other = Shards(tmp_path / "s", "ours", {"decoder": "fast-dct", "tta": "none"})
+    with pytest.raises(ShardError, match=r"decoder: pillow there, fast-dct now.*--restart"):
+        other.read()
+    other.clear()
+    assert other.read() == {}
+
+
+def test_a_damaged_line_is_no_result(tmp_path: Path) -> None:
+    shards = Shards(tmp_path / "s", "ours", {})
+    shards.append(0, 0, 1)
+    shards.append(0, 1, 1)
+    (file,) = shards.files()
+    file.write_bytes(file.read_bytes().replace(b'{"batch": 0', b'{"batch" 0'))
+    with pytest.raises(ShardError, match="damaged"):
+        shards.read()
+
+
+def test_a_disk_that_refuses(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("a file where the folder belongs")
+    with pytest.raises(OutputError, match="cannot write"):
+        Shards(tmp_path / "s", "ours", {}).append(0, 0, 1)
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+def test_results_metrics_and_table(
+    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(weights, coco, out, "--per-class", "--test-dev", "mine", "--json") == 0
+    printed = capsys.readouterr()
+    metrics = read(out / "metrics.json")
+    assert json.loads(printed.out) == metrics
+    assert set(metrics["ours"]) == set(FIGURES)
+    assert metrics["pictures"] == COUNT
+    assert metrics["decoders"] == {"pillow": COUNT}
+    assert set(metrics["per_class"]["ours"]) == {"1", "2", "90"}
+    assert "ARmax100" in printed.err
+    assert "90 toothbrush" in printed.err
+    assert "read by pillow (7)" in printed.err
+    results = read(out / "detections.json")
+    assert {row["category_id"] for row in results} <= {1, 2, 90}
+    expected = Detector(load_model(weights))([coco / "val2017/0.png", coco / "val2017/1.png"])[1]
+    rows = to_results(10, expected, {1: 1, 2: 2, 90: 90})
+    assert [row for row in results if row["image_id"] == 10] == rows
+    assert len(read(out / server_file_name("mine"))) == len(results)
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    weights: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(weights, coco, tmp_path / "whole") == 0
+    append, detect = Shards.append, Detector.detect
+    calls = 0
+
+    def die_writing_the_third(self: Shards, process: int, batch: int, content_: Any) -> None:
+        append(self, process, batch, content_)
+        if batch == 2:
+            (file,) = self.files()
+            file.write_bytes(file.read_bytes()[:-40])
+            raise KilledError
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return detect(*arguments)
+
+    monkeypatch.setattr(Shards, "append", die_writing_the_third)
+    with pytest.raises(KilledError):
+        run(weights, coco, tmp_path / "killed")
+    assert not (tmp_path / "killed/metrics.json").exists()
+    monkeypatch.setattr(Shards, "append", append)
+    monkeypatch.setattr(Detector, "detect", counted)
+    assert run(weights, coco, tmp_path / "killed") == 0
+    assert calls == 2  # batches 2 and 3; 0 and 1 were kept
+    for name in ("detections.json", "metrics.json"):
+        assert read(tmp_path / "killed" / name) == read(tmp_path / "whole" / name)
+    assert run(weights, coco, tmp_path / "killed", "--per-class") == 0
+    assert calls == 2
+
+
+def test_another_setting_is_refused_and_may_restart(
+    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(weights, coco, out) == 0
+    before = (out / "metrics.json").read_bytes()
+    assert run(weights, coco, out, "--tta", "flip") == 2
+    assert "tta: none there, flip now" in capsys.readouterr().err
+    assert (out / "metrics.json").read_bytes() == before
+    assert run(weights, coco, out, "--tta", "flip", "--restart") == 0
+    assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
+
+
+def test_two_processes_find_the_same(weights: Path, coco: Path, tmp_path: Path) -> None:
+    """By torchrun, as a user would; also where one process's run is taken up by two."""
+    assert run(weights, coco, tmp_path / "one") == 0
+    shutil.copytree(tmp_path / "one", tmp_path / "half")
+    (file,) = (tmp_path / "half/shards").iterdir()
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))  # the first batch of four
+    for out in ("two", "half"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        arguments = ["--weights", weights, "--coco", coco, "--out", tmp_path / out, "--batch-size", "2"]
+        done = subprocess.run(
+            [*command, eval_coco.__file__, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("ARmax100") == 1
+        assert len(list((tmp_path / out / "shards").iterdir())) == 2
+        for name in ("detections.json", "metrics.json"):
+            assert (tmp_path / out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_mistake_with_two_processes_is_said_once(weights: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["--weights", str(weights), "--coco", str(tmp_path / "nowhere")]
+    done = subprocess.run(
+        [*command, eval_coco.__file__, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("nowhere is no folder") == 1
+    assert "RuntimeError" not in done.stderr
+
+
+def test_bad_pictures_are_passed_over_and_counted(
+    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = coco / "val2017"
+    (pictures / "1.png").unlink()
+    (pictures / "2.png").write_bytes((pictures / "2.png").read_bytes()[:300])
+    Image.new("RGB", (20_000, 1)).save(pictures / "3.png")
+    Image.new("L", (1, 1)).save(pictures / "4.png")
+    out = tmp_path / "out"
+    assert run(weights, coco, out) == 1
+    printed = capsys.readouterr().out
+    metrics = read(out / "metrics.json")
+    assert metrics["pictures"] == COUNT - 3
+    assert list(metrics["skipped"]) == ["10", "20", "30"]
+    assert metrics["size_differs"] == [40]
+    assert "3 pictures skipped" in printed
+    assert "too long and thin" in printed
+    assert "1 pictures have another size" in printed
+
+
+def test_without_annotations_there_are_no_figures(
+    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(coco, lambda data: data.pop("annotations"))
+    assert run(weights, coco, tmp_path / "out") == 0
+    assert "holds no annotations: no figures" in capsys.readouterr().out
+    assert "ours" not in read(tmp_path / "out/metrics.json")
+    assert read(tmp_path / "out/detections.json")
+
+
+REFUSED = {
+    "limit": (["--limit", "0"], "--limit is 0"),
+    "lonely reference": (["--reference", "ops"], "--reference and --ckpt go together"),
+    "test-dev name": (["--test-dev", "a/b"], "--test-dev"),
+    "hparams": (["--hparams", "num_classes=20"], "--hparams say num_classes=20"),
+    "labels": (["--labels", "nowhere.txt"], "nowhere.txt is not a label file"),
+    "device": (["--device", "abacus"], "--device abacus cannot be used"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(
+    weights: Path, coco: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, message = REFUSED[case]
+    assert run(weights, coco, tmp_path / "out", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reference_beside_it(
+    tensorflow: object, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Synthetic Lite0 against its own checkpoint, and then against one of other weights."""
+    from porting.convert import apply_rules
+    from porting.rules import rules
+    from porting.sources import write_synthetic
+    from tf_reference.synthetic import synthetic_variables
+
+    checkpoint = write_synthetic("efficientdet-lite0", tmp_path)
+    config = model_config("efficientdet-lite0", image_size=(64, 64))
+    path = tmp_path / "lite0.safetensors"
+    state_dict = apply_rules(rules(config), synthetic_variables(model_config("efficientdet-lite0")))
+    write_weights(path, state_dict, config, {})
+    reference = ["--reference", "ops", "--ckpt", str(checkpoint), "--limit", "2"]
+    assert run(path, coco, tmp_path / "same", *reference) == 0
+    printed = capsys.readouterr().out
+    assert "passed detection parity: AP 1.0000" in printed
+    metrics = read(tmp_path / "same/metrics.json")
+    assert metrics["reference"] == metrics["ours"]
+    assert set(metrics["difference"].values()) == {0.0}
+    assert (tmp_path / "same/reference_detections.json").is_file()
+    assert run(path, coco, tmp_path / "raw", *reference, "--raw") == 1
+    assert "FAILED detection parity" in capsys.readouterr().out
+    assert not read(tmp_path / "raw/metrics.json")["detection_parity"]["passed"]
+
+
+def test_a_tflite_reference(tensorflow: object, coco: Path, tmp_path: Path) -> None:
+    """The carried float file: its port finds what the file, run by TensorFlow Lite, finds."""
+    from parity_tests.conftest import GOLDENS
+    from porting.checkpoint.tflite import TFLiteCheckpoint
+    from porting.convert import convert
+    from porting.infer import infer_config
+    from porting.parity.reference_networks import tflite_network
+
+    file = GOLDENS / "tiny-lite-float32.tflite"
+    checkpoint = TFLiteCheckpoint(file)
+    config = infer_config(checkpoint.shapes, "", checkpoint.hparams).config
+    path = tmp_path / "tiny.safetensors"
+    write_weights(path, convert(checkpoint, config).state_dict, config, {})
+    ids = range(1, config.num_classes + 1)
+    rewrite(
+        coco,
+        lambda data: data.update(categories=[{"id": i, "name": f"c{i}"} for i in ids], annotations=[]),
+    )
+    assert run(path, coco, tmp_path / "out", "--reference", "tflite", "--ckpt", str(file)) == 0
+    parity = read(tmp_path / "out/metrics.json")["detection_parity"]
+    print(parity)
+    assert parity["passed"]
+    assert parity["score_largest"] <= 1e-4
+    with pytest.raises(PortingError, match="takes images of"):
+        tflite_network(file, (64, 64))
+
+
+def test_help_has_examples() -> None:
+    done = subprocess.run(
+        [sys.executable, eval_coco.__file__, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "torchrun --nproc-per-node=8" in done.stdout

@@ -1,0 +1,334 @@
+"""COCO's formats and figures: annotations in, results out, average precision by pycocotools.
+
+Sources: COCO's data and results formats (cocodataset.org); AutoML ``coco_metric.py`` for the names of the
+figures and the rounding of test-dev files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from porting.errors import PortingError
+from porting.labels import given_names
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
+
+ImageId: TypeAlias = "int | str"
+#: One line of a COCO results file: image_id, category_id, bbox (x, y, width, height in pixels), score.
+Result: TypeAlias = "dict[str, Any]"
+
+
+class DatasetError(PortingError):
+    """Annotations or pictures are missing, not in COCO's format, or of other classes than the model's."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``size`` is (height, width) as the annotations have it, None where they do not say."""
+
+    id: ImageId
+    path: Path
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``content`` is what the annotation file holds, in COCO's format; ``categories`` id → name."""
+
+    annotations: Path
+    folder: Path
+    pictures: tuple[Picture, ...]
+    categories: Mapping[int, str]
+    content: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def has_ground_truth(self) -> bool:
+        """False for lists of pictures alone, such as COCO's ``image_info_test-dev2017.json``."""
+        return "annotations" in self.content
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading a data set
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_dataset(
+    folder: Path | None, annotations: Path | None = None, images: Path | None = None, limit: int | None = None
+) -> Dataset:
+    """Read a data set in COCO's format.
+
+    ``folder`` holds ``annotations/instances_*.json`` (or any one ``instances_*.json``, or one ``.json``) and
+    the pictures; ``annotations`` and ``images`` override what is found there. ``limit`` takes the first so
+    many pictures of the annotations' own order. Raises :class:`DatasetError` in one sentence.
+    """
+    if folder is not None and not folder.is_dir():
+        raise DatasetError(f"--coco {folder} is no folder; give the one that holds annotations and pictures")
+    file = annotations or _find_annotations(folder)
+    content = _read_annotations(file)
+    folder = images or _find_pictures(folder or file.parent, content["images"], file)
+    if not folder.is_dir():
+        raise DatasetError(f"--images {folder} is no folder; give the one that holds the pictures")
+    entries = content["images"][:limit]
+    pictures = tuple(Picture(image["id"], folder / image["file_name"], _size(image)) for image in entries)
+    categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+    notes = _repair(content, categories) if "annotations" in content else []
+    strangers = _files_without_entry(folder, content["images"])
+    if strangers:
+        notes.append(f"{strangers} pictures in {folder} are not in {file.name}: left out")
+    return Dataset(file, folder, pictures, categories, content, tuple(notes))
+
+
+def _find_annotations(folder: Path | None) -> Path:
+    if folder is None:
+        raise DatasetError("there are no annotations; give --coco or --annotations")
+    for place, pattern in (
+        ("annotations", "instances_*.json"),
+        (".", "instances_*.json"),
+        (".", "*.json"),
+        ("annotations", "*.json"),
+    ):
+        found = sorted((folder / place).glob(pattern))
+        validation = [file for file in found if "val" in file.stem]
+        if len(found) > 1 and len(validation) == 1:
+            found = validation
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:4])
+            raise DatasetError(
+                f"{folder / place} holds several annotation files ({names}); give --annotations"
+            )
+        if found:
+            return found[0]
+    raise DatasetError(
+        f"{folder} holds no annotation file (annotations/instances_*.json); give --annotations"
+    )
+
+
+def _find_pictures(folder: Path, entries: Sequence[Mapping[str, Any]], annotations: Path) -> Path:
+    """The folder below ``folder`` that holds most of the first pictures."""
+    split = annotations.stem.partition("_")[2]  # instances_val2017 → val2017
+    root = folder.parent if folder.name == "annotations" else folder
+    candidates = [root / split, root / "images" / split, root / "images", root]
+    candidates += sorted(place for place in root.iterdir() if place.is_dir())
+    names = [entry["file_name"] for entry in entries[:20]]
+    counts = [sum((place / name).is_file() for name in names) for place in candidates]
+    if not any(counts):
+        raise DatasetError(f"{folder} holds no picture of {annotations.name} ({names[0]}, …); give --images")
+    return candidates[counts.index(max(counts))]
+
+
+def _read_annotations(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise DatasetError(f"cannot read the annotations {file}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{file} is not JSON: {error}") from None
+    try:
+        ids = [image["id"] for image in content["images"]]
+        if not all(isinstance(image["file_name"], str) for image in content["images"]):
+            raise TypeError("a file_name is not text")
+        if not all(type(id_) in (int, str) for id_ in ids):
+            raise TypeError("an image's id is neither a number nor text")
+        if not all(type(category["id"]) is int and category["name"] for category in content["categories"]):
+            raise TypeError("a category's id is no whole number")
+        for entry in content.get("annotations", ()):
+            _check_annotation(entry)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise DatasetError(f"{file} is not in COCO's format: {reason}") from None
+    for what, keys in (("image", ids), ("category", [category["id"] for category in content["categories"]])):
+        twice = [key for key, count in Counter(keys).items() if count > 1]
+        if twice:
+            raise DatasetError(f"{file} has two entries for {what} {twice[0]}; leave one")
+        if not keys:
+            raise DatasetError(f"{file} has no {what}")
+    return content
+
+
+def _check_annotation(entry: Mapping[str, Any]) -> None:
+    box = entry["bbox"]
+    if len(box) != 4 or not all(type(side) in (int, float) and np.isfinite(side) for side in box):
+        raise ValueError(f"the bbox of annotation {entry.get('id')} is {box}, not four numbers")
+    for key in ("image_id", "category_id"):
+        if type(entry[key]) not in (int, str):
+            raise TypeError(f"the {key} of annotation {entry.get('id')} is {entry[key]!r}")
+
+
+def _repair(content: dict[str, Any], categories: Mapping[int, str]) -> list[str]:
+    """Fill in what custom annotations often leave out, drop what belongs to nothing; say what was done."""
+    known = {image["id"] for image in content["images"]}
+    kept: list[dict[str, Any]] = []
+    counts = Counter[str]()
+    for number, entry in enumerate(content["annotations"], start=1):
+        if entry["image_id"] not in known:
+            counts["annotations of pictures that are not listed: left out"] += 1
+        elif entry["category_id"] not in categories:
+            counts["annotations of categories that are not listed: left out"] += 1
+        else:
+            full = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry}
+            if "area" not in entry:
+                counts["annotations without an area: that of their box is used"] += 1
+            kept.append({**full, "id": number})  # pycocotools takes a match with id 0 for none
+    content["annotations"] = kept
+    return [f"{count} {what}" for what, count in counts.items()]
+
+
+def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = image.get("height"), image.get("width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def _files_without_entry(folder: Path, entries: Sequence[Mapping[str, Any]]) -> int:
+    suffixes = {Path(entry["file_name"]).suffix for entry in entries}
+    here = {file.name for file in folder.iterdir() if file.suffix in suffixes}
+    return len(here - {entry["file_name"] for entry in entries})
+
+
+def dataset_digest(dataset: Dataset) -> str:
+    """SHA-256 over the list of pictures, in order: what detections depend on."""
+    listed = [(picture.id, str(picture.path.resolve())) for picture in dataset.pictures]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Classes
+# ---------------------------------------------------------------------------------------------------
+
+
+def class_to_category(dataset: Dataset, num_classes: int, labels: Path | None) -> dict[int, int]:
+    """The category id that each of the model's class ids, from 1, stands for; some may stand for none.
+
+    Without ``labels`` a class id is the category id: COCO's 90-id space, and custom data sets whose ids run
+    from 1. With ``labels``, the names of the model's classes, classes and categories of one name go together.
+    Raises :class:`DatasetError` where a category has no class, or another class has its id.
+    """
+    names = given_names(labels, num_classes)
+    categories, file = dataset.categories, dataset.annotations.name
+    if labels is not None:
+        by_name = {name: index for index, name in names.items()}
+        missing = [name for name in categories.values() if name not in by_name]
+        if missing or len(by_name) < len(names):
+            what = f"does not name {missing[0]!r}" if missing else "names two classes alike"
+            raise DatasetError(f"--labels {labels} {what}; it must name the categories of {file}")
+        return {by_name[name]: category for category, name in categories.items()}
+    outside = [category for category in categories if not 1 <= category <= num_classes]
+    if outside:
+        raise DatasetError(
+            f"{file} has category id {outside[0]} ({categories[outside[0]]}), but the model has classes 1 to "
+            f"{num_classes}; if its classes go by name, give them with --labels"
+        )
+    for category, name in categories.items():
+        if names and names.get(category) != name:
+            raise DatasetError(
+                f"category {category} of {file} is {name!r}, but class {category} of a model with "
+                f"{num_classes} classes is COCO's {names.get(category, 'nothing')!r}; give the names of the "
+                "model's classes with --labels"
+            )
+    return {category: category for category in categories}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------
+
+
+def to_results(
+    image_id: ImageId, detections: Mapping[str, Tensor], categories: Mapping[int, int] | None = None
+) -> list[Result]:
+    """One picture's detections (``boxes`` xyxy, ``scores``, ``labels``) as lines of a COCO results file.
+
+    ``categories``: class id → category id; detections of classes without one are left out.
+    """
+    left, top, right, bottom = detections["boxes"].cpu().unbind(1)
+    boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1).tolist()
+    rows = zip(boxes_xywh, detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
+    return [
+        {
+            "image_id": image_id,
+            "category_id": categories[label] if categories is not None else label,
+            "bbox": box_xywh,
+            "score": score,
+        }
+        for box_xywh, score, label in rows
+        if categories is None or label in categories
+    ]
+
+
+def server_file_name(algorithm: str) -> str:
+    """The file name COCO's evaluation server asks for. Raises :class:`DatasetError` on an unusable name."""
+    if not algorithm or not all(sign.isalnum() or sign in "-." for sign in algorithm):
+        raise DatasetError(f"--test-dev {algorithm!r} must be letters, digits, - and . only")
+    return f"detections_test-dev2017_{algorithm}_results.json"
+
+
+def server_results(results: Sequence[Result]) -> list[Result]:
+    """``results`` as AutoML hands them in: boxes with 2 decimals, scores with 3."""
+    return [
+        {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 3)}
+        for row in results
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``figures``: the twelve by name, -1 where nothing is annotated. ``per_class``: category id → AP."""
+
+    figures: dict[str, float]
+    per_class: dict[int, float]
+
+
+def evaluate(
+    content: Mapping[str, Any], results: Sequence[Result], image_ids: Collection[ImageId]
+) -> Evaluation:
+    """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format).
+
+    By pycocotools. Raises :class:`PortingError` where it is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise PortingError("COCO's figures need the package pycocotools: pip install pycocotools") from None
+
+    chosen = set(image_ids)
+    ours = [row for row in results if row["image_id"] in chosen]
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        truth = COCO()
+        truth.dataset = dict(content)
+        truth.createIndex()
+        if ours:
+            found = truth.loadRes([dict(row) for row in ours])
+        else:
+            found = COCO()
+            found.dataset = {**content, "annotations": []}
+            found.createIndex()
+        run = COCOeval(truth, found, "bbox")
+        run.params.imgIds = sorted(chosen, key=str)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    figures = {name: float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
+    precision = run.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category; all areas, 100 detections
+    per_class = {
+        int(category): float(known.mean()) if (known := values[values > -1]).size else -1.0
+        for category, values in zip(run.params.catIds, precision.transpose(2, 0, 1), strict=True)
+    }
+    return Evaluation(figures, per_class)

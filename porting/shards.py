@@ -1,0 +1,113 @@
+"""Results of numbered batches kept on disk as they come, so that a run that was killed goes on where it was.
+
+One file per process, one line per batch, appended. The first line holds the settings that the results depend
+on: results of other settings are never mixed in. A last line that was cut short is as if it never was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from porting.errors import OutputError, PortingError
+
+
+class ShardError(PortingError):
+    """Kept results belong to other settings, or are damaged."""
+
+
+class Shards:
+    """The kept batches of one network: files ``NAME-PROCESS.jsonl`` in ``folder``.
+
+    ``settings`` is what the results depend on, in JSON's types. Whoever reads sees the batches of every
+    process, also of an earlier run with another number of them.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.name = name
+        self.settings = json.loads(json.dumps(settings))
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
+
+    def read(self) -> dict[int, Any]:
+        """Batch number → what was kept of it. Raises :class:`ShardError` on other settings or damage."""
+        kept: dict[int, Any] = {}
+        for file in self.files():
+            lines = list(_whole_lines(file))
+            if not lines:
+                continue
+            try:
+                found = json.loads(lines[0])["settings"]
+                batches = [json.loads(line) for line in lines[1:]]
+                kept.update((int(entry["batch"]), entry["content"]) for entry in batches)
+            except (ValueError, KeyError, TypeError):
+                raise ShardError(f"{file} is damaged; --restart leaves it and begins anew") from None
+            if found != self.settings:
+                raise ShardError(
+                    f"{self.folder.parent} holds an evaluation with other settings ("
+                    f"{_changes(found, self.settings)}); choose another --out, or --restart to overwrite it"
+                )
+        return kept
+
+    def clear(self) -> None:
+        """Remove every kept batch. Raises :class:`OutputError` where the disk refuses."""
+        try:
+            for file in self.files():
+                file.unlink()
+        except OSError as error:
+            raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from None
+
+    def append(self, process: int, batch: int, content: Any) -> None:
+        """Keep one batch; it survives the end of the process, however that comes.
+
+        Raises :class:`OutputError` where the disk refuses.
+        """
+        file = self.folder / f"{self.name}-{process}.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(file, "ab", buffering=0) as stream:
+                stream.truncate(_whole_size(file))
+                lines = [{"batch": batch, "content": content}]
+                if stream.seek(0, os.SEEK_END) == 0:
+                    lines.insert(0, {"settings": self.settings})
+                stream.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {file}: {error.strerror or error}; free some space, then start again to go on"
+            ) from None
+
+
+def _whole_lines(file: Path) -> Iterator[bytes]:
+    for line in file.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):
+            yield line
+
+
+def _whole_size(file: Path) -> int:
+    """Bytes up to the end of the last whole line, found from the back."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        end = size
+        while end:
+            start = max(0, end - 65536)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {_shown(before.get(key))} there, {_shown(now.get(key))} now" for key in keys)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"

@@ -1,0 +1,96 @@
+"""What an evaluation says at its end: the figures side by side, detection parity, classes, notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from porting.coco import FIGURES, Evaluation
+from porting.parity.detections import DetectionParity
+
+_MEANING = {
+    "AP": "IoU 0.50:0.95",
+    "AP50": "IoU 0.50",
+    "AP75": "IoU 0.75",
+    "APs": "small objects",
+    "APm": "medium",
+    "APl": "large",
+    "ARmax1": "1 detection an image",
+    "ARmax10": "10 detections",
+    "ARmax100": "100 detections",
+    "ARs": "small objects",
+    "ARm": "medium",
+    "ARl": "large",
+}
+
+
+def figures_table(ours: Evaluation, reference: Evaluation | None, kind: str) -> Table:
+    """The twelve figures: ours, and beside them the reference's and the difference where there is one."""
+    table = Table()
+    table.add_column("figure")
+    table.add_column("")
+    for heading in ("ours", *((f"reference ({kind})", "difference") if reference else ())):
+        table.add_column(heading, justify="right")
+    for name in FIGURES:
+        cells = _cells(ours.figures[name], reference.figures[name] if reference else None)
+        table.add_row(name, f"[dim]{_MEANING[name]}[/]", *cells)
+    return table
+
+
+def per_class_table(ours: Evaluation, reference: Evaluation | None, names: Mapping[int, str]) -> Table:
+    table = Table("class", title="AP by class", title_justify="left")
+    for heading in ("ours", *(("reference", "difference") if reference else ())):
+        table.add_column(heading, justify="right")
+    for category, value in ours.per_class.items():
+        cells = _cells(value, reference.per_class[category] if reference else None)
+        table.add_row(escape(f"{category} {names[category]}"), *cells)
+    return table
+
+
+def parity_table(parity: DetectionParity) -> Table:
+    table = Table(title="detections against the reference's", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("AP of ours, the reference's taken for ground truth", f"{parity.ap:.4f}")
+    table.add_row("detections: ours, reference's", f"{parity.ours:,}, {parity.reference:,}")
+    table.add_row("pairs", f"{parity.pairs:,}")
+    table.add_row("unmatched: ours, reference's", f"{parity.unmatched_ours}, {parity.unmatched_reference}")
+    table.add_row("pairs with another label", str(parity.label_flips))
+    table.add_row("score difference: largest, mean", f"{parity.score_largest:.1e}, {parity.score_mean:.1e}")
+    table.add_row(
+        "box difference in pixels: largest, mean", f"{parity.box_largest:.1e}, {parity.box_mean:.1e}"
+    )
+    if parity.saturated:
+        table.add_row("reference's scores that round to 1: their order is chance", str(parity.saturated))
+    return table
+
+
+def print_notes(
+    console: Console, notes: tuple[str, ...], unreadable: Mapping[Any, str], resized: int
+) -> None:
+    for note in notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+    if resized:
+        console.print(
+            f"{resized} pictures have another size than the annotations say: their boxes may be off",
+            style="yellow",
+            soft_wrap=True,
+        )
+    for reason in list(unreadable.values())[:10]:
+        console.print(f"skipped {reason}", style="yellow", markup=False, soft_wrap=True)
+    if unreadable:
+        console.print(f"{len(unreadable)} pictures skipped: no figure counts them", style="yellow")
+
+
+def _cells(ours: float, reference: float | None) -> list[str]:
+    """Ours, and the reference's and the difference where there is one. COCO's -1: nothing is annotated."""
+    if ours < 0:
+        return ["none annotated"]
+    if reference is None:
+        return [f"{ours:.4f}"]
+    difference = f"{ours - reference:+.4f}" if ours != reference else "0"
+    return [f"{ours:.4f}", f"{reference:.4f}", difference]
