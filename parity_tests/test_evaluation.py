@@ -637,7 +637,7 @@ def test_a_tflite_reference(tensorflow: object, coco: Path, tmp_path: Path) -> N
 
     file = GOLDENS / "tiny-lite-float32.tflite"
     checkpoint = TFLiteCheckpoint(file)
-    config = infer_config(checkpoint.shapes, "", checkpoint.hparams).config
+    config = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
     path = tmp_path / "tiny.safetensors"
     write_weights(path, convert(checkpoint, config).state_dict, config, {})
     ids = range(1, config.num_classes + 1)
