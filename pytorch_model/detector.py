@@ -63,7 +63,7 @@ class Detector:
         self.score_threshold = score_threshold
         self.decoder = decoder
         self.tta = tta
-        self._anchors_yxyx = generate_anchors(model.config, self.image_size)
+        self.anchors_yxyx = generate_anchors(model.config, self.image_size)
 
     @torch.no_grad()  # not inference_mode: its tensors refuse in-place changes, and callers scale boxes
     def __call__(self, images: Sequence[ImageSource] | Tensor) -> list[dict[str, Tensor]]:
@@ -103,8 +103,8 @@ class Detector:
 
         As :func:`detect`, whatever the score.
         """
-        self._anchors_yxyx = self._anchors_yxyx.to(batch.images.device)
-        return detect(network or self._network, batch, self._anchors_yxyx, self.nms, self.tta)
+        self.anchors_yxyx = self.anchors_yxyx.to(batch.images.device)
+        return detect(network or self._network, batch, self.anchors_yxyx, self.nms, self.tta)
 
     def _network(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         class_outputs, box_outputs = self.model(images.to(next(self.model.parameters()).dtype))

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measure speed as ratios, side by side in one run.
 
-Conversion against `import torch`; reading against a plain read and TensorFlow's reader.
+Conversion against `import torch`; reading against a plain read and TensorFlow's reader; the parts of
+detection against the network.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import _cli  # first: finds the packages
 
 # isort: split
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -18,15 +20,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    import torch
 
 EXAMPLES = f"""
 examples:
   python tools/bench.py convert                       # converting D0 against `import torch`
   python tools/bench.py read --model efficientdet-d7x # our reader, a plain read, TensorFlow's reader
+  python tools/bench.py detect --batch-size 8         # decode, resize, network, select, NMS
 
 {_cli.EXIT_CODES}
 """
@@ -36,9 +42,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
-    parser.add_argument("what", choices=("convert", "read"))
+    parser.add_argument("what", choices=("convert", "read", "detect"))
     parser.add_argument("--model", default="efficientdet-d0", help="default: efficientdet-d0")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each side, interleaved (default: 5)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="pictures at a time, for detect (default: 8)"
+    )
+    parser.add_argument("--device", default="cpu", help="for detect: cpu, cuda, auto (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print figures as JSON on stdout")
     return parser.parse_args()
 
@@ -46,8 +56,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        bench = {"convert": bench_convert, "read": bench_read}[arguments.what]
-        figures = bench(Path(folder), arguments.model, arguments.repeat)
+        if arguments.what == "detect":
+            device = _cli.choose_device(arguments.device)
+            figures = bench_detect(
+                Path(folder), arguments.model, arguments.repeat, arguments.batch_size, device
+            )
+        else:
+            bench = {"convert": bench_convert, "read": bench_read}[arguments.what]
+            figures = bench(Path(folder), arguments.model, arguments.repeat)
     if arguments.json:
         json.dump(figures, sys.stdout, indent=2)
         print()
@@ -165,6 +181,68 @@ def peak_memory(prefix: Path) -> float:
     return float(done.stdout)
 
 
+def bench_detect(
+    folder: Path, model: str, repeat: int, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """The parts of detection on one batch of JPEG files, 640 x 480. None depends on what the weights are."""
+    import torch
+
+    from pytorch_model import create_model
+    from pytorch_model.detector import Detector
+    from pytorch_model.postprocess import Candidates, per_class_nms, pre_nms
+    from pytorch_model.preprocess import load_image
+
+    files = photographs(folder, batch_size)
+    torch.manual_seed(0)
+    detector = Detector(create_model(model).to(device))
+    pixels = [load_image(file).pixels for file in files]
+    batch = detector.preprocess(pixels)
+    anchors_yxyx, nms = detector.anchors_yxyx.to(device), detector.nms
+    with torch.no_grad():
+        class_outputs, box_outputs = detector.model(batch.images)
+
+    def select() -> Candidates:
+        return pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
+
+    candidates = select()
+
+    def timed(part: Callable[[], Any]) -> Callable[[], None]:
+        @torch.no_grad()
+        def run() -> None:
+            part()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        run()  # the first time is never like the others
+        return run
+
+    sides = {
+        "decode, pillow": timed(lambda: [load_image(file) for file in files]),
+        "normalise, resize, pad": timed(lambda: detector.preprocess(pixels)),
+        "network": timed(lambda: detector.model(batch.images)),
+        "select": timed(select),
+        "NMS": timed(lambda: per_class_nms(candidates, nms, batch.image_scales)),
+    }
+    if importlib.util.find_spec("simplejpeg"):
+        sides["decode, fast-dct"] = timed(lambda: [load_image(file, "fast-dct") for file in files])
+    figures = summarise(side_by_side(sides, repeat), "network")
+    return figures | {
+        "postprocessing_over_network": figures["ratio"]["select"] + figures["ratio"]["NMS"],
+        "described": f"{model}, batch of {batch_size}, {device}, {torch.get_num_threads()} threads",
+    }
+
+
+def photographs(folder: Path, count: int) -> list[Path]:
+    from PIL import Image
+
+    from tf_reference.synthetic import synthetic_image
+
+    files = [folder / f"{seed}.jpg" for seed in range(count)]
+    for seed, file in enumerate(files):
+        Image.fromarray(synthetic_image(480, 640, seed)).save(file, quality=90)
+    return files
+
+
 def summarise(seconds: dict[str, list[float]], base: str) -> dict[str, Any]:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
@@ -180,6 +258,11 @@ def draw(console: Console, figures: dict[str, Any]) -> None:
             name, f"{seconds['median']:.4f}", f"{seconds['best']:.4f}", f"{figures['ratio'][name]:.2f}"
         )
     console.print(table)
+    if "described" in figures:
+        console.print(
+            f"{figures['described']}: postprocessing (select and NMS) takes "
+            f"{figures['postprocessing_over_network']:.2f} × the network"
+        )
     if "megabytes_kept" in figures:
         console.print(
             f"kept {figures['megabytes_kept']:.1f} MB; reading allocates "
