@@ -1,0 +1,138 @@
+"""The model card of a release: Markdown with YAML in front, as model hubs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+#: COCO's figures in the order and the names of tools/eval_coco.py.
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def model_card(
+    name: str,
+    about: Mapping[str, Any],
+    parity: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None,
+    files: Mapping[str, tuple[int, str]],
+) -> str:
+    """The whole text.
+
+    ``about``, ``parity``, ``metrics``: what is in ``config.json``, ``parity.json``, ``coco_metrics.json``;
+    ``files``: name → (bytes, SHA-256). Every number is one of theirs.
+    """
+    sections = (
+        _front_matter(name, about["metadata"], metrics),
+        _introduction(name, about),
+        _loading(name, about, files),
+        _evidence(parity),
+        _figures(about["metadata"], metrics),
+        _files(files),
+    )
+    return "\n".join(line for section in sections for line in section) + "\n"
+
+
+def _front_matter(name: str, origin: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> Iterator[str]:
+    front: dict[str, Any] = {
+        "license": origin["license"],
+        "library_name": "pytorch",
+        "pipeline_tag": "object-detection",
+        "tags": ["efficientdet", "object-detection"],
+    }
+    if metrics:
+        results = [
+            {"type": figure, "value": metrics["ours"][figure]}
+            for figure in FIGURES
+            if figure in metrics["ours"]
+        ]
+        dataset = {"name": f"COCO annotations, {metrics['pictures']} pictures", "type": "coco"}
+        task = {"type": "object-detection"}
+        front["model-index"] = [
+            {"name": name, "results": [{"task": task, "dataset": dataset, "metrics": results}]}
+        ]
+    yield "---"
+    yield yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip("\n")
+    yield "---"
+
+
+def _introduction(name: str, about: Mapping[str, Any]) -> Iterator[str]:
+    config, origin = about["config"], about["metadata"]
+    height, width = config["image_size"]
+    values = "the exponential moving averages" if origin["weights"] == "EMA" else "the raw values"
+    step = "" if origin["step"] is None else f", training step {origin['step']:,}"
+    removed = origin["automl_parameters"] - origin["parameters"]
+    yield f"\n# {name}\n"
+    yield (
+        f"{config['name']} for {config['num_classes']} classes on {height}×{width} pixels, ported from "
+        f"TensorFlow: {values} of `{origin['source']}` ({origin['source_format']}{step}). The network is "
+        "AutoML's EfficientDet (arXiv 1911.09070) without the convolution biases that a batch norm makes "
+        "redundant."
+    )
+    published = origin["published_parameters_millions"]
+    automl = origin["automl_parameters"]
+    yield (
+        f"\n- parameters: {origin['parameters']:,}; AutoML counts {automl:,}, {removed:,} of "
+        f"them removed biases{f'; published: {published}M' if published else ''}"
+    )
+    yield f"- SHA-256 of the variables: `{origin['variables_sha256']}`"
+    yield f"- written by {origin['tool']} {origin['tool_version']}"
+    yield f"- licence of the weights: {origin['license']}"
+    if origin["assumed"]:
+        yield f"- not told by the weights, and assumed: {'; '.join(origin['assumed'])}"
+
+
+def _loading(name: str, about: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+    weights = next(file for file in files if file.endswith(".pth"))
+    yield "\n## Loading\n"
+    yield "```python"
+    yield "from pytorch_model import EfficientDet"
+    yield f'model = EfficientDet.from_pretrained("{name}")  # this folder'
+    if about["config"]["name"].startswith("efficientdet-"):
+        entry = about["config"]["name"].replace("-", "_")
+        yield f'# or: torch.hub.load(REPOSITORY, "{entry}", weights="{name}/{weights}")'
+    yield "```"
+
+
+def _evidence(parity: Mapping[str, Any]) -> Iterator[str]:
+    yield "\n## Parity with TensorFlow\n"
+    yield (
+        "Every layer compared with a TensorFlow reference of AutoML's network on one picture "
+        f"({parity['metadata']['picture']}), as relative L2; *isolated*: each layer fed the reference's own "
+        "input. Details: `parity.html`.\n"
+    )
+    yield "| | activations | accumulated, worst | allowed | isolated, worst | allowed |"
+    yield "|---|---|---|---|---|---|"
+    for run in parity["runs"]:
+        cells = [run["dtype"], str(run["activations"])]
+        for kind in ("accumulated", "isolated"):
+            cells += [f"{run['worst'][kind]['relative']:.1e}", f"{run['tolerances'][kind]:.0e}"]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _figures(origin: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "\n## COCO figures\n"
+    published = [
+        f"{origin[key]} on {what}"
+        for key, what in (("published_ap_val", "val2017"), ("published_ap_test_dev", "test-dev"))
+        if origin[key] is not None
+    ]
+    if published:
+        yield f"Google published an AP of {' and '.join(published)}, in percent, for this checkpoint."
+    if not metrics:
+        yield "These weights were not evaluated here."
+        return
+    ours = {figure: metrics["ours"][figure] for figure in FIGURES if figure in metrics["ours"]}
+    yield f"Measured with these weights, on {metrics['pictures']} pictures (`coco_metrics.json`):\n"
+    yield f"| {' | '.join(ours)} |"
+    yield "|---" * len(ours) + "|"
+    yield f"| {' | '.join(f'{value:.4f}' for value in ours.values())} |"
+
+
+def _files(files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
+    yield "\n## Files\n"
+    yield "| file | bytes | SHA-256 |"
+    yield "|---|---|---|"
+    for file, (size, digest) in files.items():
+        yield f"| {file} | {size:,} | `{digest}` |"

@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Port a checkpoint, prove it, and put weights and evidence into one folder that can be checked."""
+
+from __future__ import annotations
+
+import _one_thread  # noqa: F401  before NumPy
+
+# isort: split
+import _cli  # first: finds the packages
+
+# isort: split
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import _source
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from porting.checkpoint import Checkpoint
+from porting.convert import Conversion, convert
+from porting.errors import OutputError, PortingError
+from porting.files import check_new_folder, new_folder
+from porting.release import Check, check_name, check_passed, origin, verify_release, write_release
+from porting.releases import release_named
+from porting.sources import SYNTHETIC
+
+GOOGLES_LICENSE = "apache-2.0"  # of every checkpoint that AutoML released
+
+EXAMPLES = f"""
+examples:
+  # release/efficientdet_d4/: weights in two formats, parity report, model card, checksums
+  python tools/release.py --ckpt path/to/efficientdet-d4 --out release/
+  # once more with what tools/eval_coco.py measured with release/efficientdet_d4/model.safetensors
+  python tools/release.py --ckpt path/to/efficientdet-d4 --out final/ --coco-metrics eval/metrics.json
+  # is every byte of a folder what it should be? and is it this checkpoint's?
+  python tools/release.py --verify-release release/efficientdet_d4
+  python tools/release.py --verify-release release/efficientdet_d4 --ckpt path/to/efficientdet-d4
+
+{_cli.EXIT_CODES}
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
+    _source.add_checkpoint_options(parser, required=False)
+    _source.add_model_options(parser)
+    parser.add_argument("--raw", action="store_true", help="release the raw values, not the moving averages")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the folder NAME goes")
+    parser.add_argument("--name", help="name of the folder and the .pth (default: the model's or release's)")
+    parser.add_argument(
+        "--license", help=f"licence of the weights (default: {GOOGLES_LICENSE} for Google's releases)"
+    )
+    parser.add_argument("--size", default="", help=_cli.SIZE_HELP)
+    parser.add_argument(
+        "--coco-metrics", type=Path, metavar="FILE", help="metrics.json of tools/eval_coco.py"
+    )
+    parser.add_argument("--verify-release", type=Path, metavar="DIR", help="check a folder, write nothing")
+    parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
+    arguments = parser.parse_args()
+    if arguments.verify_release:
+        if arguments.out or arguments.name or arguments.license or arguments.coco_metrics:
+            parser.error(
+                "--verify-release writes nothing; leave out --out, --name, --license, --coco-metrics"
+            )
+    elif not (arguments.ckpt and arguments.out):
+        parser.error("give --ckpt and --out, or --verify-release")
+    return arguments
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    console = Console(stderr=arguments.json, highlight=False)
+    _source.check_options(arguments)
+    return check(arguments, console) if arguments.verify_release else release(arguments, console)
+
+
+def check(arguments: argparse.Namespace, console: Console) -> int:
+    conversion = None
+    if arguments.ckpt:
+        with _source.open_checkpoint(arguments, console, Path()) as checkpoint:
+            config = _source.find_config(arguments, checkpoint).config
+            conversion = convert(checkpoint, config, raw=arguments.raw)
+    return finish(
+        arguments, console, arguments.verify_release, draw(console, arguments.verify_release, conversion)
+    )
+
+
+def release(arguments: argparse.Namespace, console: Console) -> int:
+    from _verify import picture_size, require_tensorflow, synthetic_input, verify
+
+    from porting.parity.report import Report
+    from porting.parity.thumbnails import Thumbnails
+
+    require_tensorflow()
+    metrics = read_metrics(arguments.coco_metrics)
+    named = None if arguments.ckpt.startswith(SYNTHETIC) else release_named(arguments.ckpt)
+    if arguments.name:
+        check_name(arguments.name)
+    make_folder(arguments.out)
+    with _source.open_checkpoint(arguments, console, arguments.out) as checkpoint:
+        inference = _source.find_config(arguments, checkpoint)
+        name = arguments.name or check_name(
+            (named.name if named else inference.config.name).replace("-", "_")
+        )
+        target = arguments.out / name
+        check_new_folder(target)
+        conversion = convert(checkpoint, inference.config, raw=arguments.raw)
+        source = named.url if named else source_name(arguments.ckpt, checkpoint)
+        license_id = arguments.license or (GOOGLES_LICENSE if named else "unknown")
+        about = origin(conversion, checkpoint, inference.assumed, source, license_id, named)
+    images = synthetic_input(conversion.config, picture_size(conversion.config, arguments.size))
+    thumbnails = Thumbnails()
+    outcome = verify(console, conversion, images, observe=thumbnails)
+    import tensorflow
+
+    report = Report(
+        results=(outcome.exact, outcome.rounded),
+        config=conversion.config,
+        metadata={
+            "source": source,
+            "values": conversion.weights,
+            "variables_sha256": conversion.digest,
+            "picture": f"{images.shape[1]}×{images.shape[2]}, seeded",
+            "torch": torch.__version__,
+            "tensorflow": tensorflow.__version__,
+        },
+        thumbnails=thumbnails,
+    )
+    if not outcome.passed:
+        console.print("[red bold]not released:[/] the port does not match the reference")
+        return _cli.EXIT_FAILED
+    check_passed(report)
+    with new_folder(target) as folder:
+        write_release(folder, name, conversion, about, report, metrics)
+        checks = draw(console, folder, conversion)
+        if any(found.problem for found in checks):
+            raise OutputError(f"{target} was not written: it failed its own check")
+    console.print(f"[bold]wrote[/] {escape(str(target))}", soft_wrap=True)
+    return finish(arguments, console, target, checks)
+
+
+def draw(console: Console, folder: Path, conversion: Conversion | None) -> list[Check]:
+    """Run the checks, a line each as they are done."""
+    checks = []
+    console.print()
+    for found in verify_release(folder, conversion):
+        mark = "[red bold]✗[/]" if found.problem else "[green]✓[/]"
+        console.print(f"{mark} {escape(found.what)}", soft_wrap=True)
+        if found.problem:
+            console.print(f"  [red]{escape(found.problem)}[/]", soft_wrap=True)
+        checks.append(found)
+    return checks
+
+
+def finish(arguments: argparse.Namespace, console: Console, folder: Path, checks: list[Check]) -> int:
+    """The summary; the exit status."""
+    passed = not any(found.problem for found in checks)
+    if passed:
+        table = Table("file", box=None, padding=(0, 2, 0, 0))
+        table.add_column("bytes", justify="right")
+        for path in sorted(folder.iterdir()):
+            table.add_row(escape(path.name), f"{path.stat().st_size:,}")
+        console.print(table)
+    else:
+        console.print("[red bold]FAILED[/]")
+    if arguments.json:
+        problems = {found.what: found.problem for found in checks}
+        json.dump({"folder": str(folder), "passed": passed, "checks": problems}, sys.stdout, indent=2)
+        print()
+    return 0 if passed else _cli.EXIT_FAILED
+
+
+def source_name(spec: str, checkpoint: Checkpoint) -> str:
+    """What a checkpoint is called, without most of the way to it, which is a matter of this machine."""
+    return spec if spec.startswith(SYNTHETIC) else "/".join(Path(checkpoint.source).resolve().parts[-2:])
+
+
+def read_metrics(path: Path | None) -> bytes | None:
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise PortingError(
+            f"cannot read {path}: {error.strerror}; give metrics.json of tools/eval_coco.py"
+        ) from None
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot create {folder}: {error.strerror}; choose another --out") from None
+
+
+if __name__ == "__main__":
+    _cli.run(main)
