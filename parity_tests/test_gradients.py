@@ -270,40 +270,43 @@ def test_the_measure_of_fusion_weights() -> None:
 @slow
 @pytest.mark.usefixtures("tensorflow")
 def test_two_values_a_channel_are_ill_conditioned() -> None:
-    """Why training is compared above 128 pixels: below, P7's batch norms see two values a channel.
+    """Why training is compared above 128 pixels: at 128, P7's batch norms see two values a channel.
 
-    Turn every weight and pixel by its last bit, which is what one rounding an operation does. At 128 pixels
-    the gradients of either network then move a thousandfold further than at 136, and by as much as the
-    networks differ there; so the difference is rounding, not a fault.
+    A sum of n terms is off by about √n roundings. Put that error, at random, on every convolution: at 128
+    pixels PyTorch's gradient then moves over a hundred times further than at 136, and at both by as much as
+    the two networks differ. So the difference is rounding, and the larger one at 128 pixels is no fault.
     """
     config, variables = model_config("efficientdet-d2"), weights("efficientdet-d2")
     moved: dict[int, float] = {}
     for size in (128, 136):
-        images = pictures(config, (size, size)).astype(np.float64)
-        ours, reference = gradients_of_both(config, variables, images)
-        rng = np.random.default_rng(0)
-        turned = {name: last_bit(rng, value) for name, value in variables.items()}
-        ours_turned, reference_turned = gradients_of_both(config, turned, last_bit(rng, images))
-        moves = relative_l2(ours_turned, ours), relative_l2(reference_turned, reference)
-        apart = relative_l2(ours, reference)
-        print(f"{size} pixels: moved by {moves[0]:.1e} and {moves[1]:.1e}, {apart:.1e} apart")
-        assert apart <= 3 * max(moves)
-        moved[size] = min(moves)
+        images = pictures(config, (size, size))
+        ours = gradient_with_rounding(config, variables, images, seed=None)
+        turned = [gradient_with_rounding(config, variables, images, seed) for seed in range(4)]
+        moved[size] = math.sqrt(sum(relative_l2(other, ours) ** 2 for other in turned) / len(turned))
+        reference = tensorflow_backward(variables, config, images, random_projection, training=True)
+        apart = relative_l2(ours, reference.gradients[IMAGES])
+        print(f"{size} pixels: one more rounding moves it by {moved[size]:.1e}; {apart:.1e} apart")
+        assert apart <= 3 * moved[size]
     assert moved[128] > 100 * moved[136]
 
 
-def last_bit(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
-    return np.asarray(array * (1 + 2.0**-52 * rng.choice([-1, 1], array.shape)), np.float64)
-
-
-def gradients_of_both(
-    config: EfficientDetConfig, variables: Mapping[str, np.ndarray], images: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The images' gradient in training by PyTorch and by the reference."""
+def gradient_with_rounding(
+    config: EfficientDetConfig, variables: Mapping[str, np.ndarray], images: np.ndarray, seed: int | None
+) -> np.ndarray:
+    """The images' gradient in training by PyTorch, rounded once more with a seed."""
     model = EfficientDet(config).double().train()
     model.load_state_dict(apply_rules(rules(config), variables, "float64"))
-    reference = tensorflow_backward(variables, config, images, random_projection, training=True)
-    return pytorch_backward(model, images, random_projection).gradients[IMAGES], reference.gradients[IMAGES]
+    random = torch.Generator().manual_seed(seed or 0)
+
+    def rounding(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        weight = module.get_parameter("weight")
+        size = 2.0**-53 * math.sqrt(weight[0].numel()) * output.detach().square().mean().sqrt()
+        return output + size * torch.randn(output.shape, generator=random, dtype=output.dtype)
+
+    for module in model.modules():
+        if seed is not None and isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(rounding)
+    return pytorch_backward(model, images, random_projection).gradients[IMAGES]
 
 
 def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
