@@ -59,11 +59,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="", help=_cli.SIZE_HELP)
     parser.add_argument("--image", type=Path, help="run on this picture instead of a seeded one")
     parser.add_argument("--device", default="cpu", help="where PyTorch runs: cpu, cuda (default: cpu)")
+    parser.add_argument(
+        "--gradients",
+        action="store_true",
+        help="then compare the gradients of the port, on two small pictures",
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
     arguments = parser.parse_args()
     if not arguments.ckpt and not (arguments.weights and arguments.against):
         parser.error("give --ckpt, or --weights and --against")
+    if arguments.against and arguments.gradients:
+        parser.error("--against runs no network, so there are no --gradients: leave one out")
     return arguments
 
 
@@ -88,10 +95,17 @@ def main() -> int:
             check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
     images = network_input(config, arguments.size, arguments.image)
     outcome = run(arguments, console, conversion, images, state_dict, raw_variables)
+    passed, figures = outcome.passed, outcome.figures()
+    if arguments.gradients:
+        import _gradients
+
+        results = _gradients.verify_gradients(console, conversion)
+        passed = passed and all(result.passed for result in results.values())
+        figures["gradients"] = _gradients.figures(results)
     if arguments.json:
-        json.dump({"passed": outcome.passed, **outcome.figures()}, sys.stdout, indent=2)
+        json.dump({"passed": passed, **figures}, sys.stdout, indent=2)
         print()
-    return 0 if outcome.passed else _cli.EXIT_FAILED
+    return 0 if passed else _cli.EXIT_FAILED
 
 
 def run(

@@ -96,9 +96,9 @@ class TensorResult:
 class GradientResult:
     """``gradients`` and ``statistics`` in execution order; the images' gradient first.
 
-    ``gradients`` holds every parameter and every folded bias. A fault spoils the gradients of everything
-    before it, so the last that fails is nearest to it. ``statistics`` is empty in evaluation mode, which
-    changes none.
+    ``gradients`` holds every parameter and every folded bias. A fault of the backward pass spoils the
+    gradients of everything before it, so the last that fails is nearest to it. ``statistics`` is empty in
+    evaluation mode, which changes none.
     """
 
     gradients: tuple[TensorResult, ...]
@@ -112,6 +112,12 @@ class GradientResult:
     def worst(self) -> TensorResult:
         """The tensor with the largest relative error."""
         return max(self.gradients + self.statistics, key=lambda result: result.error.relative)
+
+    @property
+    def last_failure(self) -> TensorResult | None:
+        """The last gradient out of tolerance, nearest to a fault of the backward pass; else a statistic."""
+        failures = [result for result in self.gradients if not result.passed]
+        return next((result for result in [*failures[::-1], *self.statistics] if not result.passed), None)
 
 
 def compare_gradients(
@@ -178,27 +184,27 @@ def pytorch_backward(model: EfficientDet, images: np.ndarray, loss_gradient: Los
 
 @contextmanager
 def _magnitudes(model: EfficientDet) -> Iterator[dict[str, torch.Tensor]]:
-    """While it lasts, a backward pass fills in :attr:`Backward.summed`."""
+    """While it lasts, a backward pass fills in :attr:`Backward.summed`; zeros where no gradient comes by."""
     found: dict[str, torch.Tensor] = {}
 
-    def shift(name: str, x: torch.Tensor) -> None:
-        x.register_hook(  # type: ignore[no-untyped-call]
-            lambda g: found.__setitem__(name, g.abs().sum(dim=(0, 2, 3)))
-        )
+    def watch(name: str, x: torch.Tensor, magnitude: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        found[name] = magnitude(torch.zeros_like(x))
+        x.register_hook(lambda g: found.__setitem__(name, magnitude(g)))  # type: ignore[no-untyped-call]
+
+    def shift(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.abs().sum(dim=(0, 2, 3))
 
     def batch_norm_hook(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            shift(f"{name}.running_mean", inputs[0])
-            shift(f"{name}.bias", output)
+            watch(f"{name}.running_mean", inputs[0], shift)
+            watch(f"{name}.bias", output, shift)
 
         return hook
 
     def fuse_hook(name: str) -> Callable[..., None]:
         def hook(module: Fuse, inputs: tuple[list[torch.Tensor]], output: torch.Tensor) -> None:
             terms = [x.detach() for x in inputs[0]]
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda g: found.__setitem__(f"{name}.weights", fusion_magnitude(module, terms, g))
-            )
+            watch(f"{name}.weights", output, lambda g: fusion_magnitude(module, terms, g))
 
         return hook
 
