@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -339,8 +340,13 @@ def run_detect(weights: Path, images: Path, out: Path, *more: str) -> int:
 def test_detect_writes_results_drawings_and_summary(weights: Path, album: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "found"
     assert run_detect(weights, album, out, "--score-threshold", "0", "--batch-size", "2") == 0
-    written = {path.name for path in out.iterdir()}
-    assert written == {"000000000139.jpg", "b.png", "c.bmp.png", "detections.json", "summary.json"}
+    written = {path.name for path in out.iterdir() if not path.name.startswith(("detections", "summary"))}
+    assert written == {"000000000139.jpg", "b.png", "c.bmp.png"}
+    assert {path.name for path in out.iterdir()} - written == {
+        "detections.csv",
+        "detections.json",
+        "summary.json",
+    }
     results = json.loads((out / "detections.json").read_text())
     summary = json.loads((out / "summary.json").read_text())
     assert {row["image_id"] for row in results} == {139, "b.png", "c.bmp"}
@@ -362,6 +368,54 @@ def test_detect_writes_results_drawings_and_summary(weights: Path, album: Path, 
         drawn, original = Image.open(out / name), Image.open(album / source)
         assert drawn.size == original.size
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(original)).max() > 50
+
+
+def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    assert run_detect(weights, album, out, "--score-threshold", "0") == 0
+    results = json.loads((out / "detections.json").read_text())
+    with (out / "detections.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results) == 300
+    for row, result in zip(rows, results, strict=True):
+        assert row["image_id"] == str(result["image_id"])
+        assert int(row["category_id"]) == result["category_id"]
+        assert [float(row[key]) for key in ("x", "y", "width", "height")] == result["bbox"]
+        assert float(row["score"]) == result["score"]
+        assert row["name"] == load_names(None, 90)[result["category_id"]]
+
+
+@pytest.mark.parametrize("decoder", ["pillow", "fast-dct"])
+def test_detect_turns_pictures_as_exif_says(
+    weights: Path, tmp_path: Path, decoder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if decoder == "fast-dct":
+        pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pictures()[1]).save(tmp_path / "in/1.jpg", exif=exif)
+    assert run_detect(weights, tmp_path / "in", tmp_path / "out", "--decoder", decoder) == 0
+    (picture,) = json.loads((tmp_path / "out/summary.json").read_text())["images"]
+    assert (picture["height"], picture["width"], picture["exif_orientation"]) == (90, 40, 6)
+    assert Image.open(tmp_path / "out/1.jpg").size == (40, 90)
+    assert "turned upright" in capsys.readouterr().out
+
+
+def test_detect_passes_over_what_is_too_thin(weights: Path, album: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20_000, 1)).save(album / "line.png")
+    assert run_detect(weights, album, tmp_path / "out") == 1
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert len(summary["images"]) == 3
+    assert "too long and thin" in summary["unreadable"][str(album / "line.png")]
+
+
+def test_detect_takes_hyper_parameters(weights: Path, album: Path, tmp_path: Path) -> None:
+    hparams = "nms_configs.max_output_size=7,image_size=64"
+    more = ["--score-threshold", "0", "--hparams", hparams]
+    assert run_detect(weights, album / "b.png", tmp_path / "out", *more) == 0
+    assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 7
+    assert run_detect(weights, album / "b.png", tmp_path / "no", "--hparams", "num_classes=3") == 2
 
 
 def test_detect_results_are_coco_results(weights: Path, album: Path, tmp_path: Path) -> None:

@@ -83,12 +83,12 @@ class Detector:
             for found in self.detect(self.preprocess(images))
         ]
 
-    def load(self, image: ImageSource) -> DecodedImage:
+    def load(self, image: ImageSource, upright: bool = False) -> DecodedImage:
         """Read one image by :func:`load_image` and check that it fits this detector's input.
 
         Raises :class:`~pytorch_model.preprocess.ImageError`.
         """
-        decoded = load_image(image, self.decoder)
+        decoded = load_image(image, self.decoder, upright)
         scale_to_fit((decoded.pixels.shape[1], decoded.pixels.shape[2]), self.image_size)
         return decoded
 

@@ -37,6 +37,7 @@ class ImageError(PortingError):
 class DecodedImage(NamedTuple):
     pixels: Tensor  # uint8 [3, h, w], RGB
     decoder: str  # what decoded it: "pillow", "fast-dct", or "none" for an image given as pixels
+    orientation: int = 1  # the EXIF orientation that was undone; 1: none
 
 
 class NetworkInput(NamedTuple):
@@ -165,8 +166,10 @@ def _neighbours(size: int, new_size: int, device: torch.device) -> list[Tensor]:
 # ---------------------------------------------------------------------------------------------------
 
 
-def load_image(image: ImageSource, decoder: str = "pillow") -> DecodedImage:
+def load_image(image: ImageSource, decoder: str = "pillow", upright: bool = False) -> DecodedImage:
     """Read one image. As with ``tf.io.decode_image``, EXIF orientation and alpha are ignored.
+
+    ``upright`` turns the picture of a file or of Pillow as its EXIF orientation says it should be looked at.
 
     ``decoder="pillow"`` reads every format with Pillow, whose JPEG arithmetic is accurate and equals
     TensorFlow's ``dct_method="INTEGER_ACCURATE"``. ``decoder="fast-dct"`` reads JPEG files with the fast DCT
@@ -176,7 +179,7 @@ def load_image(image: ImageSource, decoder: str = "pillow") -> DecodedImage:
     """
     _check_decoder(decoder)
     if isinstance(image, (str, os.PathLike)):
-        return _load_file(Path(image), decoder)
+        return _load_file(Path(image), decoder, upright)
     if isinstance(image, Tensor):
         return DecodedImage(_check_tensor(image), "none")
     if isinstance(image, np.ndarray):
@@ -186,7 +189,7 @@ def load_image(image: ImageSource, decoder: str = "pillow") -> DecodedImage:
             raise ImageError(f"pixels must be uint8, 0 to 255, not {image.dtype}")
         return DecodedImage(_check_tensor(_channels_first(image)), "none")
     if type(image).__module__.startswith("PIL."):
-        return DecodedImage(_pillow_pixels(image), "pillow")
+        return _turned(_pillow_pixels(image), "pillow", image if upright else None)
     raise ImageError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor")
 
 
@@ -205,22 +208,49 @@ def _check_tensor(pixels: Tensor) -> Tensor:
     return pixels
 
 
-def _load_file(path: Path, decoder: str) -> DecodedImage:
+def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read the file: {error.strerror or error}") from None
     if decoder == "fast-dct" and data.startswith(b"\xff\xd8\xff"):
-        return DecodedImage(_fast_dct_pixels(data), "fast-dct")
+        pixels = _fast_dct_pixels(data)
+        if not upright:
+            return DecodedImage(pixels, "fast-dct")
+        with _require("PIL.Image", "Pillow").open(io.BytesIO(data)) as header:
+            return _turned(pixels, "fast-dct", header)
     pillow = _require("PIL.Image", "Pillow")
     try:
         with pillow.open(io.BytesIO(data)) as image:
-            return DecodedImage(_pillow_pixels(image), "pillow")
+            return _turned(_pillow_pixels(image), "pillow", image if upright else None)
     except pillow.UnidentifiedImageError:
         raise ImageError("not an image in any format that Pillow reads") from None
     # Pillow's decoders also raise SyntaxError, ValueError and others on damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
         raise ImageError(f"not a readable image: {error}") from None
+
+
+# EXIF orientation → the axes of [3, h, w] to swap, then those to flip.
+_ORIENTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
+    2: (False, (2,)),
+    3: (False, (1, 2)),
+    4: (False, (1,)),
+    5: (True, ()),
+    6: (True, (2,)),
+    7: (True, (1, 2)),
+    8: (True, (1,)),
+}
+_EXIF_ORIENTATION = 0x0112
+
+
+def _turned(pixels: Tensor, decoder: str, header: Image.Image | None) -> DecodedImage:
+    """``pixels`` turned as the EXIF orientation of ``header`` says; as they are without one."""
+    orientation = header.getexif().get(_EXIF_ORIENTATION, 1) if header else 1
+    if orientation not in _ORIENTATIONS:
+        return DecodedImage(pixels, decoder)
+    swapped, flipped = _ORIENTATIONS[orientation]
+    turned = pixels.transpose(1, 2) if swapped else pixels
+    return DecodedImage(turned.flip(flipped).contiguous(), decoder, orientation)
 
 
 def _require(module: str, package: str) -> Any:

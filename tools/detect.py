@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Detect objects in pictures with a ported EfficientDet: drawn boxes, COCO results, a summary."""
+"""Detect objects in pictures or a video with a ported EfficientDet: drawn boxes, COCO results, a summary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import _cli  # first: finds the packages
 # isort: split
 import argparse
 import colorsys
+import csv
 import dataclasses
+import itertools
 import json
 import time
 from collections import Counter
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import _source
+import _video
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -40,13 +44,18 @@ EXAMPLES = f"""
 examples:
   python tools/detect.py --weights efficientdet_d0.safetensors --images street.jpg --out found
   python tools/detect.py --weights d2.pth --images photos/ --out found --device cuda --batch-size 16
+  python tools/detect.py --weights d0.pth --images clip.mp4 --out found
   # everything AutoML's COCO evaluation would report, from the very pixels it sees
   python tools/detect.py --weights d0.pth --images val2017/ --out found --score-threshold 0 --decoder fast-dct
 
 The folder --out receives each picture with its boxes, detections.json (COCO results: a list of image_id,
-category_id, bbox as x, y, width, height in pixels, score) and summary.json (what was run, and what decoded
-each picture). An image_id is the file's name as a number where it is one (000000000139.jpg: 139), otherwise
-the name. A picture that cannot be read is passed over and makes the exit status 1.
+category_id, bbox as x, y, width, height in pixels, score), the same as detections.csv, and summary.json (what
+was run, and what decoded each picture). An image_id is the file's name as a number where it is one
+(000000000139.jpg: 139), otherwise the name. A picture that cannot be read is passed over and makes the exit
+status 1. Pictures are turned as their EXIF orientation says; boxes are of the turned picture. (COCO's
+evaluation ignores EXIF: eval_coco.py does.)
+Of a video (needs PyAV), --out receives an .mp4 with the boxes and no sound, and detections by frame, from 0,
+and time in seconds, in place of image_id.
 
 {_cli.EXIT_CODES}
 """
@@ -60,12 +69,16 @@ class Found(NamedTuple):
     path: Path
     image: DecodedImage
     detections: dict[str, Tensor]  # as Detector returns them, on the CPU
+    frame: int | None = None  # of a video, from 0
+    time: float | None = None  # of that frame, in seconds
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
     parser.add_argument("--weights", required=True, type=Path, help="weight file, .safetensors or .pth")
-    parser.add_argument("--images", required=True, type=Path, help="a picture, or a folder of pictures")
+    parser.add_argument(
+        "--images", required=True, type=Path, help="a picture, a folder of pictures, or a video"
+    )
     parser.add_argument("--out", required=True, type=Path, help="folder for the results, created if needed")
     parser.add_argument(
         "--score-threshold", type=float, default=0.3, help="leave out scores up to this, 0 to 1 (default 0.3)"
@@ -112,9 +125,15 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for found in detect_files(detector, files, args.batch_size, unreadable, console):
-        save_drawing(args.out, found, names)
-        results += to_results(image_id(found.path), found.detections)
+    is_video = _video.is_video(args.images)
+    if is_video:
+        stream = detect_video(detector, args.images, args.batch_size, args.out, names, unreadable, console)
+    else:
+        stream = detect_files(detector, files, args.batch_size, unreadable, console)
+    for found in stream:
+        if found.frame is None:
+            save_drawing(args.out, found, names)
+        results += rows_of(found)
         pictures.append(describe(found))
     seconds = time.perf_counter() - started
     summary = {
@@ -128,6 +147,7 @@ def main() -> int:
         "unreadable": unreadable,
     }
     save_json(args.out / "detections.json", results)
+    save_csv(args.out / "detections.csv", ("frame", "time") if is_video else ("image_id",), results, names)
     save_json(args.out / "summary.json", summary)
     print_summary(console, summary, Counter(names[r["category_id"]] for r in results), seconds, args.out)
     return _cli.EXIT_FAILED if unreadable else 0
@@ -186,7 +206,7 @@ def detect_files(
             images: dict[Path, DecodedImage] = {}
             for path in chunk:
                 try:
-                    images[path] = detector.load(path)
+                    images[path] = detector.load(path, upright=True)
                 except ImageError as error:
                     unreadable[str(path)] = str(error)
             if images:
@@ -196,17 +216,91 @@ def detect_files(
             progress.advance(task, len(chunk))
 
 
+def detect_video(
+    detector: Detector,
+    path: Path,
+    batch_size: int,
+    out: Path,
+    names: dict[int, str],
+    unreadable: dict[str, str],
+    console: Console,
+) -> Iterator[Found]:
+    """Detect frame by frame and write the annotated video. Where the file breaks off, so does the work."""
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        _video.VideoReader(path) as reader,
+        Progress(*columns, console=console) as progress,
+        replacing(out / f"{path.stem}.mp4") as temporary,
+    ):
+        task = progress.add_task("detecting", total=reader.count)
+        writer = _video.VideoWriter(temporary, reader.rate, reader.time_base)
+        try:
+            for frames in _batched(_until_broken(reader, unreadable), batch_size):
+                outputs = detector([frame.pixels for frame in frames])
+                for frame, detections in zip(frames, outputs, strict=True):
+                    image = DecodedImage(frame.pixels, "pyav")
+                    on_cpu = {key: value.cpu() for key, value in detections.items()}
+                    found = Found(path, image, on_cpu, frame.number, frame.time)
+                    writer.add(np.asarray(draw(found, names)), frame.time)
+                    yield found
+                progress.advance(task, len(frames))
+        finally:
+            writer.close()
+
+
+def _until_broken(reader: _video.VideoReader, unreadable: dict[str, str]) -> Iterator[_video.Frame]:
+    count = 0
+    try:
+        for frame in reader:
+            count += 1
+            yield frame
+    except ImageError as error:
+        if not count:
+            raise
+        unreadable[str(reader.path)] = str(error)
+
+
+def _batched(frames: Iterator[_video.Frame], size: int) -> Iterator[list[_video.Frame]]:
+    while batch := list(itertools.islice(frames, size)):
+        yield batch
+
+
 # --- output -------------------------------------------------------------------------------------------
+
+
+def rows_of(found: Found) -> list[dict[str, Any]]:
+    """COCO results of one picture; ``frame`` and ``time`` in place of ``image_id`` for one of a video."""
+    rows = to_results(image_id(found.path), found.detections)
+    if found.frame is None:
+        return rows
+    where = {"frame": found.frame, "time": found.time}
+    return [{**where, **{key: row[key] for key in row if key != "image_id"}} for row in rows]
+
+
+def save_csv(path: Path, where: Sequence[str], rows: Sequence[dict[str, Any]], names: dict[int, str]) -> None:
+    """``where``: the columns that say which picture a row is of."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*where, "category_id", "name", "x", "y", "width", "height", "score"])
+        for row in rows:
+            category = row["category_id"]
+            writer.writerow(
+                [*(row[key] for key in where), category, names[category], *row["bbox"], row["score"]]
+            )
 
 
 def describe(found: Found) -> dict[str, Any]:
     _, height, width = found.image.pixels.shape
+    if found.frame is not None:
+        where = {"frame": found.frame, "time": found.time}
+        return {**where, "decoder": found.image.decoder, "detections": len(found.detections["scores"])}
     return {
         "image_id": image_id(found.path),
         "file_name": found.path.name,
         "height": height,
         "width": width,
         "decoder": found.image.decoder,
+        "exif_orientation": found.image.orientation,
         "detections": len(found.detections["scores"]),
     }
 
@@ -257,7 +351,10 @@ def print_summary(
     pictures, unreadable = summary["images"], summary["unreadable"]
     decoders = Counter(picture["decoder"] for picture in pictures)
     table = Table(title=f"{summary['model']} on {summary['device']}", show_header=False)
-    table.add_row("pictures", str(len(pictures)))
+    table.add_row("frames" if pictures and "frame" in pictures[0] else "pictures", str(len(pictures)))
+    turned = sum(picture.get("exif_orientation", 1) != 1 for picture in pictures)
+    if turned:
+        table.add_row("turned upright, as EXIF says", str(turned))
     table.add_row("read by", ", ".join(f"{name} ({count})" for name, count in decoders.items()))
     table.add_row(f"detections above {summary['score_threshold']:g}", str(sum(classes.values())))
     for name, count in classes.most_common(8):

@@ -1,0 +1,174 @@
+"""tools/detect.py on a video: frames in order, at their times, drawn and listed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pytorch_model import create_model
+from pytorch_model.preprocess import ImageError
+from pytorch_model.weights import write_weights
+from tf_reference.synthetic import synthetic_image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import _cli
+import _video
+import detect
+
+pytest.importorskip("PIL.Image", reason="needs Pillow")
+av = pytest.importorskip("av", reason="needs PyAV: pip install -e '.[video]'")
+
+RATE = Fraction(10)
+COUNT = 7
+
+
+def shade(number: int) -> int:
+    return 20 + 30 * number
+
+
+def write_clip(path: Path, size: tuple[int, int] = (64, 96), rotation: int = 0) -> Path:
+    """A clip whose frame n is grey with level 20 + 30 n, its top left corner white."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.height, stream.width = size
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number in range(COUNT):
+            picture = np.full((*size, 3), shade(number), np.uint8)
+            picture[:16, :16] = 255
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    torch.manual_seed(0)
+    model = create_model("efficientdet-lite0", image_size=(64, 64))
+    write_weights(path, model.state_dict(), model.config, {})
+    return path
+
+
+def run(weights: Path, video: Path, out: Path, *more: str) -> int | str | None:
+    arguments = ["--weights", str(weights), "--images", str(video), "--out", str(out), *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["detect.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            _cli.run(detect.main)
+    return caught.value.code
+
+
+def test_every_frame_in_order_at_its_time(tmp_path: Path) -> None:
+    with _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
+        frames = list(reader)
+    assert [frame.number for frame in frames] == list(range(COUNT))
+    assert [frame.time for frame in frames] == pytest.approx([number / 10 for number in range(COUNT)])
+    for frame in frames:
+        assert frame.pixels.shape == (3, 64, 96)
+        assert float(frame.pixels[:, 32:, 32:].float().mean()) == pytest.approx(shade(frame.number), abs=4)
+
+
+@pytest.mark.parametrize(("rotation", "corner"), [(0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (-90, (0, 1))])
+def test_frames_are_upright(tmp_path: Path, rotation: int, corner: tuple[int, int]) -> None:
+    """Turned counterclockwise by ``rotation``, the white corner comes to lie elsewhere."""
+    path = tmp_path / "clip.mp4"
+    try:
+        write_clip(path, rotation=rotation)
+    except AttributeError:
+        pytest.skip("this PyAV cannot write a rotation")
+    with _video.VideoReader(path) as reader:
+        pixels = next(iter(reader)).pixels
+    assert pixels.shape == ((3, 96, 64) if rotation % 180 else (3, 64, 96))
+    corners = {
+        (i, j): float(pixels[:, -i * 12 :, -j * 12 :][:, :12, :12].float().mean())
+        for i in (0, 1)
+        for j in (0, 1)
+    }
+    assert max(corners, key=lambda key: corners[key]) == corner
+
+
+def test_detections_by_frame_and_the_drawn_video(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    video, out = write_clip(tmp_path / "clip.avi", (63 + 1, 96)), tmp_path / "out"
+    assert run(weights, video, out, "--score-threshold", "0", "--batch-size", "3") == 0
+    assert {file.name for file in out.iterdir()} == {
+        "clip.mp4",
+        "detections.csv",
+        "detections.json",
+        "summary.json",
+    }
+    rows = json.loads((out / "detections.json").read_text())
+    assert len(rows) == 100 * COUNT
+    assert sorted({row["frame"] for row in rows}) == list(range(COUNT))
+    assert all(row["time"] == pytest.approx(row["frame"] / 10) for row in rows)
+    assert set(rows[0]) == {"frame", "time", "category_id", "bbox", "score"}
+    with (out / "detections.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in table] == [row["score"] for row in rows]
+    assert list(table[0])[:2] == ["frame", "time"]
+    with _video.VideoReader(out / "clip.mp4") as drawn, _video.VideoReader(video) as original:
+        pairs = list(zip(drawn, original, strict=True))
+    assert len(pairs) == COUNT
+    for ours, theirs in pairs:
+        assert ours.time == pytest.approx(theirs.time, abs=1e-3)
+        assert ours.pixels.shape == theirs.pixels.shape
+        assert (ours.pixels.int() - theirs.pixels.int()).abs().max() > 50  # boxes
+    assert "frames" in capsys.readouterr().out
+
+
+def test_times_need_not_be_even(tmp_path: Path) -> None:
+    times = [0.0, 0.1, 0.5, 0.6]
+    writer = _video.VideoWriter(tmp_path / "out.mp4", RATE, Fraction(1, 1000))
+    for time in times:
+        writer.add(synthetic_image(65, 97), time)
+    writer.close()
+    with _video.VideoReader(tmp_path / "out.mp4") as reader:
+        frames = list(reader)
+    assert [frame.time for frame in frames] == pytest.approx(times, abs=1e-3)
+    assert frames[0].pixels.shape == (3, 64, 96)
+
+
+def test_a_video_that_breaks_off(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was readable is done; exit status 1 and a note say what was not."""
+    whole = _video.VideoReader.__iter__
+
+    def broken(self: _video.VideoReader):  # type: ignore[no-untyped-def]
+        for frame in whole(self):
+            if frame.number == 4:
+                raise ImageError("not readable after frame 3: invalid data")
+            yield frame
+
+    monkeypatch.setattr(_video.VideoReader, "__iter__", broken)
+    video, out = write_clip(tmp_path / "clip.mp4"), tmp_path / "out"
+    assert run(weights, video, out) == 1
+    summary = json.loads((out / "summary.json").read_text())
+    assert [frame["frame"] for frame in summary["images"]] == [0, 1, 2, 3]
+    assert "after frame 3" in summary["unreadable"][str(video)]
+    with _video.VideoReader(out / "clip.mp4") as reader:
+        assert len(list(reader)) == 4
+
+
+def test_no_video_and_no_pyav(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
+    assert run(weights, tmp_path / "noise.mp4", tmp_path / "out") == 2
+    assert "noise.mp4 is not a readable video" in capsys.readouterr().err
+    video = write_clip(tmp_path / "clip.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert run(weights, video, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "pip install av" in error
+    assert len(error.strip().splitlines()) == 1
+    assert not list((tmp_path / "out").iterdir())

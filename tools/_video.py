@@ -1,0 +1,130 @@
+"""Video files as numbered frames, and numbered frames as a video file, by PyAV (FFmpeg's libraries)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from porting.errors import OutputError
+from pytorch_model.preprocess import ImageError
+
+SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg can write
+
+
+class Frame(NamedTuple):
+    number: int  # from 0
+    time: float  # seconds from the start of the video's clock
+    pixels: Tensor  # uint8 [3, h, w], RGB, upright
+
+
+class VideoReader:
+    """The frames of a video file, upright, in order of presentation.
+
+    Raises :class:`ImageError` where PyAV is not installed or the file is no video; so does iteration, at the
+    frame where the file stops being readable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._av = _pyav()
+        self.path = path
+        try:
+            self._container = self._av.open(str(path))
+        except (self._av.FFmpegError, OSError) as error:
+            raise ImageError(f"{path} is not a readable video: {error.strerror or error}") from None
+        if not self._container.streams.video:
+            self._container.close()
+            raise ImageError(f"{path} has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_type = "AUTO"
+        self.rate = self._stream.average_rate or Fraction(25)
+        self.time_base = self._stream.time_base or 1 / self.rate
+        self.count: int | None = self._stream.frames or None  # what the file says, if it does
+
+    def __iter__(self) -> Iterator[Frame]:
+        number = 0
+        try:
+            for frame in self._container.decode(self._stream):
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                time = frame.time if frame.time is not None else float(number / self.rate)
+                yield Frame(number, time, torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
+                number += 1
+        except self._av.FFmpegError as error:
+            raise ImageError(f"not readable after frame {number - 1}: {error.strerror or error}") from None
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._container.close()
+
+
+class VideoWriter:
+    """A video file of frames at their own times: H.264 where FFmpeg can write it. No sound.
+
+    Raises :class:`OutputError` where FFmpeg or the disk refuses.
+    """
+
+    def __init__(self, path: Path, rate: Fraction, time_base: Fraction) -> None:
+        self._av = _pyav()
+        self.path = path
+        self.time_base = time_base
+        codec = next((name for name in CODECS if name in self._av.codecs_available), CODECS[-1])
+        try:
+            self._container = self._av.open(str(path), "w")
+            self._stream = self._container.add_stream(codec, rate=rate)
+        except (self._av.FFmpegError, OSError) as error:
+            raise self._refused(error) from None
+        self._stream.pix_fmt = "yuv420p"
+        self._stream.codec_context.time_base = time_base
+        self._size: tuple[int, int] | None = None
+
+    def add(self, picture: np.ndarray, time: float) -> None:
+        """``picture``: uint8 [h, w, 3]; an odd side loses its last row or column: the format has none."""
+        height, width = (side - side % 2 for side in picture.shape[:2])
+        if self._size is None:
+            self._size = self._stream.height, self._stream.width = height, width
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), "rgb24")
+        if (height, width) != self._size:
+            frame = frame.reformat(width=self._size[1], height=self._size[0])
+        frame.pts, frame.time_base = round(time / self.time_base), self.time_base
+        self._mux(frame)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._size is not None:
+            self._mux(None)
+        try:
+            self._container.close()
+        except (self._av.FFmpegError, OSError) as error:
+            raise self._refused(error) from None
+
+    def _mux(self, frame: Any) -> None:
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except (self._av.FFmpegError, OSError) as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: Any) -> OutputError:
+        return OutputError(f"cannot write the video {self.path.name}: {error.strerror or error}")
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
+
+
+def _pyav() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ImageError("reading a video needs PyAV, which is not installed: pip install av") from None
+    return av
