@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hubconf
-from pytorch_model import EfficientDet, WeightsError, create_model, load_model
+from pytorch_model import ConfigError, EfficientDet, WeightsError, create_model, load_model
 from pytorch_model.config import MODELS, model_config
 from pytorch_model.weights import CLASS_PREDICTOR, read_weights, save_pretrained, write_weights
 
@@ -173,6 +173,14 @@ def test_the_tensors_begun_anew_are_those_that_depend_on_the_classes() -> None:
 def test_the_same_number_of_classes_keeps_everything(tmp_path: Path, network: EfficientDet) -> None:
     network.save_pretrained(tmp_path)
     assert same(load_model(tmp_path, num_classes=7), network)
+
+
+def test_an_impossible_number_of_classes_is_refused(tmp_path: Path, network: EfficientDet) -> None:
+    network.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="num_classes is 0"):
+        load_model(tmp_path, num_classes=0)
+    with pytest.raises(ConfigError, match="num_classes is 0"):
+        hub(MODEL, num_classes=0)
 
 
 def test_half_precision_stays_half_with_other_classes(tmp_path: Path, network: EfficientDet) -> None:

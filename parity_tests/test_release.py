@@ -409,10 +409,26 @@ FORGERIES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite_parity(
             f, lambda c: c["layers"][0]["runs"]["float64"]["accumulated"].update(relative="NaN")
         ),
-        "is NaN off in float64",
+        "is nan off in float64",
     ),
     "a verdict": (lambda f: rewrite_parity(f, lambda c: c.update(passed=False)), "did not pass"),
     "a run left out": (lambda f: rewrite_parity(f, lambda c: c["runs"].pop()), "lacks a run"),
+    "a better summary": (
+        lambda f: rewrite_parity(f, lambda c: c["runs"][1]["worst"]["isolated"].update(relative=1e-12)),
+        "summary of float32 is not that of its layers",
+    ),
+    "another tolerance": (
+        lambda f: rewrite_parity(f, lambda c: c["runs"][1]["tolerances"].update(isolated=1e-12)),
+        "summary of float32 is not that of its layers",
+    ),
+    "a layer left out": (
+        lambda f: rewrite_parity(f, lambda c: c["layers"].pop(5)),
+        "layers are not those of the network",
+    ),
+    "another count": (
+        lambda f: rewrite_parity(f, lambda c: c["runs"][0].update(activations=1000)),
+        "counts other layers",
+    ),
     "parity of other values": (
         lambda f: rewrite_parity(f, lambda c: c["metadata"].update(variables_sha256="0")),
         "of other values",
@@ -451,6 +467,13 @@ def test_a_checkpoint_that_it_is_not_of_is_found(built: Path, tmp_path: Path, ch
         summary["checks"]["the checkpoint converts to these very tensors"]
         == "the checkpoint holds other values"
     )
+
+
+def test_a_release_of_raw_values_is_held_against_raw_values(checkpoint: Path, tmp_path: Path) -> None:
+    done = run("--ckpt", checkpoint, "--out", ".", "--name", "raw", "--size", 64, "--raw", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the raw values of" in (tmp_path / "raw" / CARD).read_text()
+    assert run("--verify-release", "raw", "--ckpt", checkpoint, cwd=tmp_path).returncode == 0
 
 
 # --- the tool -----------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from porting.parity.html import write_html
 from porting.parity.measure import tolerances
 from porting.parity.report import Report, write_json
 from porting.releases import Release
+from porting.rules import taps
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.weights import (
@@ -49,6 +50,9 @@ from pytorch_model.weights import (
 
 CARD, SUMS = "README.md", "SHA256SUMS"
 PARITY, PARITY_PAGE, METRICS = "parity.json", "parity.html", "coco_metrics.json"
+
+#: What a parity report has to hold: the rules in exact arithmetic, the weights as they are used.
+RUNS = ("float64", "float32")
 
 #: tools/eval_coco.py's names of COCO's figures that a card shows.
 REQUIRED_FIGURES = ("AP", "AP50", "AP75")
@@ -193,6 +197,13 @@ def verify_release(folder: Path, conversion: Conversion | None = None) -> Iterat
         yield Check("the checkpoint converts to these very tensors", _conversion_problem(folder, conversion))
 
 
+def holds_raw(folder: Path) -> bool:
+    """Were the raw values released? Where the folder cannot tell: False, and a check fails."""
+    with suppress(PortingError):
+        return read_weights(folder)[2].get("weights") == "raw"
+    return False
+
+
 def _files_problem(folder: Path) -> str | None:
     required = {MODEL_FILE, CONFIG_FILE, PARITY, PARITY_PAGE, CARD, SUMS}
     names = {path.name for path in folder.iterdir()}
@@ -273,17 +284,32 @@ def _parity_problem(folder: Path) -> str | None:
         return "it is of another configuration"
     if parity["metadata"]["variables_sha256"] != about["variables_sha256"]:
         return "it is of other values"
-    if {run["dtype"] for run in parity["runs"]} != {"float64", "float32"} or not parity["layers"]:
-        return "it lacks a run or the layers"
-    for layer in parity["layers"]:
-        for dtype, figures in layer["runs"].items():
-            for kind, limit in zip(("accumulated", "isolated"), tolerances(dtype), strict=True):
-                if not float(figures[kind]["relative"]) <= limit:
-                    return (
-                        f"{layer['module']} is {figures[kind]['relative']} off in {dtype}, allowed {limit:g}"
-                    )
+    if {run["dtype"] for run in parity["runs"]} != set(RUNS) or any(
+        layer["runs"].keys() != set(RUNS) for layer in parity["layers"]
+    ):
+        return f"it lacks a run of {' or '.join(RUNS)}"
+    compared = [(layer["module"], layer["tap"], layer["output"]) for layer in parity["layers"]]
+    if sorted(compared, key=str) != sorted(map(tuple, taps(config)), key=str):
+        return "its layers are not those of the network"
+    for run in parity["runs"]:
+        problem = _run_problem(run, parity["layers"])
+        if problem:
+            return problem
     claims = [parity["passed"], *(run["passed"] for run in parity["runs"])]
     return None if all(claim is True for claim in claims) else "it says that it did not pass"
+
+
+def _run_problem(run: Mapping[str, Any], layers: list[Mapping[str, Any]]) -> str | None:
+    """Is every layer within tolerance, and the summary that of the layers?"""
+    dtype = run["dtype"]
+    for kind, limit in zip(("accumulated", "isolated"), tolerances(dtype), strict=True):
+        figures = [float(layer["runs"][dtype][kind]["relative"]) for layer in layers]
+        for layer, figure in zip(layers, figures, strict=True):
+            if not figure <= limit:
+                return f"{layer['module']} is {figure} off in {dtype}, allowed {limit:g}"
+        if run["worst"][kind]["relative"] != max(figures) or run["tolerances"][kind] != limit:
+            return f"its summary of {dtype} is not that of its layers"
+    return None if run["activations"] == len(layers) else f"its summary of {dtype} counts other layers"
 
 
 def _page_problem(folder: Path) -> str | None:

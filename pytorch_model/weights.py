@@ -218,7 +218,8 @@ def load_variant(
     """
     config = model_config(model)
     if weights is None:
-        return EfficientDet(config.replace(num_classes=num_classes or config.num_classes)).eval()
+        changes = {} if num_classes is None else {"num_classes": num_classes}
+        return EfficientDet(config.replace(**changes)).eval()
     if "://" in str(weights):
         return build(_fetch(str(weights)), config, str(weights), num_classes)
     path = Path(weights)

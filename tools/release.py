@@ -24,7 +24,7 @@ from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
 from porting.errors import OutputError, PortingError
 from porting.files import check_new_folder, new_folder
-from porting.release import Check, check_name, check_passed, origin, verify_release, write_release
+from porting.release import Check, check_name, check_passed, holds_raw, origin, verify_release, write_release
 from porting.releases import release_named
 from porting.sources import SYNTHETIC
 
@@ -62,10 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
     arguments = parser.parse_args()
     if arguments.verify_release:
-        if arguments.out or arguments.name or arguments.license or arguments.coco_metrics:
-            parser.error(
-                "--verify-release writes nothing; leave out --out, --name, --license, --coco-metrics"
-            )
+        if any((arguments.out, arguments.name, arguments.license, arguments.coco_metrics, arguments.raw)):
+            parser.error("--verify-release takes --ckpt and what says which model it is, nothing else")
     elif not (arguments.ckpt and arguments.out):
         parser.error("give --ckpt and --out, or --verify-release")
     return arguments
@@ -83,7 +81,7 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.ckpt:
         with _source.open_checkpoint(arguments, console, Path()) as checkpoint:
             config = _source.find_config(arguments, checkpoint).config
-            conversion = convert(checkpoint, config, raw=arguments.raw)
+            conversion = convert(checkpoint, config, raw=holds_raw(arguments.verify_release))
     return finish(
         arguments, console, arguments.verify_release, draw(console, arguments.verify_release, conversion)
     )
