@@ -120,7 +120,8 @@ def postprocess_per_class(
 def per_class_nms(candidates: Candidates, nms: NMSConfig, image_scales: Tensor | None = None) -> Detections:
     """What :func:`postprocess_per_class` does once the candidates are chosen: suppress and scale back."""
     # Equal scores go to the lower class, then to the lower candidate: the order AutoML concatenates in.
-    order = candidates.classes.argsort(dim=1, stable=True)
+    places = torch.arange(candidates.classes.shape[1], device=candidates.classes.device)
+    order = (candidates.classes * len(places) + places).argsort(dim=1)
     candidates = Candidates(*(_pick(values, order) for values in candidates))
     selected, scores, valid_len = non_max_suppression(
         candidates.boxes_yxyx, candidates.scores, nms, candidates.classes
@@ -164,7 +165,7 @@ def _to_original(boxes: Tensor, image_scales: Tensor | None) -> Tensor:
 
 def _pick(values: Tensor, indices: Tensor) -> Tensor:
     """``values`` [N, K, …] at ``indices`` [N, M] → [N, M, …]."""
-    return values[torch.arange(len(values), device=values.device)[:, None], indices]
+    return values[torch.arange(values.shape[0], device=values.device)[:, None], indices]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -261,6 +262,8 @@ def _top_indices(values: Tensor, count: int) -> Tensor:
     ``torch.topk`` leaves the order of equal values open. Integer keys that hold the value above the index
     have no equals.
     """
+    if torch.onnx.is_in_onnx_export():
+        return values.topk(count, dim=1).indices  # ONNX's TopK takes the lower index of equals, says its text
     bits = (values + 0.0).contiguous().view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats order backwards as integers
     last = 0xFFFFFFFF
@@ -274,7 +277,7 @@ def _logits_of_anchors(class_outputs: Sequence[Tensor], anchors: Tensor, num_anc
     Each level is asked for every anchor and answers for its own: cheaper than bringing all levels into the
     anchors' order first, which would move every logit.
     """
-    image = torch.arange(len(anchors), device=anchors.device)[:, None]
+    image = torch.arange(anchors.shape[0], device=anchors.device)[:, None]
     location, anchor = anchors // num_anchors, anchors % num_anchors  # location counts from this level's
     logits = class_outputs[0].new_zeros(())
     for level in class_outputs:

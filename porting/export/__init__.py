@@ -54,5 +54,9 @@ TARGETS: Mapping[str, Target] = {
             "tf-checkpoint", "a folder with AutoML's checkpoint, moving averages included", "tf_checkpoint"
         ),
         Target("h5", "one file, as Keras's save_weights writes AutoML's model", "h5"),
+        Target("effdet", "a state dict that the effdet package's models load", "effdet"),
+        Target("onnx", "the network, any batch, at the configuration's image size", "onnx_network"),
+        Target("onnx-detector", "the same with AutoML's postprocessing behind it", "onnx_detector"),
+        Target("torch-export", "the network as a torch.export program, .pt2", "torch_export"),
     )
 }

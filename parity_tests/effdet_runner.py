@@ -1,0 +1,72 @@
+"""Run effdet's models in a process of their own: ``python effdet_runner.py JOBS.json``, with PYTORCH_JIT=0.
+
+effdet and timm import torchvision at start, and use none of it for what is run here; an empty stand-in keeps
+the tests independent of it. A job: model, weights (.pth), images (.npy, NCHW), dtype, options, out (.npz).
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+
+class _Anything(type):
+    """A class that has every attribute and can be called with anything."""
+
+    def __getattr__(cls, name: str) -> _Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+    def __call__(cls, *arguments: Any, **options: Any) -> _Anything:
+        return cls
+
+
+class _Module(types.ModuleType):
+    def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {})
+
+
+class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports ``torchvision`` and everything below it as modules of :class:`_Anything`."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name.split(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: Any) -> types.ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__version__ = "0"  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    sys.meta_path.insert(0, StandIn())
+    import effdet
+    import numpy as np
+    import torch
+
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        config = effdet.get_efficientdet_config(job["model"])
+        config.update(job["options"])
+        images = torch.from_numpy(np.load(job["images"])).to(getattr(torch, job["dtype"]))
+        config.image_size = tuple(images.shape[-2:])
+        model = effdet.EfficientDet(config, pretrained_backbone=False).to(images.dtype).eval()
+        model.load_state_dict(torch.load(job["weights"], weights_only=True), strict=True)
+        with torch.no_grad():
+            class_outputs, box_outputs = model(images)
+        arrays = [output.numpy() for output in class_outputs + box_outputs]
+        np.savez(job["out"], **{str(i): array for i, array in enumerate(arrays)})
+
+
+if __name__ == "__main__":
+    main()

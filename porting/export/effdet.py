@@ -1,0 +1,144 @@
+"""Weights for the ``effdet`` package: a state dict that its ``tf_efficientdet_*`` models load, ``strict``.
+
+That package keeps the convolution biases that a batch norm makes redundant; they are written as zeros, so
+the function is ours. Its anchors differ in what no weight file can hold: it rounds their aspect ratios to
+1.4 and 0.7 unless its configuration is told otherwise.
+
+Source of the names: effdet 0.4.1 and timm 1.0, by their state dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from porting.errors import ConversionError
+from porting.export import Weights, Written
+from porting.files import replacing
+from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, model_config
+
+#: What may differ from a released model: it changes head widths that the package takes as arguments, or
+#: nothing in the network.
+_FREE = (
+    "num_classes",
+    "num_scales",
+    "aspect_ratios",
+    "anchor_scale",
+    "image_size",
+    "mean_rgb",
+    "stddev_rgb",
+)
+_LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def write(weights: Weights, out: Path) -> Written:
+    """Write the state dict to ``out`` (``.pth``). Raises ConversionError for a model effdet does not have."""
+    config = weights.config
+    model = effdet_model(config)
+    with replacing(out) as temporary:
+        torch.save(effdet_state_dict(weights), temporary)
+    arguments = [f"{model!r}", "bench_task=''", "pretrained=False"]
+    arguments += [f"num_classes={config.num_classes}"] if config.num_classes != 90 else []
+    return Written(
+        (out,),
+        (
+            f"model = effdet.create_model({', '.join(arguments)})",
+            f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))  # strict",
+            "for AutoML's boxes also set the model's config.aspect_ratios to "
+            f"{effdet_aspect_ratios(config)}; effdet's own are rounded to one digit",
+        ),
+    )
+
+
+def effdet_aspect_ratios(config: EfficientDetConfig) -> list[tuple[float, float]]:
+    """AutoML's ratios as the pairs (width factor, height factor) that effdet's configuration holds."""
+    return [(round(ratio**0.5, 8), round(ratio**-0.5, 8)) for ratio in config.aspect_ratios]
+
+
+def effdet_model(config: EfficientDetConfig) -> str:
+    """The name of effdet's model that is this network. Raises ConversionError where there is none."""
+    for name in (config.name,) if config.name in MODELS else MODELS:
+        free = {field: getattr(config, field) for field in _FREE}
+        if model_config(name, **free).replace(name=config.name) == config:
+            return f"tf_{name.replace('-', '_')}"
+    raise ConversionError(
+        f"effdet has no model with this network ({config.name}, {config.backbone.name}, BiFPN "
+        f"{config.fpn_cell_repeats}×{config.fpn_num_filters} {config.fpn_weight_method}, P{config.min_level}–"
+        f"P{config.max_level}); it has the released ones, with any number of classes and anchors; "
+        "export to onnx instead"
+    )
+
+
+def effdet_state_dict(weights: Weights) -> dict[str, Tensor]:
+    """Every tensor of ours under effdet's name, and effdet's redundant biases, zero.
+
+    Raises ConversionError if one of ours has no name there.
+    """
+    ours = dict(weights.state_dict)
+    theirs = {}
+    for module, name, redundant_bias in effdet_layers(weights.config):
+        if redundant_bias and f"{module}.weight" in ours:
+            theirs[f"{name}.bias"] = torch.zeros_like(ours[f"{module}.weight"][:, 0, 0, 0])
+        for leaf in _LEAVES:
+            if f"{module}.{leaf}" in ours:
+                theirs[f"{name}.{leaf}"] = ours.pop(f"{module}.{leaf}")
+    for cell in range(weights.config.fpn_cell_repeats):
+        for index in range(len(weights.config.bifpn_nodes)):
+            fusion = ours.pop(f"bifpn.cells.{cell}.nodes.{index}.fuse.weights", None)
+            if fusion is not None:
+                theirs[f"fpn.cell.{cell}.fnode.{index}.combine.edge_weights"] = fusion
+    if ours:
+        raise ConversionError(f"{min(ours)} has no name in effdet; nothing was written")
+    return theirs
+
+
+def effdet_layers(config: EfficientDetConfig) -> Iterator[tuple[str, str, bool]]:
+    """(our module, effdet's, whether effdet has a redundant bias there), for every layer with parameters."""
+    yield from _backbone(config.backbone)
+    for level in config.extra_levels:
+        yield from _resample(f"resample.p{level}", f"fpn.resample.{level - config.min_level}")
+    for cell in range(config.fpn_cell_repeats):
+        for index, node in enumerate(config.bifpn_nodes):
+            ours, theirs = f"bifpn.cells.{cell}.nodes.{index}", f"fpn.cell.{cell}.fnode.{index}"
+            for i, source in enumerate(node.inputs):
+                yield from _resample(f"{ours}.resample.{i}", f"{theirs}.combine.resample.{source}")
+            yield from _separable(f"{ours}.conv", f"{theirs}.after_combine.conv", redundant_bias=True)
+            yield f"{ours}.bn", f"{theirs}.after_combine.conv.bn", False
+    for head in ("class_net", "box_net"):
+        for repeat in range(config.box_class_repeats):
+            yield from _separable(f"{head}.convs.{repeat}", f"{head}.conv_rep.{repeat}", redundant_bias=True)
+            for level in range(len(config.levels)):
+                yield f"{head}.bns.{repeat}.{level}", f"{head}.bn_rep.{repeat}.{level}.bn", False
+        yield from _separable(f"{head}.predict", f"{head}.predict", redundant_bias=False)
+
+
+def _backbone(config: BackboneConfig) -> Iterator[tuple[str, str, bool]]:
+    yield "backbone.stem.conv", "backbone.conv_stem", False
+    yield "backbone.stem.bn", "backbone.bn1", False
+    index = 0
+    for number, stage in enumerate(config.stages):
+        for repeat in range(stage.repeats):
+            ours, theirs = f"backbone.blocks.{index}", f"backbone.blocks.{number}.{repeat}"
+            expands = stage.expand_ratio > 1
+            convs = ("conv_pw", "conv_dw", "conv_pwl") if expands else ("conv_dw", "conv_pw")
+            parts = ("expand", "depthwise", "project") if expands else ("depthwise", "project")
+            for n, (part, conv) in enumerate(zip(parts, convs, strict=True), start=1):
+                yield f"{ours}.{part}.conv", f"{theirs}.{conv}", False
+                yield f"{ours}.{part}.bn", f"{theirs}.bn{n}", False
+            if config.se_ratio:
+                yield f"{ours}.se.reduce", f"{theirs}.se.conv_reduce", False
+                yield f"{ours}.se.expand", f"{theirs}.se.conv_expand", False
+            index += 1
+
+
+def _resample(ours: str, theirs: str) -> Iterator[tuple[str, str, bool]]:
+    yield f"{ours}.conv", f"{theirs}.conv.conv", True
+    yield f"{ours}.bn", f"{theirs}.conv.bn", False
+
+
+def _separable(ours: str, theirs: str, redundant_bias: bool) -> Iterator[tuple[str, str, bool]]:
+    yield f"{ours}.depthwise", f"{theirs}.conv_dw", False
+    yield f"{ours}.pointwise", f"{theirs}.conv_pw", redundant_bias

@@ -1,0 +1,76 @@
+"""Writing an ONNX file and running it: what both ONNX targets share. Needs onnx, onnxscript, onnxruntime."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from porting.errors import OutputError
+from porting.export.network import quiet
+from porting.files import check_writable
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_LARGEST = 2_000_000_000  # bytes; a protocol buffer ends at 2 GiB
+
+
+def check_onnx(out: Path) -> None:
+    """Raise OutputError if ``out`` is no ONNX file's name, cannot be written, or packages are missing."""
+    if out.suffix != ".onnx":
+        raise OutputError(f"cannot write {out}: use a name that ends in .onnx")
+    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise OutputError(
+            f"cannot write {out}: ONNX needs {', '.join(missing)}: pip install 'efficientdet-porting[onnx]'"
+        )
+    check_writable(out)
+
+
+def export_onnx(
+    module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, about: dict[str, str]
+) -> None:
+    """Trace ``module`` on ``inputs`` (name → example, batch first) and write it; the batch stays free."""
+    import onnx
+
+    batch = torch.export.Dim("batch", min=1)
+    with quiet(), _silent("torch.onnx"):
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamo=True,
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            input_names=list(inputs),
+            output_names=list(outputs),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, about)
+    onnx.save_model(model, path)
+
+
+def run_onnx(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """The outputs of the file at ``path``, computed by ONNX Runtime on the CPU."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found: Any = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return [torch.from_numpy(array) for array in found]
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """The exporter warns of packages that are not needed here."""
+    found = logging.getLogger(logger)
+    level = found.level
+    found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        found.setLevel(level)

@@ -1,0 +1,41 @@
+"""``torch.export`` programs (``.pt2``): the network with a free batch, at the configuration's image size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from porting.errors import OutputError
+from porting.export import Weights, Written
+from porting.export.network import Comparison, example_images, loaded, quiet
+from porting.files import check_writable, replacing
+
+
+def write(weights: Weights, out: Path) -> Written:
+    """Write ``out``, a file whose name ends in ``.pt2``, load it again and compare."""
+    if out.suffix != ".pt2":
+        raise OutputError(f"cannot write {out}: use a name that ends in .pt2")
+    check_writable(out)
+    network = loaded(weights)
+    batch = torch.export.Dim("batch", min=1)
+    with replacing(out) as temporary, quiet():
+        program = torch.export.export(
+            network, (example_images(weights.config),), dynamic_shapes=({0: batch},), strict=False
+        )
+        torch.export.save(program, temporary)
+        again = torch.export.load(temporary).module()
+        worst = 0.0
+        for count in (1, 3):
+            images = example_images(weights.config, count)
+            with torch.no_grad():
+                class_found, box_found = again(images)
+            worst = max(worst, Comparison(network, images).check(class_found + box_found))
+    height, width = weights.config.image_size
+    return Written(
+        (out,),
+        (
+            f"images float32 [batch, 3, {height}, {width}], normalised; any batch",
+            f"loaded again, 1 and 3 images: outputs within relative L2 {worst:.1e} of the network's",
+        ),
+    )
