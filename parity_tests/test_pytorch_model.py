@@ -150,6 +150,27 @@ def test_weight_files_round_trip(tmp_path: Path, suffix: str) -> None:
         assert torch.equal(flat(loaded(images)), flat(network(images)))
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_changed_tensor_is_noticed(tmp_path: Path, suffix: str) -> None:
+    """The formats themselves do not: safetensors has no checksum."""
+    network, path = tiny(), tmp_path / f"weights{suffix}"
+    write_weights(path, network.state_dict(), network.config, {"source": "a test"})
+    data = bytearray(path.read_bytes())
+    tensor = network.state_dict()["bifpn.cells.0.nodes.0.conv.pointwise.weight"].numpy().tobytes()
+    data[bytes(data).index(tensor) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match=r"is damaged .* content_sha256 does not fit its contents"):
+        read_weights(path)
+
+
+def test_changed_metadata_is_noticed(tmp_path: Path) -> None:
+    network, path = tiny(), tmp_path / "weights.safetensors"
+    write_weights(path, network.state_dict(), network.config, {"source": "a test"})
+    path.write_bytes(path.read_bytes().replace(b"a test", b"b test"))
+    with pytest.raises(WeightsError, match="content_sha256 does not fit its contents"):
+        read_weights(path)
+
+
 def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
     network = tiny()
     for suffix in (".safetensors", ".pth"):

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, WeightsError
 
 SUFFIXES = (".safetensors", ".pth")
+DIGEST = "content_sha256"  # the metadata entry that vouches for all others and for the tensors
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 #: The tensors whose shape depends on the number of classes: those a change of it starts anew.
@@ -33,17 +35,21 @@ def write_weights(
 ) -> None:
     """Write a weight file at ``path``; its suffix, one of :data:`SUFFIXES`, chooses the format.
 
-    ``metadata`` is free text about the tensors' origin and travels with them. Not atomic: callers write
-    to a temporary name and rename. Raises :class:`WeightsError` on another suffix, ``OSError`` from the disk.
+    ``metadata`` is free text about the tensors' origin and travels with them; a digest of everything is
+    added (:func:`content_digest`). Not atomic: callers write to a temporary name and rename. Raises
+    :class:`WeightsError` on another suffix, ``OSError`` from the disk.
     """
     config_json = json.dumps(config.to_dict())
+    about = {**metadata, "config": config_json}
+    about[DIGEST] = content_digest(state_dict, about)
     if path.suffix == ".safetensors":
         from safetensors.torch import save
 
-        data = save(dict(state_dict), {**metadata, "config": config_json, "format": "pt"})
+        data = save(dict(state_dict), {**about, "format": "pt"})
         _write_sorted(path, data)
     elif path.suffix == ".pth":
-        content = {"state_dict": dict(state_dict), "config": config_json, "metadata": dict(metadata)}
+        del about["config"]
+        content = {"state_dict": dict(state_dict), "config": config_json, "metadata": about}
         with path.open("wb") as file:
             torch.save(content, file)
     else:
@@ -104,7 +110,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if read is None:
         raise WeightsError(f"cannot read {path}: its name must end in {' or '.join(SUFFIXES)}")
     try:
-        return read(path)
+        state_dict, metadata = read(path)
+        _check_digest(state_dict, metadata)
+        return state_dict, metadata
     except WeightsError:
         raise
     except ImportError:
@@ -112,6 +120,25 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except Exception as error:  # both libraries raise many types on a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path} is damaged or not a weight file ({reason}); convert it again") from None
+
+
+def content_digest(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of all tensors and of ``metadata``, in sorted order."""
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for key, tensor in sorted(state_dict.items()):
+        if not isinstance(tensor, Tensor):  # check_state_dict refuses it, with a better reason
+            continue
+        digest.update(f"\n{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_digest(state_dict: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Take the digest out of ``metadata`` and hold it against the rest; files without one pass."""
+    stated = metadata.pop(DIGEST, None)
+    about = {key: text for key, text in metadata.items() if key != "format"}
+    if stated is not None and stated != content_digest(state_dict, about):
+        raise ValueError(f"its {DIGEST} does not fit its contents, which were changed after it was written")
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], EfficientDetConfig, dict[str, str]]:
