@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from rich.console import Console
 
 from parity_tests.test_gradients import tiny
 from porting.convert import Conversion, Coverage, apply_rules, variables_digest
+from porting.parity.gradients import GradientResult, TensorResult
+from porting.parity.measure import Difference
 from porting.rules import rules
 from pytorch_model.bifpn import Fuse
 from pytorch_model.config import all_configs
@@ -50,6 +53,32 @@ def test_from_the_command_line(tmp_path: Path) -> None:
         assert (figures["passed"], figures["gradients"], figures["statistics"]) == (True, 373, statistics)
         assert 0 < figures["worst"] <= 1e-9
     assert "passed training: 589 tensors" in done.stderr
+
+
+@pytest.mark.usefixtures("tensorflow")
+@pytest.mark.parametrize(("activations", "gradients", "status"), [(1, 1, 0), (1, 0, 1), (0, 1, 1)])
+def test_either_failure_is_the_exit_status(
+    activations: int,
+    gradients: int,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import verify as tool
+
+    found = Difference(0.0 if gradients else 1.0, 0.0)
+    result = GradientResult((TensorResult("images", (), 1.0, 1.0, found),), ())
+    outcome = SimpleNamespace(passed=bool(activations), figures=dict)
+    monkeypatch.setattr(tool, "run", lambda *arguments: outcome)
+    monkeypatch.setattr(_gradients, "compare_gradients", lambda *arguments: result)
+    arguments = ["--ckpt", "synthetic:efficientdet-lite0", "--size", "128", "--gradients", "--json"]
+    monkeypatch.setattr(sys, "argv", ["verify.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    assert tool.main() == status
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["passed"] is (status == 0)
+    assert summary["gradients"]["training"]["passed"] is bool(gradients)
 
 
 def test_two_files_have_no_gradients(tmp_path: Path) -> None:
