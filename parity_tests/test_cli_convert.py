@@ -215,6 +215,11 @@ def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     check_refused(convert("--ckpt", "synthetic:resnet", cwd=tmp_path), tmp_path, "unknown model 'resnet'")
 
 
+def test_a_name_too_long_to_write(tmp_path: Path, checkpoint: Path) -> None:
+    done = convert("--ckpt", checkpoint, "--out", "x" * 300 + ".pth", cwd=tmp_path)
+    check_refused(done, tmp_path, ".pth: File name too long; choose")
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, checkpoint: Path) -> None:
     done = convert("--ckpt", checkpoint, cwd=tmp_path, limit_bytes=1_000_000)
     check_refused(done, tmp_path, "cannot write efficientdet_lite0.safetensors")

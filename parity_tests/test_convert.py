@@ -104,7 +104,11 @@ REFUSED = {
     ),
     "misshapen twin": (
         put("resample_p6/bn/beta", np.zeros(3, np.float32)),
-        r"resample_p6/bn/beta has shape \[3\]",
+        r"resample_p6/bn/beta in .* has shape \[3\], efficientdet-lite0 needs \[64\]",
+    ),
+    "misshapen slot": (
+        put("resample_p6/bn/beta/Momentum", np.zeros(3, np.float32)),
+        r"beta/Momentum has shape \[3\] where resample_p6/bn/beta has \[64\]; this checkpoint mixes two",
     ),
     "overflowing": (
         put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, 1e300)),
@@ -154,6 +158,24 @@ def test_missing_on_both_sides_names_the_variable(
     broken = {name: value for name, value in content.items() if not name.startswith(STEM)}
     with pytest.raises(ConversionError, match=rf"needs {STEM}.*which .* lacks"):
         port(tmp_path, broken, config)
+
+
+def test_averages_without_raw_values(tmp_path: Path, content: Variables, config: EfficientDetConfig) -> None:
+    only = {name: value for name, value in content.items() if name.endswith(EMA_SUFFIX)}
+    assert port(tmp_path, only, config).weights == "EMA"
+    with pytest.raises(ConversionError, match=r"has no raw value, only a moving average; leave out --raw"):
+        port(tmp_path, only, config, raw=True)
+
+
+def test_scalars_of_automls_training_are_left_out(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    """positives_momentum keeps a running mean, mixed precision its loss scale, Adam its betas' powers."""
+    floats = ("moving_normalizer", "current_loss_scale", "beta1_power", "beta2_power")
+    scalars: Variables = {name: np.array(1, np.float32) for name in floats}
+    scalars["good_steps"] = np.array(7, np.int64)
+    found = port(tmp_path, {**content, **scalars}, config).coverage
+    assert sorted(found.unused["training scalar"]) == sorted({*scalars, "global_step"})
 
 
 def test_float64_keeps_the_folded_mean_exact(
@@ -239,8 +261,10 @@ def test_any_configuration_survives_writing_reading_and_inference(
     write_bundle(folder / "model", content)
     unseen = ("num_scales", "aspect_ratios", "fpn_weight_method", "act_type", "survival_prob")
     overrides = {name: getattr(config, name) for name in (*unseen, "conv_after_downsample", "image_size")}
+    endpoints = config.backbone.endpoints  # only a pipeline.config could tell
+    told = {"endpoints": endpoints} if endpoints else {}
     with open_checkpoint(folder) as checkpoint:
-        found = infer_config(checkpoint.shapes, checkpoint.source, overrides).config
+        found = infer_config(checkpoint.shapes, checkpoint.source, overrides, told).config
         conversion = convert(checkpoint, found)
     assert (
         found.replace(

@@ -149,6 +149,7 @@ def test_each_default_alone_is_accepted(name: str, tmp_path: Path) -> None:
         (" num_classes = 20 , ", {"num_classes": 20}),
         ("image_size=640x480", {"image_size": (480, 640)}),  # width first, as AutoML writes it
         ("image_size='640x480'", {"image_size": (480, 640)}),
+        ("image_size=640X480", {"image_size": (480, 640)}),  # AutoML lowers it
         ("image_size=896", {"image_size": (896, 896)}),
         ("image_size=(480,640)", {"image_size": (480, 640)}),  # a tuple is height first
         ("aspect_ratios=[1.0,2.0,0.5],num_scales=2", {"aspect_ratios": (1.0, 2.0, 0.5), "num_scales": 2}),

@@ -334,9 +334,15 @@ def test_groups_in_circles_end(tmp_path: Path) -> None:
 
 
 def test_not_hdf5(tmp_path: Path) -> None:
-    (tmp_path / "w.h5").write_bytes(b"PK\x03\x04")
-    assert not is_h5(tmp_path / "w.h5")
+    (tmp_path / "w").write_bytes(b"PK\x03\x04")
+    assert not is_h5(tmp_path / "w")
     assert not is_h5(tmp_path)
+    (tmp_path / "folder.h5").mkdir()
+    assert not is_h5(tmp_path / "folder.h5")
+    (tmp_path / "page.h5").write_text("<html>404</html>")  # what was to be a download
+    for name in ("page.h5", "nothing.h5"):
+        with pytest.raises(CheckpointError, match=rf"{name} (cannot be read as HDF5|.*exists)"):
+            open_checkpoint(tmp_path / name)
     (tmp_path / "cut.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     with pytest.raises(CheckpointError, match=r"cut\.h5 cannot be read as HDF5: .*; fetch the file again"):
         open_checkpoint(tmp_path / "cut.h5")

@@ -270,6 +270,21 @@ def test_what_is_here_goes_first(there: str, tmp_path: Path, monkeypatch: pytest
     assert release_named("efficientdet-d1") is RELEASES["efficientdet-d1"]
 
 
+def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cache-dir . the download makes a folder of the release's name; the next run must not stumble."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    (tmp_path / D0.name).mkdir()
+    assert release_named(D0.name) is None  # some folder
+    assert release_named(D0.name, Path("elsewhere")) is None
+    assert release_named(D0.name, Path()) is D0
+    (tmp_path / "elsewhere/efficientdet-porting" / D0.name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere/efficientdet-porting")
+    assert release_named(D0.name) is D0
+    (Path(D0.name) / "model.index").touch()  # unpacked there
+    assert release_named(D0.name) is None
+
+
 @pytest.mark.parametrize(
     ("spec", "near"),
     [("efficientdet-d8", "efficientdet-d"), ("efficientdet-d1-640", "-640"), ("efficientdet-lite5", "lite")],

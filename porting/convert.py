@@ -145,10 +145,7 @@ def choose_variables(
         if entry not in checkpoint.shapes:
             raise ConversionError(_missing(name, entry, checkpoint, config, use_ema))
         if checkpoint.shapes[entry] != expected[name]:
-            raise ConversionError(
-                f"{entry} in {checkpoint.source} has shape {list(checkpoint.shapes[entry])}, {config.name} "
-                f"needs {list(expected[name])}; check --model and --hparams"
-            )
+            raise ConversionError(_misshapen(entry, expected[name], checkpoint, config))
     return chosen, {why: tuple(names) for why, names in unused.items()}, "EMA" if use_ema else "raw"
 
 
@@ -161,6 +158,8 @@ def _why_unused(
     base = model_name(name)
     if base is not None and base in expected:
         if checkpoint.shapes[name] not in (expected[base], ()):
+            if name == base:
+                raise ConversionError(_misshapen(name, expected[base], checkpoint, config))
             raise ConversionError(
                 f"{name} has shape {list(checkpoint.shapes[name])} where {base} has {list(expected[base])}; "
                 "this checkpoint mixes two models"
@@ -176,12 +175,23 @@ def _why_unused(
     )
 
 
+def _misshapen(
+    entry: str, needed: tuple[int, ...], checkpoint: Checkpoint, config: EfficientDetConfig
+) -> str:
+    return (
+        f"{entry} in {checkpoint.source} has shape {list(checkpoint.shapes[entry])}, {config.name} needs "
+        f"{list(needed)}; check --model and --hparams"
+    )
+
+
 def _missing(name: str, entry: str, checkpoint: Checkpoint, config: EfficientDetConfig, use_ema: bool) -> str:
     if use_ema and name in checkpoint.shapes:
         return (
             f"{name} in {checkpoint.source} has no moving average while other variables do; "
             "--raw ports the raw values instead"
         )
+    if name + EMA_SUFFIX in checkpoint.shapes:
+        return f"{name} in {checkpoint.source} has no raw value, only a moving average; leave out --raw"
     return f"{config.name} needs {entry}, which {checkpoint.source} lacks; check --model and --hparams"
 
 

@@ -77,9 +77,9 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Fail before long work, not after it: raise :class:`OutputError` unless ``path`` can be created."""
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         raise OutputError(f"cannot write {path}: it is a folder; give a file name")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     probe = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.probe")
     try:

@@ -335,7 +335,7 @@ def _image_size(value: Any) -> tuple[int, int]:
     size: tuple[Any, ...] = (value, value)
     if isinstance(value, tuple) and len(value) == 2:
         size = value
-    elif isinstance(value, str) and (match := re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", value)):
+    elif isinstance(value, str) and (match := re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", value)):
         size = int(match[2]), int(match[1])
     try:
         height, width = map(_whole(1, 16_384), size)

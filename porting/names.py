@@ -7,8 +7,14 @@ EMA_SUFFIX = "/ExponentialMovingAverage"
 #: Optimizer slots: suffixes TensorFlow's optimizers add to a trainable variable's name.
 SLOT_SUFFIXES = ("/Momentum", "/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1", "/Adagrad")
 
-#: Scalars of the training loop, no part of the model.
-TRAINING_SCALARS = frozenset({"global_step", "learning_rate", "beta1_power", "beta2_power"})
+#: Scalars of the training loop, no part of the model: Adam's, those of mixed precision's loss scale, and the
+#: mean number of positives that ``positives_momentum`` keeps (AutoML ``det_model_fn.py``).
+TRAINING_SCALARS = frozenset(
+    {
+        *("global_step", "learning_rate", "beta1_power", "beta2_power"),
+        *("current_loss_scale", "good_steps", "moving_normalizer"),
+    }
+)
 
 
 def model_name(name: str) -> str | None:

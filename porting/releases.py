@@ -134,16 +134,17 @@ def _table() -> dict[str, Release]:
 RELEASES: Mapping[str, Release] = _table()
 
 
-def release_named(spec: str) -> Release | None:
+def release_named(spec: str, cache: Path | None = None) -> Release | None:
     """The release that ``spec`` names, ``efficientdet-d0`` or ``efficientdet_d0``; None if it is a path.
 
-    What lies under that name here goes first. Raises :class:`~porting.errors.CheckpointError` for what looks
+    What lies under that name here goes first, unless it is the folder in ``cache`` (see :func:`fetch`) that
+    the release is kept in. Raises :class:`~porting.errors.CheckpointError` for what looks
     like a release's name, and is neither one nor there.
     """
     name = spec.lower().replace("_", "-")
     if not re.fullmatch(r"efficientdet-[a-z0-9-]{1,40}", name):
         return None
-    if Path(spec).exists() or Path(f"{spec}.index").exists():
+    if Path(f"{spec}.index").exists() or (Path(spec).exists() and not _is_kept_in(Path(spec), cache)):
         return None
     if name in RELEASES:
         return RELEASES[name]
@@ -151,6 +152,13 @@ def release_named(spec: str) -> Release | None:
     raise CheckpointError(
         f"{spec} is neither here nor a release of Google's; the nearest releases are {', '.join(near)}"
     )
+
+
+def _is_kept_in(place: Path, cache: Path | None) -> bool:
+    """Whether ``place`` is a folder of ``cache``, and no checkpoint was unpacked there."""
+    if not place.is_dir() or any(place.glob("*.index")):
+        return False
+    return place.resolve().parent == (cache or default_cache()).resolve()
 
 
 def default_cache() -> Path:

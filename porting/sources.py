@@ -27,7 +27,7 @@ def open_source(
     """
     if spec.startswith(SYNTHETIC):
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
-    release = release_named(spec)
+    release = release_named(spec, cache)
     if release:
         return open_checkpoint(fetch(release, cache, listener), step)
     return open_checkpoint(spec, step)

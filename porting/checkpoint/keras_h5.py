@@ -26,6 +26,7 @@ from porting.errors import CheckpointError
 from .base import Checkpoint
 
 FORMAT = "Keras HDF5 weights"
+SUFFIXES = (".h5", ".hdf5")
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _FLOATS = ("f2", "f4", "f8")
@@ -34,10 +35,10 @@ _COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_no
 
 
 def is_h5(path: str | os.PathLike[str]) -> bool:
-    """Is ``path`` an HDF5 file, by its first bytes?"""
+    """Is ``path`` a file that is called, or begins, like HDF5?"""
     try:
         with open(path, "rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
+            return Path(path).suffix in SUFFIXES or file.read(len(_MAGIC)) == _MAGIC
     except (OSError, ValueError):  # a folder, nothing, an impossible name
         return False
 
