@@ -213,6 +213,12 @@ def test_iou() -> None:
     np.testing.assert_allclose(iou(boxes, others), np.array([[1 / 7, 1, 0], [0, 0, 0]]))
 
 
+def test_one_of_the_reference_is_found_once() -> None:
+    (row,) = rows(1)
+    assert len(pair([row, row], [row])) == len(pair([row], [row, row])) == 1
+    assert compare_detections([row, row], [row]).unmatched_ours == 1
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 30), st.integers(0, 30))
 def test_pairs_are_one_to_one_and_find_themselves(seed: int, count: int, dropped: int) -> None:

@@ -146,6 +146,8 @@ def test_figures_by_hand() -> None:
     assert shifted.figures["AP"] == pytest.approx(0.7)
     assert shifted.figures["AP50"] == pytest.approx(1)
     assert shifted.per_class == pytest.approx({1: 0.7, 2: -1})
+    both_found = [right, box(100, 100, score=0.8)]
+    assert evaluate(truth(box(0, 0), box(100, 100)), both_found, [0]).per_class[1] == pytest.approx(1)
     # A better-scored mistake ahead halves the precision.
     mistaken = evaluate(truth(box(0, 0)), [box(200, 200, score=0.95), right], [0])
     assert mistaken.figures["AP"] == pytest.approx(0.5)
@@ -231,6 +233,17 @@ def test_annotations_and_pictures_are_found(coco: Path) -> None:
     assert [picture.id for picture in dataset.pictures] == [0, 10, 20]
     assert dataset.categories == {1: "person", 2: "bicycle", 90: "toothbrush"}
     assert dataset.notes == ()
+
+
+def test_an_annotation_of_id_0_counts(coco: Path) -> None:
+    """pycocotools takes a match with annotation 0 for no match."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["annotations"] = [{**box(0, 0), "id": 0}]
+
+    rewrite(coco, change)
+    figures = evaluate(read_dataset(coco).content, [box(0, 0, score=0.9)], [0]).figures
+    assert figures["AP"] == pytest.approx(1)
 
 
 def test_other_layouts_are_found(coco: Path, tmp_path: Path) -> None:
@@ -534,7 +547,9 @@ def test_two_processes_find_the_same(weights: Path, coco: Path, tmp_path: Path) 
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("ARmax100") == 1
-        assert len(list((tmp_path / out / "shards").iterdir())) == 2
+        kept = [file.read_text().splitlines() for file in (tmp_path / out / "shards").iterdir()]
+        assert len(kept) == 2
+        assert sum(len(lines) - 1 for lines in kept) == 4  # each batch once, in either
         for name in ("detections.json", "metrics.json"):
             assert (tmp_path / out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 

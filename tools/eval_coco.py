@@ -49,6 +49,8 @@ examples:
   torchrun --nproc-per-node=8 tools/eval_coco.py --weights d7.safetensors --coco coco/
   # a data set of one's own, whose category ids are not the model's class ids
   python tools/eval_coco.py --weights mine.pth --annotations test.json --images pictures/ --labels names.txt
+  # mirror images too: AutoML's fusion goes with hard suppression
+  python tools/eval_coco.py --weights d0.pth --coco coco/ --tta flip --hparams nms_configs.method=hard
   # for COCO's server
   python tools/eval_coco.py --weights d7.pth --annotations image_info_test-dev2017.json --images test2017/ \\
       --test-dev efficientdet-d7
@@ -288,6 +290,12 @@ def draw(
     if detector.tta != "none":
         title += f", tta {detector.tta}"
     console.print(title, markup=False, soft_wrap=True)
+    if detector.tta != "none" and detector.nms.is_soft:
+        console.print(
+            "flip also fuses what soft suppression keeps of one object; it goes with nms_configs.method=hard",
+            style="yellow",
+            soft_wrap=True,
+        )
     if evaluations:
         ours, reference = evaluations["ours"], evaluations.get("reference")
         console.print(figures_table(ours, reference, arguments.reference))
