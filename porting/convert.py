@@ -155,6 +155,8 @@ def _why_unused(
     """Why a checkpoint entry is left out on purpose. Raises :class:`ConversionError` if unexplained."""
     if name in TRAINING_SCALARS:
         return "training scalar"
+    if name.startswith(("backbone/_head/", f"{config.backbone.name}/head/")):
+        return "the backbone's own classifier, which a detector does not run"
     base = model_name(name)
     if base is not None and base in expected:
         if checkpoint.shapes[name] not in (expected[base], ()):

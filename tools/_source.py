@@ -22,6 +22,7 @@ from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError
 from porting.hparams import Hparams, read_hparams
 from porting.infer import Inference, infer_config, named_config
+from porting.parity.references import KINDS, OPS
 from porting.sources import SYNTHETIC, open_source
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig
 
@@ -60,6 +61,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default=read_hparams(""),
         metavar="TEXT",
         help=HPARAMS_HELP,
+    )
+
+
+def add_reference_options(parser: argparse.ArgumentParser) -> None:
+    """``--reference``, ``--graph``."""
+    parser.add_argument(
+        "--reference",
+        choices=KINDS,
+        default=OPS,
+        help="what to compare with: AutoML's network rebuilt in plain operations (ops, the default); the "
+        "graph saved with the checkpoint (meta); an exported model (savedmodel); a Lite file (tflite)",
+    )
+    parser.add_argument(
+        "--graph",
+        type=Path,
+        metavar="PATH",
+        help="the file of that reference: .meta, SavedModel folder or .tflite (default: the "
+        "checkpoint's own)",
     )
 
 

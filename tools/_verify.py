@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, apply_rules
 from porting.errors import PortingError
 from porting.parity import ParityResult, TapResult, compare, tensorflow_reference, tolerances
 from porting.parity.diagnose import Diagnosis, diagnose
 from porting.parity.lockstep import Observer
+from porting.parity.references import OPS, FileReference, open_reference
 from porting.rules import rules, taps
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
@@ -27,18 +32,40 @@ DIAGNOSIS_SIZE = 256  # a diagnosis keeps every activation and runs often: its p
 
 @dataclass(frozen=True)
 class Outcome:
-    """``exact``: the rules and both networks, in float64. ``rounded``: the weights as written, in float32."""
+    """``results``: the rules and both networks in float64, unless the reference is a file; then the weights
+    as written, in float32. ``reference``: what they were compared with, in words."""
 
-    exact: ParityResult
-    rounded: ParityResult
+    results: tuple[ParityResult, ...]
     diagnosis: Diagnosis | None
+    reference: str
 
     @property
     def passed(self) -> bool:
-        return self.exact.passed and self.rounded.passed
+        return all(result.passed or not result.judged for result in self.results)
 
     def figures(self) -> dict[str, Any]:
-        return {result.dtype: _figures(result) for result in (self.exact, self.rounded)}
+        return {"reference": self.reference, **{result.dtype: _figures(result) for result in self.results}}
+
+
+def chosen_reference(
+    arguments: argparse.Namespace, checkpoint: Checkpoint, conversion: Conversion
+) -> FileReference | None:
+    """What ``--reference`` and ``--graph`` say; None for ``ops``. Raises PortingError."""
+    if arguments.reference == OPS:
+        if arguments.graph:
+            raise PortingError("--graph is for --reference meta, savedmodel or tflite; say which it is")
+        return None
+    require_tensorflow()
+    return open_reference(
+        arguments.reference, checkpoint, arguments.graph, conversion.config, conversion.variables
+    )
+
+
+def chosen_size(config: EfficientDetConfig, text: str, reference: FileReference | None) -> tuple[int, int]:
+    """``--size``, or without it the size that the reference was built for. Raises PortingError."""
+    if not text and reference is not None and reference.size:
+        return reference.size
+    return picture_size(config, text)
 
 
 def picture_size(config: EfficientDetConfig, text: str) -> tuple[int, int]:
@@ -68,29 +95,48 @@ def verify(
     raw_variables: Mapping[str, np.ndarray] | None = None,
     device: str = "cpu",
     observe: Observer | None = None,
+    reference: FileReference | None = None,
 ) -> Outcome:
     """Compare with the TensorFlow reference in float64, then, line by line on screen, in float32.
 
     ``images`` float32 [N, H, W, 3]. The float32 run is of ``state_dict``, the conversion's own unless given.
-    ``raw_variables`` help a diagnosis. Raises :class:`PortingError` where TensorFlow is not installed.
+    ``raw_variables`` help a diagnosis. ``reference``: a file to compare with instead, in float32 alone.
+    Raises :class:`PortingError` where TensorFlow is not installed or the file cannot be run.
     """
     require_tensorflow()
-    height, width = images.shape[1:3]
-    console.print(f"\n[bold]verifying[/] against the TensorFlow reference, same {height}×{width} picture")
-    exact = _run_float64(console, conversion, images, device)
-    rows = _Rows(console, {tap.pair.tap: tap for tap in exact.taps})
+    config, (height, width) = conversion.config, images.shape[1:3]
+    name = f"{reference.source}" if reference else "the TensorFlow reference"
+    console.print(
+        f"\n[bold]verifying[/] against {escape(name)}, same {height}×{width} picture", soft_wrap=True
+    )
     weights = conversion.state_dict if state_dict is None else state_dict
-    reference = tensorflow_reference(conversion.variables, conversion.config, images, "float32")
-    rounded = compare(_build(conversion.config, weights, device), reference, images, rows.add, observe)
+    model = _build(config, weights, device)
+    results: tuple[ParityResult, ...]
+    if reference is None:
+        exact = _run_float64(console, conversion, images, device)
+        rows = _Rows(console, {tap.pair.tap: tap for tap in exact.taps})
+        ops = tensorflow_reference(conversion.variables, config, images, "float32")
+        results = (exact, compare(model, ops, images, rows.add, observe))
+    else:
+        run = reference.on(images)
+        rows = _Rows(console, None)
+        result = compare(model, run, images, rows.add, observe, reference.taps)
+        results = (dataclasses.replace(result, judged=reference.exact),)
     diagnosis = None
-    for result in (exact, rounded):
-        if result.first_divergence and diagnosis is None:
+    for result in results:
+        if result.judged and result.first_divergence and diagnosis is None:
             with console.status("looking for the cause …"):
                 diagnosis = _diagnose(conversion, weights, raw_variables, result)
-    _print_verdict(console, exact, rounded)
+    _print_verdict(console, *results)
     if diagnosis:
         print_diagnosis(console, diagnosis)
-    return Outcome(exact, rounded, diagnosis)
+    elif reference and results[0].judged and not results[0].passed:
+        console.print(
+            f"  the weights agree with --reference ops on a small picture: look for the cause in "
+            f"{escape(name)}",
+            soft_wrap=True,
+        )
+    return Outcome(results, diagnosis, name)
 
 
 def require_tensorflow() -> None:
@@ -153,25 +199,28 @@ def _diagnose(
 class _Rows:
     """Prints a line per tap: both errors, in both float types, and a mark."""
 
-    def __init__(self, console: Console, exact: dict[str, TapResult]) -> None:
+    def __init__(self, console: Console, exact: dict[str, TapResult] | None) -> None:
+        """``exact``: the float64 run by tap, None where there was none."""
         self.console = console
         self.exact = exact
         self.wide = console.width >= 140
         scope = f"{'TensorFlow scope':<44}" if self.wide else ""
-        figures = f"  {'accum.':>8}{'isol.':>8}" * 2
+        types = ("float64", "float32") if exact else ("float32",)
+        figures = f"  {'accum.':>8}{'isol.':>8}" * len(types)
+        heads = "".join(f"  {dtype:>16}" for dtype in types)
         console.print(
-            f"[bold]{'PyTorch module':<34}{scope}{'shape':>18}  {'float64':>16}  {'float32':>16}[/]\n"
+            f"[bold]{'PyTorch module':<34}{scope}{'shape':>18}{heads}[/]\n"
             f"[dim]{'':<{len(scope) + 52}}{figures}[/]",
             soft_wrap=True,
         )
 
     def add(self, result: TapResult) -> None:
-        exact = self.exact[result.pair.tap]
+        both = [self.exact[result.pair.tap], result] if self.exact else [result]
         name = result.pair.module if result.pair.output is None else result.pair.tap
         scope = f"{result.pair.tap:<44}" if self.wide else ""
         shape = "×".join(str(n) for n in result.shape)
-        figures = f"  {_figure(exact)}  {_figure(result)}"
-        mark = "[green]✓[/]" if exact.passed and result.passed else "[red bold]✗[/]"
+        figures = "".join(f"  {_figure(one)}" for one in both)
+        mark = "[green]✓[/]" if all(one.passed for one in both) else "[red bold]✗[/]"
         self.console.print(f"{name:<34}{scope}{shape:>18}{figures} {mark}", soft_wrap=True)
 
 
@@ -185,11 +234,22 @@ def _print_verdict(console: Console, *results: ParityResult) -> None:
         accumulated, isolated = result.worst("accumulated"), result.worst("isolated")
         limits = tolerances(result.dtype)
         verdict = "[green bold]passed[/]" if result.passed else "[red bold]FAILED[/]"
+        if not result.judged:
+            verdict = "[yellow bold]measured, not judged[/]"
         console.print(
             f"{verdict} {result.dtype}: {len(result.taps)} activations; relative L2 accumulated ≤ "
             f"{accumulated.accumulated.relative:.1e} (allowed {limits[0]:.0e}), isolated ≤ "
             f"{isolated.isolated.relative:.1e} (allowed {limits[1]:.0e})"
         )
+        if result.absent:
+            console.print(
+                f"  {len(result.absent)} of {len(result.taps) + len(result.absent)} activations are not "
+                f"compared: the reference does not show them ({result.absent[0]}, …)",
+                soft_wrap=True,
+            )
+        if not result.judged:
+            console.print("  the reference is quantised: its own rounding is larger than any tolerance here")
+            continue
         first = result.first_divergence
         if first:
             console.print(
@@ -213,8 +273,9 @@ def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
 def _figures(result: ParityResult) -> dict[str, Any]:
     first = result.first_divergence
     return {
-        "passed": result.passed,
+        "passed": result.passed if result.judged else None,
         "activations": len(result.taps),
+        "absent": len(result.absent),
         "worst_accumulated": result.worst("accumulated").accumulated.relative,
         "worst_isolated": result.worst("isolated").isolated.relative,
         "first_divergence": first.pair.tap if first else None,

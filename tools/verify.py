@@ -40,6 +40,9 @@ EXAMPLES = f"""
 examples:
   # a weight file against the checkpoint it was made of, with a report to open in a browser
   python tools/verify.py --ckpt path/to/efficientdet-d4 --weights efficientdet_d4.safetensors --report out/
+  # against the graph that Google's code saved beside the checkpoint, or a model it exported
+  python tools/verify.py --ckpt path/to/efficientdet-d4 --reference meta
+  python tools/verify.py --ckpt path/to/efficientdet-d4 --reference savedmodel --graph export/
   # the port itself, without a weight file, at the model's own resolution, on a photograph
   python tools/verify.py --ckpt path/to/efficientdet-d4 --size native --image photo.jpg
   # are two weight files the same function? no network is run
@@ -53,6 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
     _source.add_checkpoint_options(parser, required=False)
     _source.add_model_options(parser)
+    _source.add_reference_options(parser)
     parser.add_argument("--weights", type=Path, help="weight file to prove (default: port the checkpoint)")
     parser.add_argument("--against", help="a second weight file, or a checkpoint, to compare --weights with")
     parser.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
@@ -90,11 +94,10 @@ def main() -> int:
             state_dict, config, _ = read_weights(arguments.weights)
         conversion = convert(checkpoint, config, raw=arguments.raw)
         raw_variables = read_raw(checkpoint, conversion)
-    if state_dict is not None:
-        with torch.device("meta"):
-            check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
-    images = network_input(config, arguments.size, arguments.image)
-    outcome = run(arguments, console, conversion, images, state_dict, raw_variables)
+        if state_dict is not None:
+            with torch.device("meta"):
+                check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
+        outcome = run(arguments, console, checkpoint, conversion, state_dict, raw_variables)
     passed, figures = outcome.passed, outcome.figures()
     if arguments.gradients:
         import _gradients
@@ -111,17 +114,20 @@ def main() -> int:
 def run(
     arguments: argparse.Namespace,
     console: Console,
+    checkpoint: Checkpoint,
     conversion: Conversion,
-    images: np.ndarray,
     state_dict: dict[str, torch.Tensor] | None,
     raw_variables: dict[str, np.ndarray] | None,
 ) -> Outcome:
-    from _verify import verify
+    from _verify import chosen_reference, chosen_size, verify
 
     from porting.parity.html import write_html
     from porting.parity.report import Report, write_json
     from porting.parity.thumbnails import Thumbnails
 
+    config = conversion.config
+    reference = chosen_reference(arguments, checkpoint, conversion)
+    images = network_input(config, chosen_size(config, arguments.size, reference), arguments.image)
     thumbnails = Thumbnails() if arguments.report else None
     outcome = verify(
         console,
@@ -131,15 +137,17 @@ def run(
         raw_variables=raw_variables,
         device=arguments.device,
         observe=thumbnails,
+        reference=reference,
     )
     if arguments.report:
         found = outcome.diagnosis
         report = Report(
-            results=(outcome.exact, outcome.rounded),
-            config=conversion.config,
+            results=outcome.results,
+            config=config,
             metadata={
                 "checkpoint": arguments.ckpt,
                 "weights": str(arguments.weights) if arguments.weights else "ported in memory",
+                "reference": outcome.reference,
                 "values": conversion.weights,
                 "variables_sha256": conversion.digest,
                 "picture": f"{images.shape[1]}×{images.shape[2]}, {arguments.image or 'seeded'}",
@@ -178,14 +186,14 @@ def read_raw(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, np.nda
     return dict(checkpoint.read_many(chosen.values()))
 
 
-def network_input(config: EfficientDetConfig, size: str, image: Path | None) -> np.ndarray:
-    from _verify import picture_size, synthetic_input
+def network_input(config: EfficientDetConfig, size: tuple[int, int], image: Path | None) -> np.ndarray:
+    from _verify import synthetic_input
 
     if image is None:
-        return synthetic_input(config, picture_size(config, size))
+        return synthetic_input(config, size)
     from pytorch_model.preprocess import preprocess
 
-    images = preprocess([image], config, picture_size(config, size)).images
+    images = preprocess([image], config, size).images
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
 
 

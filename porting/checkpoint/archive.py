@@ -39,9 +39,9 @@ _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty one's
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 _HEAD = 512  # bytes: a tar header, which is the longest thing that tells the formats apart
 
-#: What weights may lie in, and what tells about them. ``.meta`` (the graph) and event files are no use here.
+#: What weights may lie in, and what tells about them: also the graph (``.meta``), which can be a reference.
 _WANTED = re.compile(
-    rf"{STATE_FILE}|pipeline\.config|.+\.(index|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
+    rf"{STATE_FILE}|pipeline\.config|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
 )
 _SAVED_MODEL = "saved_model.pb"
 
@@ -126,6 +126,7 @@ class _ArchivedCheckpoint(Checkpoint):
     def __init__(self, inner: Checkpoint, archive: Path, folder: Path) -> None:
         source, *notes = (_spoken(text, archive, folder) for text in (inner.source, *inner.notes))
         super().__init__(source, inner.format, inner.shapes, inner.dtypes, notes, inner.settings)
+        self.location = inner.location
         self._inner, self._archive, self._folder = inner, archive, folder
         self._remove = weakref.finalize(self, _close_and_remove, inner, folder)
 

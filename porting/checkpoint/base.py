@@ -36,6 +36,7 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
     ) -> None:
         """``dtypes`` are those of the arrays that reading returns; ``object`` where it cannot be read."""
         self.source = source  # what the user would recognise: a path
+        self.location = source  # where the file is while this is open; elsewhere for what was unpacked
         self.format = format  # "TensorFlow V2 checkpoint"
         self.shapes = MappingProxyType(dict(shapes))
         self.dtypes = MappingProxyType(dict(dtypes))

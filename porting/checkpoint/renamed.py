@@ -44,6 +44,7 @@ class Renamed(Checkpoint):
             settings={**inner.settings, **(settings or {})},
         )
         self._inner = inner
+        self.location = inner.location
         self._sources = dict(sources)
 
     def close(self) -> None:

@@ -8,12 +8,63 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from porting.checkpoint.tflite import TFLiteCheckpoint
 from porting.errors import PortingError
+from porting.parity.lockstep import Reference
+from porting.rules import taps
+from pytorch_model.config import EfficientDetConfig
+
+
+class TFLiteReference:
+    """The EfficientDet-Lite file at ``path`` as a reference for ``config``, see :class:`FileReference`.
+
+    It shows what its convolutions end in, activation and batch norm included; where AutoML's tap lies between
+    the two, or after a pooling, it shows nothing. Raises :class:`CheckpointError` for another file and
+    :class:`PortingError` where it lacks an output of ``config``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: EfficientDetConfig) -> None:
+        self.source = str(path)
+        checkpoint = TFLiteCheckpoint(path)
+        image_size: tuple[int, int] = checkpoint.hparams["image_size"]
+        self.size = image_size
+        self.exact = {layer.convolution.kernel.dtype for layer in checkpoint.layers} == {np.dtype(np.float32)}
+        found = {**dict(_layer_taps(checkpoint, config)), **checkpoint.outputs}
+        self._tensors = {pair.tap: found[pair.tap] for pair in taps(config) if pair.tap in found}
+        self.taps = frozenset(self._tensors)
+        missing = [pair.tap for pair in taps(config) if pair.output is not None and pair.tap not in self.taps]
+        if missing:
+            raise PortingError(f"{path} has no {missing[0]}: it is not {config.name}'s; check --graph")
+
+    def on(self, images: np.ndarray) -> Reference:
+        values = tflite_tensors(self.source, images, self._tensors)
+
+        def run(emit: Callable[[str, np.ndarray], None]) -> None:
+            for name in list(values):
+                emit(name, values.pop(name))
+
+        return run
+
+
+def _layer_taps(checkpoint: TFLiteCheckpoint, config: EfficientDetConfig) -> Iterator[tuple[str, int]]:
+    """Tap → tensor, by the scope of each convolution's batch norm."""
+    blocks = {f"{config.backbone.name}/blocks_{i}": block for i, block in enumerate(config.backbone.blocks)}
+    for layer in checkpoint.layers:
+        scope, _, leaf = (layer.bn or "").rpartition("/")
+        output = layer.convolution.output
+        if scope.startswith("fpn_cells/") and leaf == "bn" and "/op_after_combine" in scope:
+            yield scope.rpartition("/")[0], output
+        elif scope.endswith("/stem"):
+            yield scope, output
+        elif scope in blocks:
+            yield layer.bn or "", output
+            is_last = leaf.endswith("_2" if blocks[scope].expand_ratio != 1 else "_1")
+            if is_last and not blocks[scope].has_residual:
+                yield scope, output
 
 
 def tflite_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str, np.ndarray]:

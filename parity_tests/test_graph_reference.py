@@ -1,0 +1,342 @@
+"""Graphs as references: Google's own, carried in goldens/, and any configuration's built here."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from parity_tests.configs import configs
+from parity_tests.conftest import GOLDENS
+from parity_tests.recordings import golden_recording, normalise
+from parity_tests.test_cli_verify import verify
+from parity_tests.test_object_graph import SHALLOW, tiny
+from parity_tests.tflite_files import TINY, golden
+from porting.checkpoint import open_checkpoint
+from porting.checkpoint.tflite import TFLiteCheckpoint
+from porting.checkpoint.writer import write_bundle
+from porting.convert import apply_rules
+from porting.errors import PortingError
+from porting.names import EMA_SUFFIX
+from porting.parity import ParityResult, compare, graph_reference
+from porting.parity.graph_reference import open_meta, open_saved_model
+from porting.parity.graph_taps import find_taps
+from porting.parity.references import FileReference, open_reference
+from porting.parity.tflite_reference import TFLiteReference
+from porting.rules import rules, taps
+from pytorch_model.config import BackboneConfig, EfficientDetConfig, model_config
+from pytorch_model.efficientdet import EfficientDet
+from tf_reference.synthetic import synthetic_image, synthetic_variables
+from tf_reference.variables import variable_shapes
+
+pytestmark = pytest.mark.usefixtures("tensorflow")
+
+Variables = dict[str, np.ndarray]
+
+#: How Google's code was configured for each golden graph, see goldens/make_graphs.py.
+GRAPHS: dict[str, tuple[str, dict[str, Any]]] = {
+    "d0": ("efficientdet-d0", {}),
+    "lite0_keras": ("efficientdet-lite0", {}),
+    "d0_variants": (
+        "efficientdet-d0",
+        {
+            "conv_after_downsample": True,
+            "fpn_weight_method": "attn",
+            "act_type": "hswish",
+            "survival_prob": 0.8,
+        },
+    ),
+    "d7x": ("efficientdet-d7x", {}),
+}
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    path = folder / "model.meta"
+    path.write_bytes(gzip.decompress((GOLDENS / f"graph-{name}.meta.gz").read_bytes()))
+    return path
+
+
+def compared(
+    reference: FileReference,
+    config: EfficientDetConfig,
+    variables: Variables,
+    images: np.ndarray,
+    sabotage: Callable[[EfficientDet], None] = lambda model: None,
+) -> ParityResult:
+    model = EfficientDet(config).eval()
+    model.load_state_dict(apply_rules(rules(config), variables))
+    sabotage(model)
+    return compare(model, reference.on(images), images, shown=reference.taps)
+
+
+@pytest.fixture
+def d0(tmp_path: Path) -> tuple[Path, EfficientDetConfig, Variables, np.ndarray]:
+    recording = golden_recording("efficientdet-d0")
+    return unpacked("d0", tmp_path), recording.config, recording.variables(), recording.images[:1]
+
+
+# --- Google's graphs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "d7x" else []) for name in GRAPHS]
+)
+def test_google_s_own_graph_at_every_activation(name: str, tmp_path: Path) -> None:
+    model, overrides = GRAPHS[name]
+    config, recording = model_config(model, **overrides), golden_recording(model)
+    reference = open_meta(unpacked(name, tmp_path), config, recording.variables())
+    images = recording.images[:1]
+    assert reference.size == images.shape[1:3]
+    result = compared(reference, config, recording.variables(), images)
+    assert [tap.pair for tap in result.taps] == sorted(
+        taps(config), key=[tap.pair for tap in result.taps].index
+    )
+    assert not result.absent
+    assert result.passed, result.first_divergence
+    worst = result.worst("accumulated")
+    print(f"{name}: {len(result.taps)} taps, accumulated ≤ {worst.accumulated.relative:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "tap"),
+    [
+        ("backbone.blocks.7.se.reduce.bias", "efficientnet-b0/blocks_7/se"),
+        ("bifpn.cells.0.nodes.4.resample.0.bn.weight", "fpn_cells/cell_0/fnode4/resample_0_1_9"),
+        ("box_net.predict.pointwise.bias", "box_outputs/3"),
+    ],
+)
+def test_a_fault_is_found_against_google_s_graph(
+    d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray], parameter: str, tap: str
+) -> None:
+    path, config, variables, images = d0
+
+    def sabotage(model: EfficientDet) -> None:
+        with torch.no_grad():
+            model.get_parameter(parameter).mul_(1.01)
+
+    result = compared(open_meta(path, config, variables), config, variables, images, sabotage)
+    assert result.first_divergence is not None
+    assert result.first_divergence.pair.tap == tap
+
+
+def test_the_graph_computes_with_the_values_it_is_given(
+    d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray],
+) -> None:
+    """Moving averages or raw: whatever the user chose, not what the graph was saved with."""
+    path, config, averages, images = d0
+    raw = {name: value + np.float32(0.01) for name, value in averages.items()}
+    for values in (averages, raw):
+        assert compared(open_meta(path, config, values), config, values, images).passed
+    assert not compared(open_meta(path, config, raw), config, averages, images).passed
+
+
+def test_one_activation_at_a_time_gives_the_same(
+    d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many stretches the graph is run in, to bound the memory."""
+    path, config, variables, images = d0
+    whole = compared(open_meta(path, config, variables), config, variables, images)
+    monkeypatch.setattr(graph_reference, "_AT_ONCE", 200_000)
+    pieces = compared(open_meta(path, config, variables), config, variables, images)
+    assert pieces == whole
+
+
+# --- what cannot be used --------------------------------------------------------------------------------
+
+
+def test_a_training_graph_is_refused(tmp_path: Path) -> None:
+    config = model_config("efficientdet-d0")
+    variables = golden_recording("efficientdet-d0").variables()
+    with pytest.raises(PortingError, match=r"is the graph of a training run .*the batch's own statistics"):
+        open_meta(unpacked("d0_train", tmp_path), config, variables)
+
+
+def test_what_does_not_fit_is_told(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]) -> None:
+    path, config, variables, images = d0
+    with pytest.raises(PortingError, match="built for pictures of 128×128, not 96×96; try --size 128x128"):
+        open_meta(path, config, variables).on(np.zeros((1, 96, 96, 3), np.float32))
+    with pytest.raises(PortingError, match=r"none of the one convolution that reads efficientnet-b1/stem"):
+        open_meta(path, model_config("efficientdet-d1"), variables)
+    with pytest.raises(PortingError, match=r"reads the variable fpn_cells/.* it is another model's graph"):
+        open_meta(path, model_config("efficientdet-d0", max_level=8), variables)
+    reference = open_meta(path, config, variables)
+    reference.variables = {name: name for name in variables if name != "class_net/class-predict/bias"}
+    with pytest.raises(PortingError, match=r"does not show class_outputs/3 \(5 of 10 outputs are missing\)"):
+        reference.on(images)
+    del variables["resample_p6/bn/gamma"]
+    with pytest.raises(PortingError, match=r"reads the variable resample_p6/bn/gamma, which the checkpoint"):
+        open_meta(path, config, variables)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x0a\xff\xff"], ids=["empty", "text", "cut"])
+def test_a_file_that_is_no_graph_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.meta").write_bytes(content)
+    with pytest.raises(PortingError, match=r"model\.meta (is not a graph|has none of the one convolution)"):
+        open_meta(tmp_path / "model.meta", model_config("efficientdet-d0"), {})
+
+
+def test_a_missing_graph_is_told(tmp_path: Path) -> None:
+    config, values = small(), synthetic_variables(small())
+    write_bundle(tmp_path / "model", values)
+    with open_checkpoint(tmp_path) as checkpoint:
+        for kind, message in [
+            ("meta", r"there is no .*model\.meta, the graph that TensorFlow saves .* give one with --graph"),
+            ("savedmodel", "is not a SavedModel .*; give the folder of one with --graph"),
+            ("tflite", "is not a TFLite file; give the one to compare with by --graph"),
+        ]:
+            with pytest.raises(PortingError, match=message):
+                open_reference(kind, checkpoint, None, config, values)
+        with pytest.raises(PortingError, match=r"cannot read .*: No such file or directory; check --graph"):
+            open_reference("meta", checkpoint, tmp_path / "other.meta", config, values)
+        with pytest.raises(PortingError, match="is not the folder of a SavedModel"):
+            open_reference("savedmodel", checkpoint, tmp_path / "x", config, values)
+
+
+# --- any configuration ----------------------------------------------------------------------------------
+
+
+def small(**overrides: Any) -> EfficientDetConfig:
+    backbone = BackboneConfig("efficientnet-b0", 8, SHALLOW)
+    return tiny(**{"backbone": backbone, "image_size": (128, 96), **overrides})
+
+
+def built(tf: Any, config: EfficientDetConfig, values: Variables) -> tuple[Any, dict[str, Any]]:
+    """The network in a TensorFlow 1 graph over variables of AutoML's names: (graph, tap → tensor)."""
+    from tf_reference.efficientdet import efficientdet
+
+    v1, seen = tf.compat.v1, {}
+
+    def tap(name: str, x: Any) -> Any:
+        seen[name] = x
+        return x
+
+    graph = tf.Graph()
+    with graph.as_default():
+        placed = {name: v1.get_variable(name, initializer=value) for name, value in values.items()}
+        images = v1.placeholder(tf.float32, [1, *config.image_size, 3], "whatever")
+        efficientdet({name: tf.convert_to_tensor(v) for name, v in placed.items()}, config, images, tap)
+    return graph, seen
+
+
+@settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=configs())
+def test_taps_are_the_tensors_they_should_be(tensorflow: Any, config: EfficientDetConfig) -> None:
+    values = {name: np.zeros(shape, np.float32) for name, shape in variable_shapes(config).items()}
+    graph, seen = built(tensorflow, config, values)
+    found = find_taps(graph, {name: name for name in values}, config)
+    for name, tensor in found.items():
+        assert tensor is seen[name], name
+    absent = seen.keys() - found.keys()
+    if config.conv_bn_act_pattern:  # a node's end cannot be told there
+        absent = {name for name in absent if not name.rpartition("/")[2].startswith("fnode")}
+    if len(config.bifpn_nodes) == 2:  # two levels
+        absent = {name for name in absent if not name.startswith("resample_p")}
+    assert not absent
+
+
+def test_absent_activations_are_counted_and_outputs_compared(tensorflow: Any, tmp_path: Path) -> None:
+    config = small(conv_bn_act_pattern=True)
+    values = synthetic_variables(config)
+    graph, _ = built(tensorflow, config, values)
+    meta = tensorflow.compat.v1.MetaGraphDef(graph_def=graph.as_graph_def())
+    (tmp_path / "model.meta").write_bytes(meta.SerializeToString())
+    reference = open_meta(tmp_path / "model.meta", config, values)
+    images = normalise(synthetic_image(*config.image_size)[None], config)
+    result = compared(reference, config, values, images)
+    assert result.passed, result.first_divergence
+    assert set(result.absent) == {pair.tap for pair in taps(config)} - {tap.pair.tap for tap in result.taps}
+    assert result.absent
+    assert all("fnode" in name for name in result.absent)
+    assert {tap.pair.tap for tap in result.taps if "_outputs/" in tap.pair.tap} == {
+        f"{kind}_outputs/{level}" for kind in ("class", "box") for level in config.levels
+    }
+    print(f"{len(result.taps)} compared, {len(result.absent)} absent")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_saved_models(tensorflow: Any, tmp_path: Path, version: int) -> None:
+    """Written by TensorFlow 1's builder, and by TensorFlow 2, where the names of variables are lost."""
+    from tf_reference.efficientdet import efficientdet
+
+    tf, v1, config = tensorflow, tensorflow.compat.v1, small()
+    values = synthetic_variables(config)
+    values["box_net/box-0/bias"][:] = 0  # the same values as another variable
+    values["class_net/class-0/bias"][:] = 0
+    if version == 1:
+        graph, _ = built(tf, config, values)
+        with graph.as_default(), v1.Session(graph=graph) as session:
+            session.run(v1.global_variables_initializer())
+            builder = v1.saved_model.Builder(str(tmp_path / "export"))
+            builder.add_meta_graph_and_variables(session, ["serve"])
+            builder.save()
+        with open_checkpoint(tmp_path / "export") as checkpoint:
+            reference = open_reference("savedmodel", checkpoint, None, config, values)
+    else:
+        module = tf.Module()
+        module.held = {name.replace("/", "|"): tf.Variable(x, name=name) for name, x in values.items()}
+
+        def serve(images: Any) -> Any:
+            tensors = {name: tf.convert_to_tensor(module.held[name.replace("/", "|")]) for name in values}
+            classes, boxes = efficientdet(tensors, config, images)
+            return {f"{i}": x for i, x in enumerate([*classes, *boxes])}
+
+        spec = tf.TensorSpec([1, *config.image_size, 3], tf.float32)
+        served = tf.function(serve, input_signature=[spec])
+        tf.saved_model.save(module, str(tmp_path / "export"), signatures=served)
+        reference = open_saved_model(tmp_path / "export", config, values)
+    images = normalise(synthetic_image(*config.image_size)[None], config)
+    result = compared(reference, config, values, images)
+    assert result.passed, result.first_divergence
+    print(f"TensorFlow {version}: {len(result.taps)} compared, {len(result.absent)} absent")
+    assert len(result.absent) <= (0 if version == 1 else 2)
+
+
+# --- TFLite ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "int8"])
+def test_tflite_files(kind: str) -> None:
+    reference = TFLiteReference(golden(kind), TINY)
+    variables = dict(TFLiteCheckpoint(golden(kind)))
+    images = normalise(synthetic_image(*TINY.image_size)[None], TINY)
+    result = compared(reference, TINY, variables, images)
+    assert reference.exact == (kind == "float32")
+    assert result.passed == reference.exact
+    assert {pair.tap for pair in taps(TINY) if pair.output is not None} <= reference.taps
+    assert any("blocks_" in name for name in reference.taps)
+    print(
+        f"{kind}: {len(result.taps)} compared, worst {result.worst('accumulated').accumulated.relative:.1e}"
+    )
+
+
+# --- the command line -----------------------------------------------------------------------------------
+
+
+def test_command_line(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]) -> None:
+    meta, _, variables, _ = d0
+    folder = meta.parent
+    raw = {name: value + np.float32(0.01) for name, value in variables.items()}
+    write_bundle(folder / "model", {**raw, **{name + EMA_SUFFIX: x for name, x in variables.items()}})
+    options = ("--reference", "meta", "--raw", "--json", "--report", "out")
+    done = verify("--ckpt", folder, *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["passed"]
+    assert summary["reference"] == str(folder / "model.meta")
+    assert (summary["float32"]["activations"], summary["float32"]["absent"]) == (227, 0)
+    assert "float64" not in summary
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["metadata"]["reference"] == str(folder / "model.meta")
+    shutil.copy(unpacked("d0_train", folder), folder / "train.meta")
+    done = verify("--ckpt", folder, "--reference", "meta", "--graph", "train.meta", cwd=folder)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "is the graph of a training run" in done.stderr
