@@ -116,7 +116,7 @@ def release(arguments: argparse.Namespace, console: Console) -> int:
     import tensorflow
 
     report = Report(
-        results=(outcome.exact, outcome.rounded),
+        results=outcome.results,
         config=conversion.config,
         metadata={
             "source": source,

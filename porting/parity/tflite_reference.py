@@ -30,7 +30,7 @@ class TFLiteReference:
     def __init__(self, path: str | os.PathLike[str], config: EfficientDetConfig) -> None:
         self.source = str(path)
         checkpoint = TFLiteCheckpoint(path)
-        image_size: tuple[int, int] = checkpoint.hparams["image_size"]
+        image_size: tuple[int, int] = checkpoint.settings["image_size"]
         self.size = image_size
         self.exact = {layer.convolution.kernel.dtype for layer in checkpoint.layers} == {np.dtype(np.float32)}
         found = {**dict(_layer_taps(checkpoint, config)), **checkpoint.outputs}
