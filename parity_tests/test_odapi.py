@@ -411,6 +411,15 @@ def test_the_pipelines_settings(tmp_path: Path) -> None:
     assert not any(line.startswith(("anchor scale", "image size")) for line in inference.assumed)
 
 
+def test_an_image_size_that_is_no_square(tmp_path: Path) -> None:
+    square = "keep_aspect_ratio_resizer { min_dimension: 512 max_dimension: 512 }"
+    text = pipeline_text()
+    assert square in text
+    path = tmp_path / "pipeline.config"
+    path.write_text(text.replace(square, "fixed_shape_resizer { width: 640 height: 480 }"))
+    assert read_pipeline(path).image_size == (480, 640)
+
+
 def test_training_state(tmp_path: Path) -> None:
     """A checkpoint of the API's trainer: step, momentum, averages; all in the order of their variables."""
     config = d0()
