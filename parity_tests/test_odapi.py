@@ -27,7 +27,7 @@ from porting.checkpoint.odapi import ENDPOINTS, read_layout
 from porting.checkpoint.pipeline_config import read_pipeline
 from porting.checkpoint.writer import write_bundle
 from porting.convert import choose_variables, convert
-from porting.errors import CheckpointError
+from porting.errors import CheckpointError, ConversionError
 from porting.infer import infer_config
 from porting.names import EMA_SUFFIX
 from pytorch_model.anchors import decode_boxes, generate_anchors
@@ -384,6 +384,20 @@ def test_deeper_backbones_are_another_network(
     assert config.backbone.endpoints == endpoints
     assert result.coverage.unused_count == 0
     assert set(result.state_dict) == set(EfficientDet(config).state_dict())
+
+
+def test_the_backbones_name_may_be_given_too(tmp_path: Path) -> None:
+    """AutoML's own yaml files always name it; the blocks the detector leaves out are no contradiction."""
+    whole = model_config("efficientdet-d1", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
+    pipeline = pipeline_text(extractor="ssd_efficientnet-b1_bifpn_keras")
+    with open_checkpoint(model_folder(tmp_path, stored(whole), pipeline)) as checkpoint:
+        about = checkpoint.shapes, checkpoint.source
+        found = infer_config(*about, settings=checkpoint.settings)
+        named = infer_config(*about, {"backbone": whole.backbone}, checkpoint.settings)
+        assert named.config == found.config
+        other = {"backbone": model_config("efficientdet-d3").backbone}
+        with pytest.raises(ConversionError, match=r"backbone is efficientnet-b3 .* say efficientnet-b1"):
+            infer_config(*about, other, checkpoint.settings)
 
 
 def test_where_the_pyramid_comes_from() -> None:

@@ -65,6 +65,8 @@ def infer_config(
     found = _Structure(model).read()
     if endpoints:
         found["backbone"] = found["backbone"].ending_at(endpoints)
+        if "backbone" in overrides:
+            given["backbone"] = overrides["backbone"] = overrides["backbone"].ending_at(endpoints)
     for key, value in overrides.items():
         if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
             raise ConversionError(
