@@ -370,6 +370,8 @@ def test_results_take_the_categories_ids() -> None:
     expected = {"image_id": "a", "bbox": [1.0, 2.0, 3.0, 6.0]}
     assert to_results("a", found, {3: 0}) == [{**expected, "category_id": 0, "score": 0.75}]
     assert [row["category_id"] for row in to_results("a", found)] == [3, 2]
+    found["boxes"][0, 2] = torch.inf
+    assert [row["category_id"] for row in to_results("a", found)] == [2]
 
 
 def test_test_dev_files() -> None:

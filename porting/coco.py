@@ -250,11 +250,14 @@ def to_results(
 ) -> list[Result]:
     """One picture's detections (``boxes`` xyxy, ``scores``, ``labels``) as lines of a COCO results file.
 
-    ``categories``: class id → category id; detections of classes without one are left out.
+    ``categories``: class id → category id; detections of classes without one are left out, and boxes that
+    are not finite (a network gone wild), which JSON cannot hold.
     """
-    left, top, right, bottom = detections["boxes"].cpu().unbind(1)
-    boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1).tolist()
-    rows = zip(boxes_xywh, detections["scores"].tolist(), detections["labels"].tolist(), strict=True)
+    left, top, right, bottom = detections["boxes"].unbind(1)
+    boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1)
+    finite = boxes_xywh.isfinite().all(dim=1)
+    parts = (boxes_xywh, detections["scores"], detections["labels"])
+    rows = zip(*(part[finite].tolist() for part in parts), strict=True)
     return [
         {
             "image_id": image_id,

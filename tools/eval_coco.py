@@ -308,6 +308,13 @@ def draw(
         if arguments.reference != "tflite":
             verdict = "[green bold]passed[/]" if parity.passed else "[red bold]FAILED[/]"
             console.print(f"{verdict} detection parity: AP {parity.ap:.4f}, must be 1.000", soft_wrap=True)
+        if parity.saturated and not parity.passed:
+            console.print(
+                f"{parity.saturated} of the reference's scores round to 1, so their order is chance: these "
+                "weights were not made for such pictures, and detections cannot prove them; verify.py can",
+                style="yellow",
+                soft_wrap=True,
+            )
     print_notes(console, dataset.notes, outcome.unreadable, len(outcome.resized))
 
 
