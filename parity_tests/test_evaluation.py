@@ -28,7 +28,7 @@ from porting.coco import (
     server_results,
     to_results,
 )
-from porting.errors import OutputError, PortingError
+from porting.errors import OutputError
 from porting.evaluation import nms_and_size
 from porting.hparams import read_hparams
 from porting.labels import COCO_NAMES
@@ -644,13 +644,14 @@ def test_a_reference_beside_it(
     assert not read(tmp_path / "raw/metrics.json")["detection_parity"]["passed"]
 
 
-def test_a_tflite_reference(tensorflow: object, coco: Path, tmp_path: Path) -> None:
+def test_a_tflite_reference(
+    tensorflow: object, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The carried float file: its port finds what the file, run by TensorFlow Lite, finds."""
     from parity_tests.conftest import GOLDENS
     from porting.checkpoint.tflite import TFLiteCheckpoint
     from porting.convert import convert
     from porting.infer import infer_config
-    from porting.parity.reference_networks import tflite_network
 
     file = GOLDENS / "tiny-lite-float32.tflite"
     checkpoint = TFLiteCheckpoint(file)
@@ -667,8 +668,10 @@ def test_a_tflite_reference(tensorflow: object, coco: Path, tmp_path: Path) -> N
     print(parity)
     assert parity["passed"]
     assert parity["score_largest"] <= 1e-4
-    with pytest.raises(PortingError, match="takes images of"):
-        tflite_network(file, (64, 64))
+    assert "passed detection parity" in capsys.readouterr().out
+    more = ["--reference", "tflite", "--ckpt", str(file), "--hparams", "image_size=64"]
+    assert run(path, coco, tmp_path / "other", *more) == 2
+    assert "takes pictures of 96×72; give --hparams image_size=72x96" in capsys.readouterr().err
 
 
 def test_help_has_examples() -> None:

@@ -28,11 +28,15 @@ from pytorch_model.preprocess import DecodedImage, ImageError
 
 @dataclass(frozen=True)
 class Stream:
-    """One network under evaluation. ``network`` None is the detector's own model."""
+    """One network under evaluation. ``network`` None is the detector's own model.
+
+    ``exact``: it computes in float32, so that its detections can be asked to be ours.
+    """
 
     name: str
     network: Network | None
     shards: Shards
+    exact: bool = True
 
 
 @dataclass

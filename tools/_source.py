@@ -64,14 +64,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_reference_options(parser: argparse.ArgumentParser) -> None:
+def add_reference_options(parser: argparse._ActionsContainer, default: str | None = OPS) -> None:
     """``--reference``, ``--graph``."""
     parser.add_argument(
         "--reference",
         choices=KINDS,
-        default=OPS,
-        help="what to compare with: AutoML's network rebuilt in plain operations (ops, the default); the "
-        "graph saved with the checkpoint (meta); an exported model (savedmodel); a Lite file (tflite)",
+        default=default,
+        help=f"what to compare with (default: {default or 'nothing'}): AutoML's network rebuilt in plain "
+        "operations (ops); the graph saved with the checkpoint (meta); an exported model (savedmodel); a "
+        "Lite file (tflite)",
     )
     parser.add_argument(
         "--graph",

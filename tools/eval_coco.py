@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from porting.parity.detections import DetectionParity, compare_detections
 from porting.processes import Processes, joined
 from porting.shards import Shards
 from pytorch_model import load_model
-from pytorch_model.detector import TTA, Detector, Network
+from pytorch_model.detector import TTA, Detector
 from pytorch_model.preprocess import DECODERS
 
 EXAMPLES = f"""
@@ -58,12 +58,11 @@ examples:
 The folder --out receives detections.json and, with --reference, reference_detections.json (COCO results),
 metrics.json, and shards/, which a run that was interrupted goes on from: start it again as it was.
 A reference sees the same decoded and resized pictures, and its outputs go through the same suppression.
-Exit status 1 also where pictures could not be read, and where detections differ from those of --reference
-ops or savedmodel (a quantised TFLite file differs by nature).
+Exit status 1 also where pictures could not be read, and where detections differ from the reference's (but
+those of a quantised TFLite file, which differ by nature).
 
 {_cli.EXIT_CODES}
 """
-REFERENCES = ("ops", "savedmodel", "tflite")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     data.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     reference = parser.add_argument_group("reference")
-    reference.add_argument("--reference", choices=REFERENCES, help="also run this, and show the difference")
+    _source.add_reference_options(reference, default=None)
     _source.add_checkpoint_options(reference, required=False)
     reference.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
     how = parser.add_argument_group("how")
@@ -155,27 +154,41 @@ def build_streams(
     of_ours = settings(detector, dataset, size, categories, file_digest(arguments.weights))
     streams = [Stream("ours", None, Shards(shards, "ours", of_ours))]
     if arguments.reference:
-        network, digest = reference_network(arguments, console, detector)
-        of_reference = {**of_ours, "reference": arguments.reference, "weights": digest}
-        streams.append(Stream("reference", network, Shards(shards, "reference", of_reference)))
+        streams.append(reference_stream(arguments, console, detector, of_ours))
     return streams
 
 
-def reference_network(
-    arguments: argparse.Namespace, console: Console, detector: Detector
-) -> tuple[Network, str]:
-    """The reference, and a digest of its weights. Raises :class:`PortingError` where it cannot be run."""
-    from porting.parity.reference_networks import ops_network, require_tensorflow, tflite_network
+def reference_stream(
+    arguments: argparse.Namespace, console: Console, detector: Detector, of_ours: Mapping[str, Any]
+) -> Stream:
+    """Raises :class:`PortingError` where the reference cannot be run or is of another network."""
+    from _verify import chosen_reference, require_tensorflow
+
+    from porting.parity.reference_networks import file_network, ops_network
 
     require_tensorflow()
-    if arguments.reference == "tflite":
-        path = Path(arguments.ckpt)
-        return tflite_network(path, detector.image_size), file_digest(path)
-    if arguments.reference == "savedmodel":
-        raise ConfigError("--reference savedmodel is not there yet; use ops")
+    config = detector.model.config
     with _source.open_checkpoint(arguments, console, arguments.out) as checkpoint:
-        conversion = convert(checkpoint, detector.model.config, raw=arguments.raw)
-    return ops_network(conversion.variables, conversion.config), conversion.digest
+        conversion = convert(checkpoint, config, raw=arguments.raw)
+        reference = chosen_reference(arguments, checkpoint, conversion)
+    digests, exact = [conversion.digest], True
+    if reference is None:
+        network = ops_network(conversion.variables, config)
+    else:
+        network, exact = file_network(reference, config), reference.exact
+        digests += [file_digest(file) for file in files_of(Path(reference.source))]
+        if reference.size not in (None, detector.image_size):
+            height, width = reference.size
+            raise ConfigError(
+                f"{reference.source} takes pictures of {height}×{width}; give --hparams "
+                f"image_size={width}x{height} to see both at that size"
+            )
+    settings_ = {**of_ours, "reference": arguments.reference, "weights": digests}
+    return Stream("reference", network, Shards(arguments.out / "shards", "reference", settings_), exact)
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def prepare_output(arguments: argparse.Namespace, streams: Sequence[Stream]) -> None:
@@ -236,7 +249,10 @@ def report(
     parity = compare_detections(ours, reference) if reference is not None else None
     metrics = summarise(arguments, streams, outcome, evaluations, parity)
     save_json(arguments.out / "metrics.json", metrics)
-    draw(arguments, console, detector, dataset, outcome, evaluations, parity)
+    draw(arguments, console, detector, dataset, outcome, evaluations)
+    if parity:
+        draw_parity(console, parity, streams[1].exact)
+    print_notes(console, dataset.notes, outcome.unreadable, len(outcome.resized))
     console.print(
         f"{len(outcome.evaluated)} pictures, {seconds:.1f} s; wrote {arguments.out}",
         markup=False,
@@ -245,7 +261,7 @@ def report(
     if arguments.json:
         json.dump(metrics, sys.stdout, indent=2)
         print()
-    failed = parity is not None and arguments.reference != "tflite" and not parity.passed
+    failed = parity is not None and streams[1].exact and not parity.passed
     return _cli.EXIT_FAILED if failed or outcome.unreadable else 0
 
 
@@ -281,7 +297,6 @@ def draw(
     dataset: Dataset,
     outcome: Outcome,
     evaluations: dict[str, Evaluation],
-    parity: DetectionParity | None,
 ) -> None:
     decoders = ", ".join(f"{name} ({count})" for name, count in outcome.decoders.items())
     height, width = detector.image_size
@@ -303,19 +318,22 @@ def draw(
             console.print(per_class_table(ours, reference, dataset.categories))
     else:
         console.print(f"{dataset.annotations.name} holds no annotations: no figures", markup=False)
-    if parity:
-        console.print(parity_table(parity))
-        if arguments.reference != "tflite":
-            verdict = "[green bold]passed[/]" if parity.passed else "[red bold]FAILED[/]"
-            console.print(f"{verdict} detection parity: AP {parity.ap:.4f}, must be 1.000", soft_wrap=True)
-        if parity.saturated and not parity.passed:
-            console.print(
-                f"{parity.saturated} of the reference's scores round to 1, so their order is chance: these "
-                "weights were not made for such pictures, and detections cannot prove them; verify.py can",
-                style="yellow",
-                soft_wrap=True,
-            )
-    print_notes(console, dataset.notes, outcome.unreadable, len(outcome.resized))
+
+
+def draw_parity(console: Console, parity: DetectionParity, exact: bool) -> None:
+    console.print(parity_table(parity))
+    if not exact:
+        console.print("no verdict: the reference is quantised, and its rounding is part of what it is")
+        return
+    verdict = "[green bold]passed[/]" if parity.passed else "[red bold]FAILED[/]"
+    console.print(f"{verdict} detection parity: AP {parity.ap:.4f}, must be 1.000", soft_wrap=True)
+    if parity.saturated and not parity.passed:
+        console.print(
+            f"{parity.saturated} of the reference's scores round to 1, so their order is chance: these "
+            "weights were not made for such pictures, and detections cannot prove them; verify.py can",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
 def save_json(path: Path, content: Any) -> None:

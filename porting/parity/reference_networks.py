@@ -7,25 +7,14 @@ Each takes float32 [N, 3, H, W], normalised, and returns (class_outputs, box_out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from porting.errors import PortingError
+from porting.parity.references import FileReference
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detector import Network
-
-
-def require_tensorflow() -> None:
-    """Raises :class:`PortingError` where TensorFlow is not installed."""
-    try:
-        import tensorflow  # noqa: F401
-    except ImportError:
-        raise PortingError(
-            "a reference needs TensorFlow, which is not installed: pip install -e '.[tensorflow]'"
-        ) from None
 
 
 def ops_network(
@@ -48,21 +37,20 @@ def ops_network(
     return network
 
 
-def tflite_network(path: Path, image_size: tuple[int, int]) -> Network:
-    """A TFLite file run by TensorFlow Lite's interpreter, rounding and all. Imports TensorFlow.
-
-    Raises :class:`PortingError` for a file that is no EfficientDet-Lite, or of another ``image_size``.
-    """
-    from porting.parity.tflite_reference import tflite_outputs
-
-    tflite_outputs(path, np.zeros((1, *image_size, 3), np.float32))  # refused before long work
+def file_network(reference: FileReference, config: EfficientDetConfig) -> Network:
+    """A network in a file: a saved graph, a SavedModel, a TFLite file with its own rounding."""
+    wanted = [[f"{kind}_outputs/{level}" for level in config.levels] for kind in ("class", "box")]
 
     def network(images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        outputs = tflite_outputs(path, _to_nhwc(images))
-        levels = sorted(int(name.partition("/")[2]) for name in outputs if name.startswith("class_outputs/"))
+        shown: dict[str, np.ndarray] = {}
+
+        def take(name: str, value: np.ndarray) -> None:
+            if name.startswith(("class_outputs/", "box_outputs/")):
+                shown[name] = value
+
+        reference.on(_to_nhwc(images))(take)
         class_outputs, box_outputs = (
-            _from_nhwc([outputs[f"{kind}_outputs/{level}"] for level in levels], images.device)
-            for kind in ("class", "box")
+            _from_nhwc([shown[name] for name in names], images.device) for names in wanted
         )
         return class_outputs, box_outputs
 
