@@ -674,6 +674,36 @@ def test_a_tflite_reference(
     assert "takes pictures of 96×72; give --hparams image_size=72x96" in capsys.readouterr().err
 
 
+def test_a_saved_model_as_reference(
+    tensorflow: Any, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network that TensorFlow saved finds what its port finds, and another's does not."""
+    from parity_tests.test_graph_reference import built, small
+    from porting.convert import apply_rules
+    from porting.rules import rules
+    from tf_reference.synthetic import synthetic_variables
+
+    v1, config = tensorflow.compat.v1, small()
+    for seed, folder in enumerate(("mine", "other")):
+        graph, _ = built(tensorflow, config, synthetic_variables(config, seed))
+        with graph.as_default(), v1.Session(graph=graph) as session:
+            session.run(v1.global_variables_initializer())
+            builder = v1.saved_model.Builder(str(tmp_path / folder))
+            builder.add_meta_graph_and_variables(session, ["serve"])
+            builder.save()
+    path = tmp_path / "small.safetensors"
+    write_weights(path, apply_rules(rules(config), synthetic_variables(config)), config, {})
+    categories = [{"id": i, "name": f"c{i}"} for i in range(1, config.num_classes + 1)]
+    rewrite(coco, lambda data: data.update(categories=categories, annotations=[]))
+    reference = ["--reference", "savedmodel", "--ckpt", str(tmp_path / "mine")]
+    assert run(path, coco, tmp_path / "out", *reference) == 0
+    assert "passed detection parity" in capsys.readouterr().out
+    assert run(path, coco, tmp_path / "out", *reference, "--graph", str(tmp_path / "other")) == 2
+    assert "weights: " in capsys.readouterr().err  # not those of the run that is kept there
+    assert run(path, coco, tmp_path / "no", *reference, "--graph", str(tmp_path / "other")) == 1
+    assert "FAILED detection parity" in capsys.readouterr().out
+
+
 def test_help_has_examples() -> None:
     done = subprocess.run(
         [sys.executable, eval_coco.__file__, "--help"], capture_output=True, text=True, check=False

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from porting.errors import PortingError
 from porting.parity.references import FileReference
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detector import Network
@@ -38,7 +39,12 @@ def ops_network(
 
 
 def file_network(reference: FileReference, config: EfficientDetConfig) -> Network:
-    """A network in a file: a saved graph, a SavedModel, a TFLite file with its own rounding."""
+    """A network in a file: a saved graph, a SavedModel, a TFLite file with its own rounding.
+
+    The network raises :class:`PortingError` where the file cannot take as many pictures at once.
+    """
+    import tensorflow as tf
+
     wanted = [[f"{kind}_outputs/{level}" for level in config.levels] for kind in ("class", "box")]
 
     def network(images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
@@ -48,7 +54,13 @@ def file_network(reference: FileReference, config: EfficientDetConfig) -> Networ
             if name.startswith(("class_outputs/", "box_outputs/")):
                 shown[name] = value
 
-        reference.on(_to_nhwc(images))(take)
+        try:
+            reference.on(_to_nhwc(images))(take)
+        except (ValueError, tf.errors.OpError) as error:
+            raise PortingError(
+                f"TensorFlow cannot run {reference.source} on {len(images)} pictures at once "
+                f"({str(error).splitlines()[0]}); try --batch-size 1"
+            ) from None
         class_outputs, box_outputs = (
             _from_nhwc([shown[name] for name in names], images.device) for names in wanted
         )
