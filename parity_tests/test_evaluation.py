@@ -285,6 +285,8 @@ BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "category twice": (lambda data: data["categories"].append(CATEGORIES[0]), "two entries for category 1"),
     "half a box": (lambda data: data["annotations"][0].update(bbox=[1, 2]), "the bbox of annotation 1"),
     "text for a side": (lambda data: data["annotations"][0].update(bbox=[1, 2, "3", 4]), "four numbers"),
+    "no crowd": (lambda data: data["annotations"][0].update(iscrowd=None), "the iscrowd of annotation 1"),
+    "no area": (lambda data: data["annotations"][0].update(area="3"), "the area of annotation 1 is '3'"),
     "no category": (lambda data: data["annotations"][4].pop("category_id"), "lacks 'category_id'"),
     "other pictures": (
         lambda data: [image.update(file_name="x" + image["file_name"]) for image in data["images"]],

@@ -631,6 +631,11 @@ def test_defaults_are_the_apis(tmp_path: Path) -> None:
     assert pipeline.image_size is None
 
 
+def test_an_empty_list_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.config").write_text(pipeline_text(box_coder="y_scale: [] x_scale: 2"))
+    assert read_pipeline(tmp_path / "pipeline.config").box_scales == (10, 2, 5, 5)
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -651,6 +656,7 @@ def test_defaults_are_the_apis(tmp_path: Path) -> None:
         (pipeline_text(num_classes="{}"), r"model\.ssd\.num_classes is a message"),
         (pipeline_text(anchor_scale="nan"), r"anchor_scale is 'nan'"),
         (pipeline_text(ratios="[{}]"), r"aspect_ratios is a message"),
+        (pipeline_text(box_coder="y_scale: {}"), r"y_scale is a message"),
     ],
 )
 def test_bad_pipelines(tmp_path: Path, text: str, reason: str) -> None:

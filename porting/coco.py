@@ -162,6 +162,11 @@ def _check_annotation(entry: Mapping[str, Any]) -> None:
     box = entry["bbox"]
     if len(box) != 4 or not all(type(side) in (int, float) and np.isfinite(side) for side in box):
         raise ValueError(f"the bbox of annotation {entry.get('id')} is {box}, not four numbers")
+    if entry.get("iscrowd", 0) not in (0, 1):
+        raise ValueError(f"the iscrowd of annotation {entry.get('id')} is {entry['iscrowd']!r}, not 0 or 1")
+    area = entry.get("area", 0)
+    if type(area) not in (int, float) or not np.isfinite(area):
+        raise ValueError(f"the area of annotation {entry.get('id')} is {area!r}, not a number")
     for key in ("image_id", "category_id"):
         if type(entry[key]) not in (int, str):
             raise TypeError(f"the {key} of annotation {entry.get('id')} is {entry[key]!r}")

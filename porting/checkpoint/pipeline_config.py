@@ -119,7 +119,8 @@ class _Fields(NamedTuple):
 
     def message(self, name: str) -> _Fields:
         """The message ``name``, which must be there unless this is where an EfficientDet can do without."""
-        value = self.fields.get(name, [None])[-1]
+        values = self.fields.get(name)
+        value = values[-1] if values else None  # "name: []" says nothing
         where = f"{self.where}.{name}".lstrip(".")
         if value is None and name in ("bifpn", "post_processing", "image_resizer", "batch_norm"):
             value = {}
@@ -131,7 +132,7 @@ class _Fields(NamedTuple):
         return _Fields(self.path, where, value)
 
     def text(self, name: str, default: str) -> str:
-        value = self.fields.get(name, [default])[-1]
+        value = (self.fields.get(name) or [default])[-1]
         if not isinstance(value, str):
             raise self._wrong(name, "a message")
         return value

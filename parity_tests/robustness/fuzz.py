@@ -1,0 +1,250 @@
+"""Feed damaged files to every reader: ``python -m parity_tests.robustness.fuzz --inputs 10000``.
+
+Each input must be refused with the project's own error, or give exactly what the sound file gives. Formats
+that do not vouch for their bytes (a digit in a YAML file, a pixel) may also give another valid result; that
+is counted apart. Anything else is a fault: another exception, a result that differs where the format has
+checksums, more than 10 seconds, more memory than twice the file, a dead process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import tracemalloc
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from parity_tests.robustness.mutate import mutated, mutated_text
+from parity_tests.robustness.targets import TARGETS, Target
+
+SECONDS = 10.0
+#: What Python's own objects (names, shapes, the network's modules) may take beside the file's bytes.
+OBJECTS = 8 << 20
+
+REFUSED, IDENTICAL, DIFFERENT = "refused", "identical", "different, no checksum in the format"
+FAULTS = ("another exception", "silent difference", "too slow", "too much memory", "process died")
+
+
+@dataclass
+class Tally:
+    """What became of the inputs of one target; ``examples``: (fault, seed, more) of the first faults."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: list[tuple[str, int, str]] = field(default_factory=list)
+
+    @property
+    def faults(self) -> int:
+        return sum(self.counts[fault] for fault in FAULTS)
+
+
+def fuzz(
+    targets: Sequence[Target], inputs: int, seed: int, progress: Any = lambda: None, keep: Path | None = None
+) -> dict[str, Tally]:
+    """Try ``inputs`` damaged files of each of ``targets``; the same ``seed`` damages the same way.
+
+    ``keep``: where the damaged files of faults are put.
+    """
+    tallies = {}
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        for index, target in enumerate(targets):
+            tally = tallies[target.name] = Tally()
+            with _Sample(target, Path(root) / str(index)) as sample:
+                for number in range(seed, seed + inputs):
+                    verdict, more = sample.attempt(number)
+                    tally.counts[verdict] += 1
+                    if verdict in FAULTS:
+                        tally.examples.append((verdict, number, more))
+                        sample.keep(keep, number)
+                    progress()
+    return tallies
+
+
+class _Sample:
+    """One target's sound files, a working copy to damage, and a process that reads it."""
+
+    def __init__(self, target: Target, folder: Path) -> None:
+        self.target = target
+        self.sound, self.damaged = folder / "sound", folder / "damaged"
+        self.sound.mkdir(parents=True)
+        self.path = self.target.make(self.sound).relative_to(self.sound)
+        self.files = sorted(p.relative_to(self.sound) for p in self.sound.rglob("*") if p.is_file())
+        self.files = [file for file in self.files if file.match(target.damaged)]
+        self.size = sum(p.stat().st_size for p in self.sound.rglob("*") if p.is_file())
+        shutil.copytree(self.sound, self.damaged)
+        self.reader: _Reader | None = None
+
+    def __enter__(self) -> _Sample:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.reader:
+            self.reader.stop()
+
+    def start(self) -> None:
+        self.reader = _Reader(self.target.use)
+        status, self.expected, _ = self.reader.read(self.sound / self.path, seconds=120)
+        assert status == "read", f"the sound {self.target.name} is refused: {self.expected}"
+
+    def attempt(self, seed: int) -> tuple[str, str]:
+        """(verdict, more) for the damage that ``seed`` does to one of the files."""
+        rng = random.Random(f"{self.target.name} {seed}")
+        file = rng.choice(self.files)
+        damage = mutated_text if self.target.text and rng.random() < 0.5 else mutated
+        (self.damaged / file).write_bytes(damage((self.sound / file).read_bytes(), rng))
+        assert self.reader is not None
+        try:
+            status, result, peak = self.reader.read(self.damaged / self.path, SECONDS)
+            size = sum(p.stat().st_size for p in self.damaged.rglob("*") if p.is_file())
+        finally:
+            self._repair(file)
+        if status in FAULTS:
+            if not self.reader.alive:
+                self.start()
+            return status, result
+        if peak > 2 * max(size, self.size) + OBJECTS:
+            return "too much memory", f"{peak / 1e6:.1f} MB for a file of {size / 1e6:.1f} MB"
+        if status == REFUSED:
+            return REFUSED, result
+        if result == self.expected:
+            return IDENTICAL, ""
+        return ("silent difference" if self.target.vouched else DIFFERENT), str(file)
+
+    def _repair(self, file: Path) -> None:
+        self.last = (self.damaged / file).read_bytes()
+        shutil.copyfile(self.sound / file, self.damaged / file)
+
+    def keep(self, folder: Path | None, seed: int) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{self.target.name} {seed}").write_bytes(self.last)
+
+
+class _Reader:
+    """A process that reads what it is told to, so that a crash or a hang is seen from outside."""
+
+    def __init__(self, use: Callable[[Path], str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(use, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    @property
+    def alive(self) -> bool:
+        return self.process.is_alive()
+
+    def read(self, path: Path, seconds: float) -> tuple[str, str, int]:
+        """(``"read"``, :data:`REFUSED` or a fault; digest, message or traceback; peak bytes)."""
+        self.connection.send(str(path))
+        try:
+            if self.connection.poll(seconds):
+                answer: tuple[str, str, int] = self.connection.recv()
+                return answer
+        except (EOFError, OSError):
+            self.process.join()
+            return "process died", f"exit code {self.process.exitcode}", 0
+        self.stop()
+        return "too slow", f"no answer in {seconds:g} s", 0
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(use: Callable[[Path], str], connection: Connection) -> None:
+    from porting.errors import PortingError
+
+    warnings.simplefilter("ignore")
+    with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+        while True:
+            path = Path(connection.recv())
+            tracemalloc.start()
+            try:
+                status, result = "read", use(path)
+            except PortingError as error:
+                status, result = REFUSED, str(error)
+                if "\n" in result or len(result) > 2000:
+                    status, result = "another exception", f"not one sentence: {result[:300]!r}"
+            except BaseException:
+                status, result = "another exception", traceback.format_exc(limit=-4)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            connection.send((status, result, peak))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m parity_tests.robustness.fuzz", description=__doc__)
+    parser.add_argument("--inputs", type=int, default=1000, help="damaged files in all (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first damaged file (default: 0)")
+    parser.add_argument("--targets", help=f"comma-separated (default: all): {', '.join(TARGETS)}")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="put the damaged files of faults there")
+    parser.add_argument("--json", action="store_true", help="print the table as JSON on stdout")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    names = arguments.targets.split(",") if arguments.targets else list(TARGETS)
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown:
+        print(f"error: no target is called {unknown[0]}; known: {', '.join(TARGETS)}", file=sys.stderr)
+        return 2
+    each = -(-arguments.inputs // len(names))
+    console = Console(stderr=arguments.json, highlight=False)
+    columns = (TextColumn("damaged files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    start = time.perf_counter()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=each * len(names))
+        tallies = fuzz(
+            [TARGETS[name] for name in names], each, arguments.seed, lambda: bar.advance(task), arguments.keep
+        )
+    draw(console, tallies, time.perf_counter() - start)
+    if arguments.json:
+        json.dump(
+            {name: {"counts": t.counts, "faults": t.examples} for name, t in tallies.items()},
+            sys.stdout,
+            indent=2,
+        )
+        print()
+    return 1 if any(tally.faults for tally in tallies.values()) else 0
+
+
+def draw(console: Console, tallies: dict[str, Tally], seconds: float) -> None:
+    table = Table("reader", "tried", REFUSED, IDENTICAL, "different\n(no checksum)", "anything else")
+    for name, tally in tallies.items():
+        table.add_row(name, *map(str, _row(tally)))
+    table.add_section()
+    table.add_row("all", *(str(sum(column)) for column in zip(*map(_row, tallies.values()), strict=True)))
+    console.print(table)
+    console.print(f"{seconds:.0f} s")
+    for name, tally in tallies.items():
+        for fault, seed, more in tally.examples[:5]:
+            console.print(f"{name}, seed {seed}: {fault}\n{more}", markup=False, style="red")
+
+
+def _row(tally: Tally) -> list[int]:
+    good = [tally.counts[verdict] for verdict in (REFUSED, IDENTICAL, DIFFERENT)]
+    return [tally.counts.total(), *good, tally.faults]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

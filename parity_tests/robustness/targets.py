@@ -1,0 +1,325 @@
+"""Everything that reads what a user brings: a small sound sample of each kind, and how it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from parity_tests.object_trees import VALUE, automl_graph, automl_paths
+from parity_tests.tflite_files import TINY, golden, tiny_variables
+from pytorch_model.config import EfficientDetConfig
+
+
+@dataclass(frozen=True)
+class Target:
+    """``make(folder)`` writes the sample and returns what the reader is pointed at; ``use(path)`` reads it
+    as a command would and digests the result. ``vouched``: the format has checksums over all of its bytes
+    that matter, so damage that is not refused must change nothing. ``text``: half of the damage is done to
+    whole words, which gets deeper than a stray byte."""
+
+    name: str
+    make: Callable[[Path], Path]
+    use: Callable[[Path], str]
+    vouched: bool
+    text: bool = False
+    damaged: str = "*"  # which of the files
+
+
+CONFIG = TINY.replace(fpn_cell_repeats=1, box_class_repeats=1)
+
+
+@cache
+def values() -> Mapping[str, np.ndarray]:
+    return tiny_variables(CONFIG)
+
+
+# --- using -----------------------------------------------------------------------------------------------
+
+
+def convert_checkpoint(path: Path) -> str:
+    """Open, find out what it is, port it."""
+    from porting.checkpoint import open_checkpoint
+    from porting.convert import convert
+    from porting.infer import infer_config
+
+    with open_checkpoint(path) as checkpoint:
+        config = infer_config(checkpoint.shapes, "", settings=checkpoint.settings).config
+        conversion = convert(checkpoint, config)
+    return digest(config, {key: tensor.numpy() for key, tensor in conversion.state_dict.items()})
+
+
+def load_weights(path: Path) -> str:
+    from pytorch_model.weights import load_model
+
+    model = load_model(path)
+    return digest(model.config, {key: tensor.numpy() for key, tensor in model.state_dict().items()})
+
+
+def read_hparams(path: Path) -> str:
+    from porting.hparams import read_hparams
+
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        return "not text"  # the shell would not pass it on either
+    return repr(read_hparams(text))
+
+
+def read_yaml(path: Path) -> str:
+    from porting.hparams import read_hparams
+
+    return repr(read_hparams(str(path)))
+
+
+def read_pipeline(path: Path) -> str:
+    from porting.checkpoint.pipeline_config import read_pipeline
+
+    return repr(read_pipeline(path))
+
+
+def read_coco(path: Path) -> str:
+    from porting.coco import class_to_category, evaluate, read_dataset
+
+    dataset = read_dataset(path)
+    mapping = class_to_category(dataset, 90, None)
+    detections = [
+        {"image_id": picture.id, "category_id": min(dataset.categories), "bbox": [1, 1, 9, 9], "score": 0.5}
+        for picture in dataset.pictures
+    ]
+    evaluation = evaluate(dataset.content, detections, [picture.id for picture in dataset.pictures])
+    return repr((sorted(mapping.items()), evaluation))
+
+
+def decode_image(path: Path) -> str:
+    from pytorch_model.preprocess import preprocess
+
+    batch = preprocess([path], CONFIG, (64, 64), "pillow")
+    return hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
+
+
+def decode_fast(path: Path) -> str:
+    from pytorch_model.preprocess import preprocess
+
+    batch = preprocess([path], CONFIG, (64, 64), "fast-dct")
+    return hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
+
+
+def digest(config: EfficientDetConfig, arrays: Mapping[str, np.ndarray]) -> str:
+    content = hashlib.sha256(repr(config).encode())
+    for key, array in sorted(arrays.items()):
+        content.update(f"{key} {array.dtype} {array.shape}".encode())
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()
+
+
+# --- samples ---------------------------------------------------------------------------------------------
+
+
+def bundle(folder: Path) -> Path:
+    from porting.checkpoint.writer import write_bundle
+    from porting.names import EMA_SUFFIX
+
+    arrays = dict(values())
+    arrays |= {name + EMA_SUFFIX: array + np.float32(0.5) for name, array in values().items()}
+    write_bundle(folder / "model", {**arrays, "global_step": np.array(7, np.int64)})
+    return folder
+
+
+def sharded(folder: Path) -> Path:
+    from porting.checkpoint.writer import write_bundle
+
+    write_bundle(folder / "model.ckpt-7", values(), num_shards=3)
+    return folder
+
+
+def object_based(folder: Path) -> Path:
+    """An object graph is a string, which the project never writes: the entry is put together by hand."""
+    import google_crc32c
+
+    from porting.checkpoint import wire
+    from porting.checkpoint.object_graph import GRAPH_KEY
+    from porting.checkpoint.table import mask_crc, write_table
+    from porting.checkpoint.writer import _entry, _header
+
+    paths, graph = automl_paths(CONFIG), automl_graph(CONFIG)
+    length = len(graph).to_bytes(4, "little")
+    length_crc = mask_crc(google_crc32c.value(length)).to_bytes(4, "little")
+    raw = wire.write_varint(len(graph)) + length_crc + graph
+    crc = mask_crc(google_crc32c.value(length + length_crc + graph))
+    shape = wire.bytes_field(2, b"")
+    entries = {
+        GRAPH_KEY.encode(): wire.int_field(1, 7)
+        + shape
+        + wire.int_field(5, len(raw))
+        + wire.fixed32_field(6, crc)
+    }
+    data = bytearray(raw)
+    for name, path in paths.items():
+        entries[(path + VALUE).encode()] = _entry(values()[name], 0, len(data))
+        data += values()[name].tobytes()
+    table = write_table([(b"", _header(1)), *sorted(entries.items())])
+    (folder / "ckpt-1.index").write_bytes(table)
+    (folder / "ckpt-1.data-00000-of-00001").write_bytes(data)
+    return folder
+
+
+def tar_archive(folder: Path) -> Path:
+    inner = folder / "inner"
+    inner.mkdir()
+    bundle(inner)
+    with tarfile.open(folder / "model.tar.gz", "w:gz", compresslevel=1) as tar:
+        tar.add(inner, "efficientdet-lite0")
+    shutil.rmtree(inner)
+    return folder / "model.tar.gz"
+
+
+def zip_archive(folder: Path) -> Path:
+    inner = folder / "inner"
+    inner.mkdir()
+    bundle(inner)
+    with zipfile.ZipFile(folder / "model.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for path in sorted(inner.iterdir()):
+            archive.write(path, f"efficientdet-lite0/{path.name}")
+    shutil.rmtree(inner)
+    return folder / "model.zip"
+
+
+def saved_model(folder: Path) -> Path:
+    from porting.checkpoint.writer import write_bundle
+
+    write_bundle(folder / "variables" / "variables", values())
+    (folder / "saved_model.pb").write_bytes(b"\x08\x01\x12\x00")
+    return folder
+
+
+def frozen_graph(folder: Path) -> Path:
+    from porting.checkpoint import wire
+
+    graph = b""
+    for name, array in values().items():
+        dimensions = b"".join(wire.bytes_field(2, wire.int_field(1, n)) for n in array.shape)
+        tensor = wire.int_field(1, 1) + wire.bytes_field(2, dimensions) + wire.bytes_field(4, array.tobytes())
+        value = wire.bytes_field(1, b"value") + wire.bytes_field(2, wire.bytes_field(8, tensor))
+        node = wire.bytes_field(1, name.encode()) + wire.bytes_field(2, b"Const") + wire.bytes_field(5, value)
+        graph += wire.bytes_field(1, node)
+    (folder / "frozen.pb").write_bytes(graph)
+    return folder / "frozen.pb"
+
+
+def keras_h5(folder: Path) -> Path:
+    from parity_tests.test_keras_h5 import save_weights
+
+    save_weights(folder / "model.h5", values())
+    return folder / "model.h5"
+
+
+def tflite(kind: str) -> Callable[[Path], Path]:
+    return lambda folder: Path(shutil.copy(golden(kind), folder / "model.tflite"))
+
+
+def weights(suffix: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        import torch
+
+        from pytorch_model.efficientdet import EfficientDet
+        from pytorch_model.weights import write_weights
+
+        torch.manual_seed(0)
+        path = folder / f"model{suffix}"
+        write_weights(path, EfficientDet(CONFIG).state_dict(), CONFIG, {"source": "a sample"})
+        return path
+
+    return make
+
+
+HPARAMS = (
+    "num_classes=20,image_size=640x480,aspect_ratios=[1.0,2.0,0.5],nms_configs.method=hard,act_type=swish"
+)
+YAML = """
+num_classes: 20
+image_size: 640x480
+aspect_ratios: [1.0, 2.0, 0.5]
+mean_rgb: [123.0, 116.0, 103.0]
+nms_configs:
+  method: gaussian
+  max_output_size: 50
+label_map: {1: cat, 2: dog}
+"""
+
+
+def text(name: str, content: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_text(content)
+        return folder / name
+
+    return make
+
+
+def pipeline(folder: Path) -> Path:
+    from parity_tests.test_odapi import pipeline_text
+
+    return text("pipeline.config", pipeline_text())(folder)
+
+
+def coco(folder: Path) -> Path:
+    from PIL import Image
+
+    images = []
+    for number in range(3):
+        Image.new("RGB", (16, 12), (number, 0, 0)).save(folder / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 16, "height": 12})
+    box = {"bbox": [1, 1, 8, 8], "area": 64, "iscrowd": 0, "category_id": 1}
+    content = {
+        "images": images,
+        "annotations": [{"id": n + 1, "image_id": n, **box} for n in range(3)],
+        "categories": [{"id": 1, "name": "person"}, {"id": 18, "name": "dog"}],
+    }
+    (folder / "instances_val.json").write_text(json.dumps(content))
+    return folder
+
+
+def image(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        from PIL import Image
+
+        from tf_reference.synthetic import synthetic_image
+
+        Image.fromarray(synthetic_image(48, 40)).save(folder / name)
+        return folder / name
+
+    return make
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("bundle", bundle, convert_checkpoint, vouched=True),
+        Target("sharded bundle", sharded, convert_checkpoint, vouched=True),
+        Target("object-based", object_based, convert_checkpoint, vouched=True),
+        Target("tar.gz", tar_archive, convert_checkpoint, vouched=True),
+        Target("zip", zip_archive, convert_checkpoint, vouched=True),
+        Target("SavedModel", saved_model, convert_checkpoint, vouched=True),
+        Target("frozen graph", frozen_graph, convert_checkpoint, vouched=False),
+        Target("h5", keras_h5, convert_checkpoint, vouched=False),
+        Target("tflite float32", tflite("float32"), convert_checkpoint, vouched=False),
+        Target("tflite int8", tflite("int8"), convert_checkpoint, vouched=False),
+        Target("safetensors", weights(".safetensors"), load_weights, vouched=True),
+        Target("pth", weights(".pth"), load_weights, vouched=True),
+        Target("hparams text", text("hparams.txt", HPARAMS), read_hparams, vouched=False, text=True),
+        Target("hparams yaml", text("hparams.yaml", YAML), read_yaml, vouched=False, text=True),
+        Target("pipeline.config", pipeline, read_pipeline, vouched=False, text=True),
+        Target("COCO json", coco, read_coco, vouched=False, text=True, damaged="*.json"),
+        Target("JPEG", image("picture.jpg"), decode_image, vouched=False),
+        Target("JPEG, fast DCT", image("picture.jpg"), decode_fast, vouched=False),
+        Target("PNG", image("picture.png"), decode_image, vouched=False),
+    )
+}

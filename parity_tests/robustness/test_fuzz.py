@@ -1,0 +1,115 @@
+"""Damaged files of every kind, some of each; ``python -m parity_tests.robustness.fuzz`` tries more."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.robustness.fuzz import FAULTS, IDENTICAL, REFUSED, _Sample, fuzz
+from parity_tests.robustness.targets import TARGETS, Target
+from porting.errors import CheckpointError
+
+SEED, INPUTS = 20260, 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_damage_is_refused_or_changes_nothing(name: str) -> None:
+    tally = fuzz([TARGETS[name]], INPUTS, SEED)[name]
+    print(f"{name}: {dict(tally.counts)}")
+    assert not tally.faults, tally.examples[:3]
+    assert tally.counts[REFUSED]
+
+
+# The runner itself: each kind of fault is seen.
+
+
+def sample(folder: Path) -> Path:
+    (folder / "file").write_bytes(bytes(range(256)))
+    return folder / "file"
+
+
+def sound(path: Path) -> bool:
+    return path.read_bytes() == bytes(range(256))
+
+
+def raises(path: Path) -> str:
+    return "" if sound(path) else [][1]
+
+
+def differs(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def hangs(path: Path) -> str:
+    if not sound(path):
+        time.sleep(60)
+    return ""
+
+
+def swells(path: Path) -> str:
+    return str(np.zeros(1 if sound(path) else 30 << 20, np.uint8)[0])
+
+
+def dies(path: Path) -> str:
+    if not sound(path):
+        os._exit(11)
+    return ""
+
+
+def talks(path: Path) -> str:
+    if not sound(path):
+        raise CheckpointError("two\nlines")
+    return ""
+
+
+def refuses(path: Path) -> str:
+    if not sound(path):
+        raise CheckpointError("damaged")
+    return ""
+
+
+def same(path: Path) -> str:
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("use", "verdict"),
+    [
+        (raises, "another exception"),
+        (talks, "another exception"),
+        (differs, "silent difference"),
+        (hangs, "too slow"),
+        (swells, "too much memory"),
+        (dies, "process died"),
+        (refuses, REFUSED),
+        (same, IDENTICAL),
+    ],
+)
+def test_every_fault_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: Callable[[Path], str], verdict: str
+) -> None:
+    monkeypatch.setattr("parity_tests.robustness.fuzz.SECONDS", 1.0)
+    with _Sample(Target("sample", sample, use, vouched=True), tmp_path / "s") as files:
+        for seed in range(2):  # again after the process had to be replaced
+            assert files.attempt(seed)[0] == verdict
+    assert (verdict in FAULTS) == (verdict not in (REFUSED, IDENTICAL))
+
+
+def test_damage_depends_on_the_seed_alone() -> None:
+    import random
+
+    from parity_tests.robustness.mutate import mutated, mutated_text
+
+    data = b"num_classes=20,image_size=640x480\n" * 5
+    for damage in (mutated, mutated_text):
+        found = [damage(data, random.Random(seed)) for seed in range(200)]
+        assert found == [damage(data, random.Random(seed)) for seed in range(200)]
+        assert data not in found
+        assert len(set(found)) > 150
