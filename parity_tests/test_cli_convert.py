@@ -199,6 +199,7 @@ def test_nan_is_refused(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
         (["--model", "efficientdet-d0"], "these are efficientdet-lite0's variables"),
         (["--out", "weights.bin"], "use a name that ends in .safetensors or .pth"),
         (["--out", "nowhere/w.pth"], "there is no folder nowhere"),
+        (["--size", "128"], "--size is the picture that --verify compares on; add --verify, or leave it out"),
         (["--verify", "--size", "-5"], "--size -5 is not a size"),
         (["--verify", "--size", "0"], "--size 0 is not a size"),
     ],

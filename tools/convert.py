@@ -68,6 +68,8 @@ def main() -> int:
     arguments = parse_arguments()
     console = Console(stderr=arguments.json, highlight=False)
     _source.check_options(arguments)
+    if arguments.size and not arguments.verify:
+        raise PortingError("--size is the picture that --verify compares on; add --verify, or leave it out")
     out: Path = arguments.out or Path()
     if arguments.out:
         check_output(out)
