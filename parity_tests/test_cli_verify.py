@@ -46,13 +46,17 @@ CKPT = ("--ckpt", "synthetic/efficientdet-lite0", "--size", "128")
 
 @pytest.mark.usefixtures("tensorflow")
 def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
-    done = verify(*CKPT, "--weights", "right.safetensors", "--report", "out", "--json", cwd=folder)
+    done = verify(
+        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--variants", cwd=folder
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["passed"]
     assert summary["float64"]["activations"] == 211
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["passed"]
+    assert [row["name"] for row in report["variants"]] == [row["name"] for row in summary["variants"]]
+    assert "bfloat16" in [row["name"] for row in report["variants"]]
     assert "fpn_cells/cell_2/fnode7" in (folder / "out" / "report.html").read_text()
 
 

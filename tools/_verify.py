@@ -21,6 +21,8 @@ from porting.parity import ParityResult, TapResult, compare, tensorflow_referenc
 from porting.parity.diagnose import Diagnosis, diagnose
 from porting.parity.lockstep import Observer
 from porting.parity.references import OPS, FileReference, open_reference
+from porting.parity.report import variant_rows
+from porting.parity.variants import NAMES, QUICK, Cost, measure_variants
 from porting.rules import rules, taps
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
@@ -38,13 +40,15 @@ class Outcome:
     results: tuple[ParityResult, ...]
     diagnosis: Diagnosis | None
     reference: str
+    variants: tuple[Cost, ...] = ()
 
     @property
     def passed(self) -> bool:
         return all(result.passed or not result.judged for result in self.results)
 
     def figures(self) -> dict[str, Any]:
-        return {"reference": self.reference, **{result.dtype: _figures(result) for result in self.results}}
+        figures = {"reference": self.reference, **{result.dtype: _figures(result) for result in self.results}}
+        return {**figures, "variants": variant_rows(self.variants)} if self.variants else figures
 
 
 def chosen_reference(
@@ -280,3 +284,29 @@ def _figures(result: ParityResult) -> dict[str, Any]:
         "worst_isolated": result.worst("isolated").isolated.relative,
         "first_divergence": first.pair.tap if first else None,
     }
+
+
+def print_variants(
+    console: Console,
+    config: EfficientDetConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    images: np.ndarray,
+    device: str,
+    which: str,
+) -> tuple[Cost, ...]:
+    """Measure the rows of ``--variants`` and print each as it is done."""
+    console.print("\n[bold]other ways of running[/]: relative L2 to the same network in float64; not judged")
+    console.print(f"[dim]{'':<20}{'classes':>10}{'boxes':>10}{'largest change of a score':>28}[/]")
+    costs: list[Cost] = []
+    rows = measure_variants(config, state_dict, images, device, NAMES if which == "all" else QUICK)
+    while True:
+        with console.status("running …"):
+            cost = next(rows, None)
+        if cost is None:
+            return tuple(costs)
+        costs.append(cost)
+        if cost.classes is None or cost.boxes is None:
+            console.print(f"{cost.name:<20}  not run: {escape(cost.skipped or '')}", soft_wrap=True)
+        else:
+            figures = f"{cost.classes.relative:>10.1e}{cost.boxes.relative:>10.1e}{cost.score:>28.1e}"
+            console.print(f"{cost.name:<20}{figures}")

@@ -7,6 +7,7 @@ import _cli  # first: finds the packages
 
 # isort: split
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -68,6 +69,14 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="then compare the gradients of the port, on two small pictures",
     )
+    parser.add_argument(
+        "--variants",
+        nargs="?",
+        const="quick",
+        choices=("quick", "all"),
+        help="then run the weights in other ways (half precision, channels_last, fused batch norm, on a GPU) "
+        "and say what each costs in accuracy; all: also torch.compile, which takes minutes",
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
     arguments = parser.parse_args()
@@ -75,6 +84,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --ckpt, or --weights and --against")
     if arguments.against and arguments.gradients:
         parser.error("--against runs no network, so there are no --gradients: leave one out")
+    if arguments.against and arguments.variants:
+        parser.error("--against runs no network, so there are no --variants: leave one out")
     return arguments
 
 
@@ -119,7 +130,7 @@ def run(
     state_dict: dict[str, torch.Tensor] | None,
     raw_variables: dict[str, np.ndarray] | None,
 ) -> Outcome:
-    from _verify import chosen_reference, chosen_size, verify
+    from _verify import chosen_reference, chosen_size, print_variants, verify
 
     from porting.parity.html import write_html
     from porting.parity.report import Report, write_json
@@ -139,6 +150,10 @@ def run(
         observe=thumbnails,
         reference=reference,
     )
+    if arguments.variants:
+        weights = conversion.state_dict if state_dict is None else state_dict
+        costs = print_variants(console, config, weights, images, arguments.device, arguments.variants)
+        outcome = dataclasses.replace(outcome, variants=costs)
     if arguments.report:
         found = outcome.diagnosis
         report = Report(
@@ -156,6 +171,7 @@ def run(
             },
             diagnosis=f"{found.module} ({found.tap}): {found.kind}: {found.detail}" if found else None,
             thumbnails=thumbnails,
+            variants=outcome.variants,
         )
         write_json(report, arguments.report / "report.json")
         write_html(report, arguments.report / "report.html")

@@ -43,7 +43,7 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 def render(report: Report) -> str:
     """The page. Whatever the report's names and texts hold stays text."""
     document = {**report_dict(report), "thumbnails": _thumbnails(report.thumbnails)}
-    verdict = "passed" if report.passed else "failed"
+    verdict = {True: "passed", False: "failed", None: "measured, not judged"}[report.passed]
     layers = len(report.results[0].taps)
     values = {
         "title": html.escape(f"{report.config.name}: parity {verdict}"),

@@ -154,9 +154,20 @@ def compare(
         return torch.cat([ours[:count], forced])
 
     x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(parameter)
-    with _Stream(reference) as stream, tapped(model, visit), torch.no_grad():
+    with _Stream(reference) as stream, tapped(model, visit), tf32(False), torch.no_grad():
         model(torch.cat([x, x]))
     return ParityResult(tuple(results), dtype, tuple(absent))
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may round the factors of float32 products to 10 bits. PyTorch lets convolutions."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 @contextmanager

@@ -5,14 +5,16 @@ has no infinity: a figure that is one is the string ``"Infinity"``, ``"-Infinity
 JavaScript's ``Number`` and Python's ``float`` both read back. ::
 
     schema      1
-    passed      bool: every run passed
+    passed      bool: every run passed; null where none was judged
     model       the configuration: EfficientDetConfig.to_dict(), plus "levels" [min … max]
     metadata    the caller's own facts about checkpoint and run, unchanged
     diagnosis   str or null: what is wrong, where that was found out
     runs        one object per run, in the caller's order:
         dtype             "float64"
         passed            bool
+        judged            bool: false where the reference is too coarse for the tolerances to mean anything
         activations       int: compared taps
+        absent            taps that the reference could not show
         tolerances        {"accumulated": number, "isolated": number}
         worst             {"accumulated": {"layer": index, "relative": number}, "isolated": {…}};
                           each null without layers
@@ -23,6 +25,11 @@ JavaScript's ``Number`` and Python's ``float`` both read back. ::
         passed                bool: in every run
         runs                  dtype → {"passed": bool, "accumulated": {"relative", "maximum"},
                               "isolated": {…}}
+    variants    the same weights run in other ways, against the network in float64:
+        name                       "bfloat16"
+        classes, boxes             {"relative", "maximum"} of the head's outputs, all levels together, or null
+        score                      largest change of a class score, 0…1, or null
+        skipped                    why it was not run, or null
     histograms  null, or of one run's output taps:
         dtype        "float32"
         log10_edges  edges of the bins, log10 of |ours − reference|; one more than there are counts
@@ -35,7 +42,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +53,7 @@ from porting.files import replacing
 from porting.parity.lockstep import ParityResult, TapResult
 from porting.parity.measure import Difference, tolerances
 from porting.parity.thumbnails import Thumbnails, bin_edges
+from porting.parity.variants import Cost
 from pytorch_model.config import EfficientDetConfig
 
 SCHEMA = 1
@@ -58,6 +66,7 @@ class Report:
     ``results``: one or more runs of the same network on the same picture, each in another float type.
     ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in its order.
     ``diagnosis``: what is wrong and where, in words. ``thumbnails``: what an observer kept of one run.
+    ``variants``: the same weights run in other ways.
 
     Raises ``ValueError`` where the runs do not belong together.
     """
@@ -67,6 +76,7 @@ class Report:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: str | None = None
     thumbnails: Thumbnails | None = None
+    variants: tuple[Cost, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -78,8 +88,10 @@ class Report:
             raise ValueError("the runs compared different layers")
 
     @property
-    def passed(self) -> bool:
-        return all(result.passed for result in self.results)
+    def passed(self) -> bool | None:
+        """Whether every judged run passed; None where there is none."""
+        judged = [result.passed for result in self.results if result.judged]
+        return all(judged) if judged else None
 
 
 def report_dict(report: Report) -> dict[str, Any]:
@@ -99,6 +111,7 @@ def report_dict(report: Report) -> dict[str, Any]:
             _layer({result.dtype: tap for result, tap in zip(report.results, taps, strict=True)})
             for taps in zip(*(result.taps for result in report.results), strict=True)
         ],
+        "variants": variant_rows(report.variants),
         "histograms": _histograms(report.thumbnails),
     }
     plain: dict[str, Any] = _plain(document)
@@ -121,7 +134,9 @@ def _run(result: ParityResult) -> dict[str, Any]:
     return {
         "dtype": result.dtype,
         "passed": result.passed,
+        "judged": result.judged,
         "activations": len(result.taps),
+        "absent": result.absent,
         "tolerances": {"accumulated": accumulated, "isolated": isolated},
         "worst": {figure: _worst(result, figure) for figure in ("accumulated", "isolated")},
         "first_divergence": None if first is None else result.taps.index(first),
@@ -152,6 +167,22 @@ def _layer(by_dtype: Mapping[str, TapResult]) -> dict[str, Any]:
             for dtype, tap in by_dtype.items()
         },
     }
+
+
+def variant_rows(costs: Iterable[Cost]) -> list[dict[str, Any]]:
+    """``variants`` of the document, infinities as strings."""
+    rows = [
+        {
+            "name": cost.name,
+            "classes": cost.classes and _difference(cost.classes),
+            "boxes": cost.boxes and _difference(cost.boxes),
+            "score": cost.score,
+            "skipped": cost.skipped,
+        }
+        for cost in costs
+    ]
+    plain: list[dict[str, Any]] = _plain(rows)
+    return plain
 
 
 def _difference(difference: Difference) -> dict[str, float]:
