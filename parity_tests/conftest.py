@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+
+from parity_tests import refusals
 
 # Before TensorFlow is first imported: quiet, and the arithmetic of the recordings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -13,6 +17,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+REFUSALS = pytest.StashKey[Path]()
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +33,36 @@ def shared() -> Path:
 def tensorflow() -> object:
     """TensorFlow, or a skip where it is not installed."""
     return pytest.importorskip("tensorflow", reason="needs TensorFlow: pip install -e '.[tensorflow]'")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--refusals",
+        action="store_true",
+        help="fail if no test brings about a refusal",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("refusals"):
+        folder = Path(tempfile.mkdtemp(prefix="refusals-"))
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+        config.stash[REFUSALS] = folder
+        refusals.start(folder)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    folder = session.config.stash.get(REFUSALS, None)
+    if folder is not None and exitstatus == 0 and refusals.missing(folder):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    folder = terminalreporter.config.stash.get(REFUSALS, None)
+    if folder is None:
+        return
+    lines, total = refusals.missing(folder), len(list(refusals.refusals()))
+    terminalreporter.section("refusals")
+    terminalreporter.write_line(f"{total - len(lines)} of {total} refusals in the code were brought about")
+    for line in lines:
+        terminalreporter.write_line(f"never: {line}", red=True)
