@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from parity_tests.conftest import GOLDENS
 from pytorch_model.anchors import decode_boxes, generate_anchors
-from pytorch_model.config import MODELS, model_config
+from pytorch_model.config import MODELS, EfficientDetConfig, model_config
+from pytorch_model.errors import ConfigError
 
 # What the recordings call the sizes that are not square: (height, width).
 NAMED_SIZES = {"640x384(WxH)": (384, 640), "100x130_hw": (100, 130)}
@@ -55,6 +57,43 @@ def test_the_configured_size_is_the_default() -> None:
     config = model_config("efficientdet-d7x")
     assert torch.equal(generate_anchors(config), generate_anchors(config, (1536, 1536)))
     assert generate_anchors(config).shape == (442260, 4)
+
+
+def test_pairs_are_factors_of_width_and_height() -> None:
+    """How AutoML's first year wrote its ratios, and k-means anchors are written; in rounded numbers."""
+    config = model_config("efficientdet-d0", aspect_ratios=((1.0, 1.0), (1.4, 0.7), 0.25), num_scales=1)
+    boxes_yxyx = generate_anchors(config, (128, 128))[:3].double()
+    heights, widths = (boxes_yxyx[:, 2:] - boxes_yxyx[:, :2]).T
+    torch.testing.assert_close(widths, torch.tensor([32, 32 * 1.4, 16], dtype=torch.float64))
+    torch.testing.assert_close(heights, torch.tensor([32, 32 * 0.7, 64], dtype=torch.float64))
+    assert EfficientDetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_anchor_scale_for_each_level() -> None:
+    scales = (1.0, 2.0, 3.0, 4.0, 5.0)
+    config = model_config("efficientdet-d0", anchor_scale=scales)
+    mixed = generate_anchors(config, (256, 256))
+    start = 0
+    for level, scale in zip(config.levels, scales, strict=True):
+        alone = generate_anchors(config.replace(anchor_scale=scale), (256, 256))
+        count = (256 >> level) ** 2 * config.num_anchors
+        assert torch.equal(mixed[start : start + count], alone[start : start + count])
+        start += count
+    assert start == len(mixed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"anchor_scale": (4.0, 4.0)}, "must be one number or one for each of P3–P7"),
+        ({"anchor_scale": (4.0, 4.0, 4.0, 4.0, 0.0)}, "anchor_scale is .* must be above 0"),
+        ({"aspect_ratios": ((1.0, 1.0, 1.0),)}, r"must be numbers or \(width, height\) pairs"),
+        ({"aspect_ratios": ((1.0, -1.0),)}, "aspect_ratios is .* must be above 0"),
+    ],
+)
+def test_impossible_anchors(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        model_config("efficientdet-d0", **changes)
 
 
 def test_no_regression_leaves_the_anchor() -> None:

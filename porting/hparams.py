@@ -344,14 +344,29 @@ def _image_size(value: Any) -> tuple[int, int]:
     return height, width
 
 
-def _aspect_ratios(value: Any) -> tuple[float, ...]:
-    wrong = _Wrong("a list of numbers above 0 (each width by height), such as [1.0,2.0,0.5]")
+def _aspect_ratios(value: Any) -> tuple[float | tuple[float, float], ...]:
+    """Numbers, or the pairs that AutoML's first years took: factors of the anchor's width and height."""
+    wrong = _Wrong("a list of numbers above 0 (each width by height), such as [1.0,2.0,0.5], or of pairs")
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 100:
         raise wrong
     try:
-        return tuple(_positive(ratio) for ratio in value)
-    except _Wrong:
+        return tuple(
+            _pair(ratio) if isinstance(ratio, (list, tuple)) else _positive(ratio) for ratio in value
+        )
+    except (_Wrong, ValueError):
         raise wrong from None
+
+
+def _pair(value: Any) -> tuple[float, float]:
+    width, height = map(_positive, value)
+    return width, height
+
+
+def _anchor_scale(value: Any) -> float | tuple[float, ...]:
+    """One number, or one for each level."""
+    if isinstance(value, (list, tuple)) and 1 <= len(value) <= 12:
+        return tuple(map(_positive, value))
+    return _positive(value)
 
 
 def _rgb(convert: Convert) -> Convert:
@@ -384,7 +399,7 @@ def _backbone(value: Any) -> BackboneConfig:
 _BACKBONES = tuple(dict.fromkeys(model_config(name).backbone.name for name in MODELS))
 _FIELDS: Mapping[str, tuple[str, Convert]] = {
     "act_type": ("act_type", _one_of(*ACTIVATIONS)),
-    "anchor_scale": ("anchor_scale", _positive),
+    "anchor_scale": ("anchor_scale", _anchor_scale),
     "aspect_ratios": ("aspect_ratios", _aspect_ratios),
     "backbone_name": ("backbone", _backbone),
     "box_class_repeats": ("box_class_repeats", _whole(0, 100)),

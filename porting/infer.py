@@ -102,10 +102,10 @@ def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
 def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mapping[str, Any]) -> Iterator[str]:
     """One line for each thing the weights cannot tell and the user did not."""
     yield from notes
-    ratios = ", ".join(f"{ratio:g}" for ratio in config.aspect_ratios)
+    ratios = ", ".join(_number_or_numbers(ratio) for ratio in config.aspect_ratios)
     lines = {
         "image_size": f"image size {config.image_size[0]}×{config.image_size[1]}",
-        "anchor_scale": f"anchor scale {config.anchor_scale:g}",
+        "anchor_scale": f"anchor scale {_number_or_numbers(config.anchor_scale)}",
         "num_scales": f"{config.num_scales} scales of aspect ratios {ratios}",
         "act_type": f"activation {config.act_type}",
         "survival_prob": f"{'a' if config.survival_prob else 'no'} residual in the heads",
@@ -120,6 +120,10 @@ def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mappin
     for field_name, line in lines.items():
         if field_name not in overrides:
             yield line
+
+
+def _number_or_numbers(value: float | tuple[float, ...]) -> str:
+    return "×".join(f"{n:g}" for n in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def _model_variables(shapes: Shapes) -> dict[str, tuple[int, ...]]:

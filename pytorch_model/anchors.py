@@ -21,12 +21,13 @@ def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | N
     """
     height, width = image_size or config.image_size
     levels = []
-    for rows, columns in config.feature_sizes((height, width)).values():
+    sizes = config.feature_sizes((height, width)).values()
+    for anchor_scale, (rows, columns) in zip(config.anchor_scales, sizes, strict=True):
         # AutoML's stride is the ratio of the sizes, so it is fractional where a size does not divide.
         stride_y, stride_x = height / rows, width / columns
         centres_y = stride_y / 2 + np.arange(rows) * stride_y
         centres_x = stride_x / 2 + np.arange(columns) * stride_x
-        half_heights, half_widths = _half_sizes(config, stride_y, stride_x)
+        half_heights, half_widths = _half_sizes(config, anchor_scale * stride_y, anchor_scale * stride_x)
         boxes_yxyx = np.empty((rows, columns, config.num_anchors, 4))
         boxes_yxyx[..., 0] = centres_y[:, None, None] - half_heights
         boxes_yxyx[..., 1] = centres_x[None, :, None] - half_widths
@@ -37,15 +38,15 @@ def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | N
     return torch.from_numpy(np.concatenate(levels).astype(np.float32))
 
 
-def _half_sizes(
-    config: EfficientDetConfig, stride_y: float, stride_x: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Half heights and half widths of one location's anchors: float64 [num_anchors] each."""
+def _half_sizes(config: EfficientDetConfig, height: float, width: float) -> tuple[np.ndarray, np.ndarray]:
+    """Half heights and half widths of one location's anchors: float64 [num_anchors] each.
+
+    ``height`` and ``width`` are those of the square anchor of the first scale.
+    """
     scales = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
-    # An aspect ratio is width / height; the area does not change with it.
-    stretch = np.sqrt(np.asarray(config.aspect_ratios, dtype=np.float64))
-    half_heights = config.anchor_scale * stride_y * scales[:, None] / stretch / 2
-    half_widths = config.anchor_scale * stride_x * scales[:, None] * stretch / 2
+    across, down = np.array(config.aspect_factors).T
+    half_heights = height * scales[:, None] * down / 2
+    half_widths = width * scales[:, None] * across / 2
     return half_heights.reshape(-1), half_widths.reshape(-1)
 
 

@@ -149,8 +149,8 @@ class EfficientDetConfig:
     min_level: int = 3
     max_level: int = 7
     num_scales: int = 3
-    aspect_ratios: tuple[float, ...] = (1.0, 2.0, 0.5)
-    anchor_scale: float = 4.0
+    aspect_ratios: tuple[float | tuple[float, float], ...] = (1.0, 2.0, 0.5)  # or (width, height) factors
+    anchor_scale: float | tuple[float, ...] = 4.0  # or one for each level
     fpn_weight_method: str = "fastattn"
     act_type: str = "swish"
     conv_after_downsample: bool = False
@@ -170,6 +170,20 @@ class EfficientDetConfig:
     def num_anchors(self) -> int:
         """Anchors per location."""
         return self.num_scales * len(self.aspect_ratios)
+
+    @property
+    def aspect_factors(self) -> tuple[tuple[float, float], ...]:
+        """(width, height) factors of each aspect ratio; those of a single number keep the area."""
+        return tuple(
+            ratio if isinstance(ratio, tuple) else (math.sqrt(ratio), 1 / math.sqrt(ratio))
+            for ratio in self.aspect_ratios
+        )
+
+    @property
+    def anchor_scales(self) -> tuple[float, ...]:
+        """The anchor scale of each level."""
+        scale = self.anchor_scale
+        return scale if isinstance(scale, tuple) else (scale,) * len(self.levels)
 
     @property
     def extra_levels(self) -> range:
@@ -232,14 +246,23 @@ class EfficientDetConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> EfficientDetConfig:
         """Inverse of :meth:`to_dict`. Raises :class:`ConfigError` on a missing, unknown or bad field."""
         try:
-            values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+            values: dict[str, Any] = {key: _as_tuples(value) for key, value in data.items()}
             backbone = dict(values.pop("backbone"))
             backbone["stages"] = tuple(Stage(**stage) for stage in backbone["stages"])
-            if backbone.get("endpoints") is not None:
-                backbone["endpoints"] = tuple(backbone["endpoints"])
+            backbone["endpoints"] = _as_tuples(backbone.get("endpoints"))
             return cls(backbone=BackboneConfig(**backbone), **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not an EfficientDet configuration: {error}") from None
+
+
+def _as_tuples(value: Any) -> Any:
+    """JSON's lists, and those in them, are the configuration's tuples."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def _flat(values: Any) -> tuple[Any, ...]:
+    """The numbers in a tuple of numbers and pairs."""
+    return tuple(n for value in values for n in (value if isinstance(value, tuple) else (value,)))
 
 
 def _check(config: EfficientDetConfig) -> None:
@@ -262,8 +285,8 @@ def _check(config: EfficientDetConfig) -> None:
     repeats = config.box_class_repeats
     require(type(repeats) is int and repeats >= 0, f"box_class_repeats is {repeats!r}, must be 0 or more")
     positive = {
-        "anchor_scale": (config.anchor_scale,),
-        "aspect_ratios": config.aspect_ratios,
+        "anchor_scale": _flat((config.anchor_scale,)),
+        "aspect_ratios": _flat(config.aspect_ratios),
         "stddev_rgb": config.stddev_rgb,
     }
     for what, values in positive.items():
@@ -276,7 +299,12 @@ def _check(config: EfficientDetConfig) -> None:
         survival is None or (isinstance(survival, (int, float)) and 0 <= survival <= 1),
         f"survival_prob is {survival!r}, must be a probability or None",
     )
-    require(len(config.aspect_ratios) >= 1, "aspect_ratios is empty")
+    ratios = config.aspect_ratios
+    require(len(ratios) >= 1, "aspect_ratios is empty")
+    require(
+        all(not isinstance(ratio, tuple) or len(ratio) == 2 for ratio in ratios),
+        f"aspect_ratios is {ratios!r}, must be numbers or (width, height) pairs",
+    )
     endpoints = config.backbone.reduction_blocks
     require(
         config.min_level in endpoints and config.min_level <= MAX_BACKBONE_LEVEL,
@@ -285,6 +313,11 @@ def _check(config: EfficientDetConfig) -> None:
     require(
         config.max_level > config.min_level,
         f"max_level is {config.max_level}, must be above min_level ({config.min_level})",
+    )
+    require(
+        len(config.anchor_scales) == len(config.levels),
+        f"anchor_scale is {config.anchor_scale!r}, must be one number or one for each of "
+        f"P{config.min_level}–P{config.max_level}",
     )
     require(
         max(endpoints) == MAX_BACKBONE_LEVEL,

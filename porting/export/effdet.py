@@ -55,7 +55,7 @@ def write(weights: Weights, out: Path) -> Written:
 
 def effdet_aspect_ratios(config: EfficientDetConfig) -> list[tuple[float, float]]:
     """AutoML's ratios as the pairs (width factor, height factor) that effdet's configuration holds."""
-    return [(round(ratio**0.5, 8), round(ratio**-0.5, 8)) for ratio in config.aspect_ratios]
+    return [(round(width, 8), round(height, 8)) for width, height in config.aspect_factors]
 
 
 def effdet_model(config: EfficientDetConfig) -> str:
