@@ -35,6 +35,21 @@ def tensorflow() -> object:
     return pytest.importorskip("tensorflow", reason="needs TensorFlow: pip install -e '.[tensorflow]'")
 
 
+@pytest.fixture(scope="session")
+def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weight file of an untrained Lite0 for pictures of 64 x 64."""
+    import torch
+
+    from pytorch_model import create_model
+    from pytorch_model.weights import write_weights
+
+    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
+    torch.manual_seed(0)
+    model = create_model("efficientdet-lite0", image_size=(64, 64))
+    write_weights(path, model.state_dict(), model.config, {})
+    return path
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--refusals",

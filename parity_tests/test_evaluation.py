@@ -33,7 +33,7 @@ from porting.evaluation import nms_and_size
 from porting.hparams import read_hparams
 from porting.labels import COCO_NAMES
 from porting.shards import ShardError, Shards
-from pytorch_model import create_model, load_model
+from pytorch_model import load_model
 from pytorch_model.config import model_config
 from pytorch_model.detector import Detector
 from pytorch_model.errors import ConfigError
@@ -90,15 +90,6 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     change(changed)
     file.write_text(json.dumps(changed))
     return file
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    torch.manual_seed(0)
-    model = create_model("efficientdet-lite0", image_size=(64, 64))
-    write_weights(path, model.state_dict(), model.config, {})
-    return path
 
 
 def run(weights: Path, coco: Path, out: Path, *more: str) -> int:
@@ -461,10 +452,10 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
 
 
 def test_results_metrics_and_table(
-    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run(weights, coco, out, "--per-class", "--test-dev", "mine", "--json") == 0
+    assert run(small_weights, coco, out, "--per-class", "--test-dev", "mine", "--json") == 0
     printed = capsys.readouterr()
     metrics = read(out / "metrics.json")
     assert json.loads(printed.out) == metrics
@@ -477,7 +468,7 @@ def test_results_metrics_and_table(
     assert "read by pillow (7)" in printed.err
     results = read(out / "detections.json")
     assert {row["category_id"] for row in results} <= {1, 2, 90}
-    expected = Detector(load_model(weights))([coco / "val2017/0.png", coco / "val2017/1.png"])[1]
+    expected = Detector(load_model(small_weights))([coco / "val2017/0.png", coco / "val2017/1.png"])[1]
     rows = to_results(10, expected, {1: 1, 2: 2, 90: 90})
     assert [row for row in results if row["image_id"] == 10] == rows
     assert len(read(out / server_file_name("mine"))) == len(results)
@@ -488,9 +479,9 @@ class KilledError(Exception):
 
 
 def test_a_killed_run_goes_on_where_it_was(
-    weights: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_weights: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(weights, coco, tmp_path / "whole") == 0
+    assert run(small_weights, coco, tmp_path / "whole") == 0
     append, detect = Shards.append, Detector.detect
     calls = 0
 
@@ -508,40 +499,40 @@ def test_a_killed_run_goes_on_where_it_was(
 
     monkeypatch.setattr(Shards, "append", die_writing_the_third)
     with pytest.raises(KilledError):
-        run(weights, coco, tmp_path / "killed")
+        run(small_weights, coco, tmp_path / "killed")
     assert not (tmp_path / "killed/metrics.json").exists()
     monkeypatch.setattr(Shards, "append", append)
     monkeypatch.setattr(Detector, "detect", counted)
-    assert run(weights, coco, tmp_path / "killed") == 0
+    assert run(small_weights, coco, tmp_path / "killed") == 0
     assert calls == 2  # batches 2 and 3; 0 and 1 were kept
     for name in ("detections.json", "metrics.json"):
         assert read(tmp_path / "killed" / name) == read(tmp_path / "whole" / name)
-    assert run(weights, coco, tmp_path / "killed", "--per-class") == 0
+    assert run(small_weights, coco, tmp_path / "killed", "--per-class") == 0
     assert calls == 2
 
 
 def test_another_setting_is_refused_and_may_restart(
-    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert run(weights, coco, out) == 0
+    assert run(small_weights, coco, out) == 0
     before = (out / "metrics.json").read_bytes()
-    assert run(weights, coco, out, "--tta", "flip") == 2
+    assert run(small_weights, coco, out, "--tta", "flip") == 2
     assert "tta: none there, flip now" in capsys.readouterr().err
     assert (out / "metrics.json").read_bytes() == before
-    assert run(weights, coco, out, "--tta", "flip", "--restart") == 0
+    assert run(small_weights, coco, out, "--tta", "flip", "--restart") == 0
     assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
 
 
-def test_two_processes_find_the_same(weights: Path, coco: Path, tmp_path: Path) -> None:
+def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: Path) -> None:
     """By torchrun, as a user would; also where one process's run is taken up by two."""
-    assert run(weights, coco, tmp_path / "one") == 0
+    assert run(small_weights, coco, tmp_path / "one") == 0
     shutil.copytree(tmp_path / "one", tmp_path / "half")
     (file,) = (tmp_path / "half/shards").iterdir()
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:2]))  # the first batch of four
     for out in ("two", "half"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        arguments = ["--weights", weights, "--coco", coco, "--out", tmp_path / out, "--batch-size", "2"]
+        arguments = ["--weights", small_weights, "--coco", coco, "--out", tmp_path / out, "--batch-size", "2"]
         done = subprocess.run(
             [*command, eval_coco.__file__, *map(str, arguments)],
             capture_output=True,
@@ -558,9 +549,9 @@ def test_two_processes_find_the_same(weights: Path, coco: Path, tmp_path: Path) 
             assert (tmp_path / out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
-def test_a_mistake_with_two_processes_is_said_once(weights: Path, tmp_path: Path) -> None:
+def test_a_mistake_with_two_processes_is_said_once(small_weights: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = ["--weights", str(weights), "--coco", str(tmp_path / "nowhere")]
+    arguments = ["--weights", str(small_weights), "--coco", str(tmp_path / "nowhere")]
     done = subprocess.run(
         [*command, eval_coco.__file__, *arguments], capture_output=True, text=True, check=False
     )
@@ -570,7 +561,7 @@ def test_a_mistake_with_two_processes_is_said_once(weights: Path, tmp_path: Path
 
 
 def test_bad_pictures_are_passed_over_and_counted(
-    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = coco / "val2017"
     (pictures / "1.png").unlink()
@@ -578,7 +569,7 @@ def test_bad_pictures_are_passed_over_and_counted(
     Image.new("RGB", (20_000, 1)).save(pictures / "3.png")
     Image.new("L", (1, 1)).save(pictures / "4.png")
     out = tmp_path / "out"
-    assert run(weights, coco, out) == 1
+    assert run(small_weights, coco, out) == 1
     printed = capsys.readouterr().out
     metrics = read(out / "metrics.json")
     assert metrics["pictures"] == COUNT - 3
@@ -590,10 +581,10 @@ def test_bad_pictures_are_passed_over_and_counted(
 
 
 def test_without_annotations_there_are_no_figures(
-    weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(coco, lambda data: data.pop("annotations"))
-    assert run(weights, coco, tmp_path / "out") == 0
+    assert run(small_weights, coco, tmp_path / "out") == 0
     assert "holds no annotations: no figures" in capsys.readouterr().out
     assert "ours" not in read(tmp_path / "out/metrics.json")
     assert read(tmp_path / "out/detections.json")
@@ -611,10 +602,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(
-    weights: Path, coco: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, coco: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more, message = REFUSED[case]
-    assert run(weights, coco, tmp_path / "out", *more) == 2
+    assert run(small_weights, coco, tmp_path / "out", *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -712,3 +703,13 @@ def test_help_has_examples() -> None:
     )
     assert done.returncode == 0
     assert "torchrun --nproc-per-node=8" in done.stdout
+
+
+def test_no_picture_at_all(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (coco / "val2017").iterdir():
+        file.write_bytes(b"no picture")
+    assert run(small_weights, coco, tmp_path / "out") == 1
+    assert "7 pictures skipped" in capsys.readouterr().out
+    assert read(tmp_path / "out/metrics.json")["pictures"] == 0

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from pytorch_model import create_model
 from pytorch_model.preprocess import ImageError
-from pytorch_model.weights import write_weights
 from tf_reference.synthetic import synthetic_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -47,15 +44,6 @@ def write_clip(path: Path, size: tuple[int, int] = (64, 96), rotation: int = 0) 
             picture[:16, :16] = 255
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode(None))
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "small.safetensors"
-    torch.manual_seed(0)
-    model = create_model("efficientdet-lite0", image_size=(64, 64))
-    write_weights(path, model.state_dict(), model.config, {})
     return path
 
 
@@ -98,10 +86,10 @@ def test_frames_are_upright(tmp_path: Path, rotation: int, corner: tuple[int, in
 
 
 def test_detections_by_frame_and_the_drawn_video(
-    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video, out = write_clip(tmp_path / "clip.avi", (63 + 1, 96)), tmp_path / "out"
-    assert run(weights, video, out, "--score-threshold", "0", "--batch-size", "3") == 0
+    assert run(small_weights, video, out, "--score-threshold", "0", "--batch-size", "3") == 0
     assert {file.name for file in out.iterdir()} == {
         "clip.mp4",
         "detections.csv",
@@ -139,7 +127,9 @@ def test_times_need_not_be_even(tmp_path: Path) -> None:
     assert frames[0].pixels.shape == (3, 64, 96)
 
 
-def test_a_video_that_breaks_off(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_that_breaks_off(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was readable is done; exit status 1 and a note say what was not."""
     whole = _video.VideoReader.__iter__
 
@@ -151,7 +141,7 @@ def test_a_video_that_breaks_off(weights: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(_video.VideoReader, "__iter__", broken)
     video, out = write_clip(tmp_path / "clip.mp4"), tmp_path / "out"
-    assert run(weights, video, out) == 1
+    assert run(small_weights, video, out) == 1
     summary = json.loads((out / "summary.json").read_text())
     assert [frame["frame"] for frame in summary["images"]] == [0, 1, 2, 3]
     assert "after frame 3" in summary["unreadable"][str(video)]
@@ -160,14 +150,14 @@ def test_a_video_that_breaks_off(weights: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_no_video_and_no_pyav(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
-    assert run(weights, tmp_path / "noise.mp4", tmp_path / "out") == 2
+    assert run(small_weights, tmp_path / "noise.mp4", tmp_path / "out") == 2
     assert "noise.mp4 is not a readable video" in capsys.readouterr().err
     video = write_clip(tmp_path / "clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    assert run(weights, video, tmp_path / "out") == 2
+    assert run(small_weights, video, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "pip install av" in error
     assert len(error.strip().splitlines()) == 1

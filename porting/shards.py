@@ -46,7 +46,7 @@ class Shards:
                 batches = [json.loads(line) for line in lines[1:]]
                 kept.update((int(entry["batch"]), entry["content"]) for entry in batches)
             except (ValueError, KeyError, TypeError):
-                raise ShardError(f"{file} is damaged; --restart leaves it and begins anew") from None
+                raise ShardError(f"{file} is damaged; --restart removes it and begins anew") from None
             if found != self.settings:
                 raise ShardError(
                     f"{self.folder.parent} holds an evaluation with other settings ("

@@ -83,7 +83,10 @@ def print_notes(
     for reason in list(unreadable.values())[:10]:
         console.print(f"skipped {reason}", style="yellow", markup=False, soft_wrap=True)
     if unreadable:
-        console.print(f"{len(unreadable)} pictures skipped: no figure counts them", style="yellow")
+        console.print(
+            f"{len(unreadable)} pictures skipped: no figure counts them; --restart tries again",
+            style="yellow",
+        )
 
 
 def _cells(ours: float, reference: float | None) -> list[str]:
