@@ -28,10 +28,11 @@ from porting.coco import (
     server_results,
     to_results,
 )
-from porting.errors import OutputError
+from porting.errors import OutputError, PortingError
 from porting.evaluation import nms_and_size
 from porting.hparams import read_hparams
 from porting.labels import COCO_NAMES
+from porting.processes import joined
 from porting.shards import ShardError, Shards
 from pytorch_model import load_model
 from pytorch_model.config import model_config
@@ -149,6 +150,12 @@ def test_only_chosen_pictures_count() -> None:
     found = [box(0, 0, score=0.9), box(200, 200, image=1, score=0.95)]
     assert evaluate(boxes, found, [0]).figures["AP"] == pytest.approx(1)
     assert evaluate(boxes, found, [0, 1]).figures["AP"] < 0.6
+
+
+def test_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(PortingError, match="pip install pycocotools"):
+        evaluate(truth(box(0, 0)), [], [0])
 
 
 def test_nothing_found_is_zero() -> None:
@@ -311,6 +318,8 @@ def test_bad_places(coco: Path, tmp_path: Path) -> None:
         read_dataset(tmp_path / "empty")
     with pytest.raises(DatasetError, match="--images"):
         read_dataset(coco, images=tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match="give --coco or --annotations"):
+        read_dataset(None)
 
 
 # --- classes ------------------------------------------------------------------------------------------
@@ -446,6 +455,9 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("a file where the folder belongs")
     with pytest.raises(OutputError, match="cannot write"):
         Shards(tmp_path / "s", "ours", {}).append(0, 0, 1)
+    (tmp_path / "t/ours-0.jsonl").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"cannot remove .*ours-0\.jsonl"):
+        Shards(tmp_path / "t", "ours", {}).clear()
 
 
 # --- the command --------------------------------------------------------------------------------------
@@ -547,6 +559,14 @@ def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: 
         assert sum(len(lines) - 1 for lines in kept) == 4  # each batch once, in either
         for name in ("detections.json", "metrics.json"):
             assert (tmp_path / out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(PortingError, match=r"did not find each other.*torchrun"), joined():
+        pass
 
 
 def test_a_mistake_with_two_processes_is_said_once(small_weights: Path, tmp_path: Path) -> None:
@@ -697,12 +717,35 @@ def test_a_saved_model_as_reference(
     assert "FAILED detection parity" in capsys.readouterr().out
 
 
+def test_a_file_that_takes_one_picture_at_a_time(tensorflow: object) -> None:
+    from porting.parity.reference_networks import file_network
+
+    class OneAtATime:
+        source, size, exact, taps = "one.meta", None, True, frozenset[str]()
+
+        def on(self, images: np.ndarray) -> Any:
+            raise ValueError("Cannot reshape\nat length")
+
+    network = file_network(OneAtATime(), model_config("efficientdet-d0"))
+    message = r"one.meta on 2 pictures at once \(Cannot reshape\); try --batch-size 1"
+    with pytest.raises(PortingError, match=message):
+        network(torch.zeros(2, 3, 64, 64))
+
+
 def test_help_has_examples() -> None:
     done = subprocess.run(
         [sys.executable, eval_coco.__file__, "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0
     assert "torchrun --nproc-per-node=8" in done.stdout
+
+
+def test_an_output_that_cannot_be(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(small_weights, coco, tmp_path / "file/out") == 2
+    assert "cannot create the folder" in capsys.readouterr().err
 
 
 def test_no_picture_at_all(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
+import wave
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from porting.errors import OutputError
 from pytorch_model.preprocess import ImageError
 from tf_reference.synthetic import synthetic_image
 
@@ -147,6 +151,55 @@ def test_a_video_that_breaks_off(
     assert "after frame 3" in summary["unreadable"][str(video)]
     with _video.VideoReader(out / "clip.mp4") as reader:
         assert len(list(reader)) == 4
+
+
+def test_a_frame_that_cannot_be_decoded(tmp_path: Path) -> None:
+    class Damaged:
+        def __init__(self, container: Any) -> None:
+            self.container = container
+            self.close = container.close
+
+        def decode(self, stream: Any) -> Any:
+            yield from itertools.islice(self.container.decode(stream), 3)
+            raise av.error.InvalidDataError(1, "Invalid data found")
+
+    with _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
+        reader._container = Damaged(reader._container)
+        frames = iter(reader)
+        assert [next(frames).number for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(ImageError, match="not readable after frame 2: Invalid data found"):
+            next(frames)
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    with pytest.raises(ImageError, match="has no video stream"):
+        _video.VideoReader(tmp_path / "sound.mp4")
+
+
+def write_to(path: Path) -> None:
+    writer = _video.VideoWriter(path, RATE, 1 / RATE)
+    try:
+        for number in range(60):
+            writer.add(synthetic_image(64, 96), number / 10)
+    finally:
+        writer.close()
+
+
+def test_no_frame_is_no_video(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_video.VideoReader, "__iter__", lambda self: iter(()))
+    assert run(small_weights, write_clip(tmp_path / "clip.mp4"), tmp_path / "out") == 2
+    assert "clip.mp4 has no frames" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_video_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write the video out\.mp4"):
+        write_to(tmp_path / "nowhere/out.mp4")
 
 
 def test_no_video_and_no_pyav(

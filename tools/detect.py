@@ -258,6 +258,8 @@ def _until_broken(reader: _video.VideoReader, unreadable: dict[str, str]) -> Ite
         if not count:
             raise
         unreadable[str(reader.path)] = str(error)
+    if not count:
+        raise ImageError(f"{reader.path} has no frames")
 
 
 def _batched(frames: Iterator[_video.Frame], size: int) -> Iterator[list[_video.Frame]]:
