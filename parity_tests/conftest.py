@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from parity_tests import refusals
+from pytorch_model.config import MODELS
 
 # Before TensorFlow is first imported: quiet, and the arithmetic of the recordings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -56,9 +58,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail if no test brings about a refusal",
     )
+    group = parser.getgroup("parity", "the proof on chosen models; with any of these, only it runs")
+    group.addoption("--models", metavar="NAMES", help="d0,d7x,lite0,… or all (default: all 15)")
+    group.addoption("--resolution", metavar="SIZE", help="native, N or HxW (default: 128, D7x 256)")
+    group.addoption("--dtype", metavar="TYPE", help="float32 or float64 (default: both)")
+    group.addoption("--image", metavar="FILE", help="a photograph (default: a seeded picture)")
+    group.addoption("--ckpt", metavar="PATH", help="a checkpoint of one's own (default: seeded weights)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    cases(config)  # a bad option ends the run before anything is collected
     if config.getoption("refusals"):
         folder = Path(tempfile.mkdtemp(prefix="refusals-"))
         config.add_cleanup(lambda: shutil.rmtree(folder))
@@ -81,3 +90,93 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"{total - len(lines)} of {total} refusals in the code were brought about")
     for line in lines:
         terminalreporter.write_line(f"never: {line}", red=True)
+
+
+# --- the proof on one's own models, size, picture and checkpoint ------------------------------------------
+
+OPTIONS = ("models", "resolution", "dtype", "image", "ckpt")
+DTYPES = ("float64", "float32")
+SMALL_SIZE, SMALL_SIZE_P8 = 128, 256  # the smallest pictures on which the coarsest level is one pixel
+QUICK_MODELS = frozenset({"efficientdet-d0", "efficientdet-d2", "efficientdet-lite0"})
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of the proof. ``model``: None for that of ``ckpt``. ``size``: (height, width), None: native."""
+
+    model: str | None
+    dtype: str
+    size: tuple[int, int] | None
+    image: Path | None
+    ckpt: str | None
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.size)) if self.size else "native"
+        return f"{self.model or 'ckpt'}-{self.dtype}-{size}"
+
+
+def cases(config: pytest.Config) -> list[Case]:
+    """What the options ask for. Raises ``pytest.UsageError``."""
+    models, size, dtype, image, ckpt = (config.getoption(f"--{name}") for name in OPTIONS)
+    if dtype not in (None, *DTYPES):
+        raise pytest.UsageError(f"--dtype {dtype} is not a type; say float32 or float64")
+    if image and not Path(image).is_file():
+        raise pytest.UsageError(f"--image {image} is not a file; check the path")
+    if ckpt and models:
+        raise pytest.UsageError("--ckpt says which model it is; leave out --models")
+    return [
+        Case(model, kind, _size(size, model), Path(image) if image else None, ckpt)
+        for model in ([None] if ckpt else _models(models))
+        for kind in ([dtype] if dtype else DTYPES)
+    ]
+
+
+def _models(names: str | None) -> list[str]:
+    if names in (None, "all"):
+        return list(MODELS)
+    known = {model.removeprefix("efficientdet-"): model for model in MODELS}
+    chosen = [known.get(name.strip().removeprefix("efficientdet-"), "") for name in (names or "").split(",")]
+    if not all(chosen):
+        raise pytest.UsageError(f"--models {names} names no model; say some of {','.join(known)}, or all")
+    return chosen
+
+
+def _size(text: str | None, model: str | None) -> tuple[int, int] | None:
+    if text == "native":
+        return None
+    if not text:
+        side = SMALL_SIZE_P8 if model in (None, "efficientdet-d7x") else SMALL_SIZE
+        return side, side
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 1 for side in sides):
+        raise pytest.UsageError(
+            f"--resolution {text} is not a size; say native, 512 or 384x640 (height x width)"
+        )
+    return int(sides[0]), int(sides[-1])
+
+
+def _chosen(config: pytest.Config) -> bool:
+    return any(config.getoption(f"--{name}") for name in OPTIONS)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_models"):
+        everything = not _chosen(metafunc.config)
+        metafunc.parametrize(
+            "case",
+            [
+                pytest.param(
+                    case,
+                    id=str(case),
+                    marks=pytest.mark.slow if everything and case.model not in QUICK_MODELS else [],
+                )
+                for case in cases(metafunc.config)
+            ],
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _chosen(config):
+        wanted = [item for item in items if "/test_models.py::test_parity[" in f"/{item.nodeid}"]
+        config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+        items[:] = wanted

@@ -254,13 +254,8 @@ def _print_verdict(console: Console, *results: ParityResult) -> None:
         if not result.judged:
             console.print("  the reference is quantised: its own rounding is larger than any tolerance here")
             continue
-        first = result.first_divergence
-        if first:
-            console.print(
-                f"  first divergence: {first.pair.module} in PyTorch, {first.pair.tap} in TensorFlow: "
-                f"isolated {first.isolated.relative:.1e}, accumulated {first.accumulated.relative:.1e}",
-                soft_wrap=True,
-            )
+        if result.divergence:
+            console.print(f"  {result.divergence}", soft_wrap=True)
 
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:

@@ -85,6 +85,17 @@ class ParityResult:
                 return tap
         return next((tap for tap in self.taps if not tap.passed), None)
 
+    @property
+    def divergence(self) -> str | None:
+        """The first divergence in one line, named on both sides; None where there is none."""
+        tap = self.first_divergence
+        if tap is None:
+            return None
+        return (
+            f"first divergence: {tap.pair.module} in PyTorch, {tap.pair.tap} in TensorFlow: "
+            f"isolated {tap.isolated.relative:.1e}, accumulated {tap.accumulated.relative:.1e}"
+        )
+
     def worst(self, figure: str) -> TapResult:
         """The tap with the largest ``accumulated`` or ``isolated`` relative difference."""
         return max(self.taps, key=lambda tap: getattr(tap, figure).relative)
