@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -92,6 +92,7 @@ class ParameterAudit:
         return None if self.published is None else rounds_to(self.automl, self.published, 1e6)
 
 
+@cache
 def audit_parameters(config: EfficientDetConfig) -> ParameterAudit:
     """Count both sides of ``config`` from their declared variables; nothing is allocated."""
     automl, ours = Counter[str](), Counter[str]()
@@ -115,11 +116,15 @@ def multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int] | None
 
     The network runs on shapes alone, without values.
     """
-    height, width = image_size or config.image_size
+    return dict(_multiply_adds(config, image_size or config.image_size))
+
+
+@cache
+def _multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int]) -> dict[str, int]:
     counts = Counter[str]()
     with torch.device("meta"):
         model = EfficientDet(config).eval()
-        images = torch.empty(1, 3, height, width)
+        images = torch.empty(1, 3, *image_size)
 
     def count(part: str) -> Any:
         def hook(conv: torch.nn.Conv2d, inputs: Any, output: torch.Tensor) -> None:

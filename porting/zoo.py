@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from porting.audit import PUBLISHED, audit_parameters, multiply_adds
 from porting.releases import RELEASES, Release
@@ -53,14 +52,9 @@ def rows() -> Iterator[Row]:
             parameters.ours,
             parameters.automl,
             PUBLISHED[release.model].parameters,
-            _multiply_adds(release.model, size),
+            sum(multiply_adds(config, size).values()),
             EVIDENCE.get(release.name, SYNTHETIC),
         )
-
-
-@cache
-def _multiply_adds(model: str, image_size: tuple[int, int]) -> int:
-    return sum(multiply_adds(model_config(model), image_size).values())
 
 
 def markdown() -> str:
