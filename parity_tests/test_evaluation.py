@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
@@ -484,6 +485,17 @@ def test_results_metrics_and_table(
     rows = to_results(10, expected, {1: 1, 2: 2, 90: 90})
     assert [row for row in results if row["image_id"] == 10] == rows
     assert len(read(out / server_file_name("mine"))) == len(results)
+
+
+def test_a_folder_of_weights(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    """As save_pretrained writes it; its configuration lies beside the tensors and counts as a setting."""
+    folder, out = tmp_path / "mine", tmp_path / "out"
+    load_model(small_weights).save_pretrained(folder)
+    assert run(folder, coco, out) == 0
+    assert run(small_weights, coco, tmp_path / "file") == 0
+    assert read(out / "detections.json") == read(tmp_path / "file/detections.json")
+    noted = read(out / "metrics.json")["settings"]["ours"]
+    assert noted["weights"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 class KilledError(Exception):

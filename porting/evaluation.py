@@ -77,6 +77,7 @@ def settings(
     return {
         "weights": weights,
         "model": detector.model.config.name,
+        "config": _digest(detector.model.config.to_dict()),
         "image_size": list(detector.image_size),
         "decoder": detector.decoder,
         "tta": detector.tta,
@@ -86,6 +87,10 @@ def settings(
         "categories": {str(label): category for label, category in categories.items()},
         "pictures": dataset_digest(dataset),
     }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -141,6 +141,14 @@ def _check_digest(state_dict: Mapping[str, Tensor], metadata: dict[str, str]) ->
         raise ValueError(f"its {DIGEST} does not fit its contents, which were changed after it was written")
 
 
+def weight_file(path: Path) -> Path:
+    """The file that holds the tensors: ``path`` itself, or what :func:`read_weights` takes of a folder."""
+    if not path.is_dir():
+        return path
+    inside = path / MODEL_FILE
+    return inside if inside.is_file() else next(iter(sorted(path.glob("*.pth"))), inside)
+
+
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], EfficientDetConfig, dict[str, str]]:
     weights = [folder / MODEL_FILE] if (folder / MODEL_FILE).is_file() else sorted(folder.glob("*.pth"))
     if len(weights) != 1 or not (folder / CONFIG_FILE).is_file():

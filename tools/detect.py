@@ -75,7 +75,7 @@ class Found(NamedTuple):
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
-    parser.add_argument("--weights", required=True, type=Path, help="weight file, .safetensors or .pth")
+    parser.add_argument("--weights", required=True, type=Path, help="weight file or folder")
     parser.add_argument(
         "--images", required=True, type=Path, help="a picture, a folder of pictures, or a video"
     )

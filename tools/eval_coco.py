@@ -39,6 +39,7 @@ from porting.shards import Shards
 from pytorch_model import load_model
 from pytorch_model.detector import TTA, Detector
 from pytorch_model.preprocess import DECODERS
+from pytorch_model.weights import weight_file
 
 EXAMPLES = f"""
 examples:
@@ -67,7 +68,7 @@ those of a quantised TFLite file, which differ by nature).
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=_cli.HelpFormatter)
-    parser.add_argument("--weights", required=True, type=Path, help="weight file, .safetensors or .pth")
+    parser.add_argument("--weights", required=True, type=Path, help="weight file or folder")
     data = parser.add_argument_group("data set")
     data.add_argument(
         "--coco", type=Path, metavar="DIR", help="holds annotations/instances_*.json and pictures"
@@ -151,7 +152,7 @@ def build_streams(
     categories: dict[int, int],
 ) -> list[Stream]:
     shards, size = arguments.out / "shards", arguments.batch_size
-    of_ours = settings(detector, dataset, size, categories, file_digest(arguments.weights))
+    of_ours = settings(detector, dataset, size, categories, file_digest(weight_file(arguments.weights)))
     streams = [Stream("ours", None, Shards(shards, "ours", of_ours))]
     if arguments.reference:
         streams.append(reference_stream(arguments, console, detector, of_ours))
