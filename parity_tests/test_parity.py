@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -14,7 +15,7 @@ from parity_tests.configs import configs
 from parity_tests.recordings import normalise
 from porting.convert import apply_rules
 from porting.parity import ParityResult, compare, difference, tensorflow_reference
-from porting.rules import rules, taps
+from porting.rules import TapPair, rules, taps
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from tf_reference.synthetic import synthetic_image, synthetic_variables
@@ -86,6 +87,51 @@ def test_a_fault_is_found_where_it_is(parameter: str, dtype: str) -> None:
     assert not result.passed
     assert result.first_divergence is not None
     assert result.first_divergence.pair.tap == FAULTS[parameter]
+
+
+@pytest.mark.parametrize("cells", [1, 6])
+def test_few_activations_are_alive_at_once(cells: int) -> None:
+    """Whatever the depth: compared and let go. A head's outputs wait for its last level, one a level."""
+    config = model_config("efficientdet-d0", fpn_cell_repeats=cells)
+    values = synthetic_variables(config)
+    model = EfficientDet(config).eval()
+    model.load_state_dict(apply_rules(rules(config), values))
+    images = normalise(synthetic_image(128, 128)[None], config)
+    inner = tensorflow_reference(values, config, images, "float32")
+    theirs, ours = Alive(), Alive()
+
+    def reference(emit: Callable[[str, np.ndarray], None]) -> None:
+        def counted(name: str, value: np.ndarray) -> None:
+            theirs.add(value)
+            emit(name, value)
+
+        inner(counted)
+
+    def observe(pair: TapPair, mine: np.ndarray, expected: np.ndarray) -> None:
+        assert mine.base is not None
+        ours.add(mine.base)
+
+    result = compare(model, reference, images, observe=observe)
+    assert result.passed
+    print(
+        f"{len(result.taps)} activations; alive at once: {theirs.most} of TensorFlow's, {ours.most} of ours"
+    )
+    assert theirs.seen == ours.seen == len(result.taps)
+    assert theirs.most <= len(config.levels) + 4
+    assert ours.most <= 2
+
+
+class Alive:
+    """Counts arrays that have been shown and are still held by someone."""
+
+    def __init__(self) -> None:
+        self.seen = self.most = 0
+        self._references: list[weakref.ref[np.ndarray]] = []
+
+    def add(self, array: np.ndarray) -> None:
+        self.seen += 1
+        self._references = [one for one in self._references if one() is not None] + [weakref.ref(array)]
+        self.most = max(self.most, len(self._references))
 
 
 def test_nan_fails() -> None:
