@@ -77,6 +77,7 @@ def test_wrong_weights_are_located_and_explained(folder: Path) -> None:
         (["--ckpt", "synthetic/efficientdet-lite0", "--size", "big"], "--size big is not a size"),
         (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "cannot run on device 'abacus'"),
         (["--ckpt", "nowhere"], "nowhere"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--graph", "x"], "--graph is for --reference meta"),
         (["--ckpt", "synthetic/efficientdet-lite0", "--weights", "none.pth"], "no weight file at none.pth"),
     ],
     ids=str,

@@ -176,6 +176,61 @@ def test_what_does_not_fit_is_told(d0: tuple[Path, EfficientDetConfig, Variables
         open_meta(path, config, variables)
 
 
+def half(nodes: dict[str, Any]) -> None:
+    nodes["efficientnet-b0/stem/conv2d/Conv2D"].attr["T"].type = 19  # DT_HALF
+
+
+def channels_first(nodes: dict[str, Any]) -> None:
+    nodes["efficientnet-b0/stem/conv2d/Conv2D"].attr["data_format"].s = b"NCHW"
+
+
+def batch_statistics(nodes: dict[str, Any]) -> None:
+    norm = nodes["efficientnet-b0/stem/tpu_batch_normalization/FusedBatchNormV3"]
+    norm.input[3] = norm.input[1]
+
+
+def dropped_connections(nodes: dict[str, Any]) -> None:
+    nodes["efficientnet-b0/blocks_1/se/Sigmoid"].op = "RandomUniform"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (half, "does not compute in float32"),
+        (channels_first, "was built for NCHW maps, which TensorFlow cannot run on a CPU"),
+        (batch_statistics, r"training run \(efficientnet-b0/stem/.*/moving_mean is never read\)"),
+        (dropped_connections, r"training run \(efficientnet-b0/blocks_1/se/Sigmoid draws random numbers\)"),
+    ],
+)
+def test_other_graphs_of_the_model_are_told(
+    tensorflow: Any,
+    d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray],
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+) -> None:
+    path, config, variables, _ = d0
+    meta = tensorflow.compat.v1.MetaGraphDef.FromString(path.read_bytes())
+    change({node.name: node for node in meta.graph_def.node})
+    path.write_bytes(meta.SerializeToString())
+    with pytest.raises(PortingError, match=message):
+        open_meta(path, config, variables)
+
+
+def test_saved_models_that_cannot_be_run_are_told(tensorflow: Any, tmp_path: Path) -> None:
+    tf, config = tensorflow, small()
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(PortingError, match=r"saved_model\.pb holds no graph; export the model again"):
+        open_saved_model(tmp_path, config, {})
+    module = tf.Module()
+    module.held = tf.Variable(1.0)
+    tf.saved_model.save(module, str(tmp_path))
+    with pytest.raises(PortingError, match="has no serving signature; export the model again"):
+        open_saved_model(tmp_path, config, {})
+    shutil.rmtree(tmp_path / "variables")
+    with pytest.raises(PortingError, match=r"TensorFlow cannot load .*; use --reference ops"):
+        open_saved_model(tmp_path, config, {})
+
+
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x0a\xff\xff"], ids=["empty", "text", "cut"])
 def test_a_file_that_is_no_graph_is_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.meta").write_bytes(content)
@@ -255,10 +310,29 @@ def test_absent_activations_are_counted_and_outputs_compared(tensorflow: Any, tm
     assert set(result.absent) == {pair.tap for pair in taps(config)} - {tap.pair.tap for tap in result.taps}
     assert result.absent
     assert all("fnode" in name for name in result.absent)
+    # A figure that covers several layers is held to what rounding makes of several layers.
+    after_gap = [tap for tap in result.taps if tap.spans > 1]
+    assert after_gap
+    assert all(tap.allowed[1] == tap.allowed[0] for tap in after_gap)
+    assert sum(tap.spans for tap in result.taps) == len(list(taps(config)))
     assert {tap.pair.tap for tap in result.taps if "_outputs/" in tap.pair.tap} == {
         f"{kind}_outputs/{level}" for kind in ("class", "box") for level in config.levels
     }
     print(f"{len(result.taps)} compared, {len(result.absent)} absent")
+
+
+def test_the_graph_inside_an_archive(tensorflow: Any, tmp_path: Path) -> None:
+    config = small()
+    values = synthetic_variables(config)
+    graph, _ = built(tensorflow, config, values)
+    meta = tensorflow.compat.v1.MetaGraphDef(graph_def=graph.as_graph_def())
+    write_bundle(tmp_path / "in" / "model", values)
+    (tmp_path / "in" / "model.meta").write_bytes(meta.SerializeToString())
+    archive = shutil.make_archive(str(tmp_path / "efficientdet"), "gztar", tmp_path / "in")
+    images = normalise(synthetic_image(*config.image_size)[None], config)
+    with open_checkpoint(archive) as checkpoint:
+        reference = open_reference("meta", checkpoint, None, config, values)
+    assert compared(reference, config, values, images).passed
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -300,6 +374,12 @@ def test_saved_models(tensorflow: Any, tmp_path: Path, version: int) -> None:
 
 
 # --- TFLite ---------------------------------------------------------------------------------------------
+
+
+def test_a_tflite_file_of_another_model_is_told() -> None:
+    config = TINY.replace(max_level=TINY.max_level + 1)
+    with pytest.raises(PortingError, match=rf"has no class_outputs/{config.max_level}: it is not"):
+        TFLiteReference(golden("float32"), config)
 
 
 @pytest.mark.parametrize("kind", ["float32", "int8"])
