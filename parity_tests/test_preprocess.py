@@ -311,6 +311,20 @@ def test_bad_images_are_refused_by_name(image: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
+def test_decompression_bombs_are_refused(decoder: str, tmp_path: Path) -> None:
+    """A small file whose header claims 65,500 × 65,500 pixels, 12.9 GB once decoded."""
+    if decoder == "fast-dct":
+        pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
+    Image.new("RGB", (16, 16)).save(tmp_path / "bomb.jpg")
+    data = bytearray((tmp_path / "bomb.jpg").read_bytes())
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = (65500).to_bytes(2, "big") * 2
+    (tmp_path / "bomb.jpg").write_bytes(data)
+    with pytest.raises(ImageError, match=r"178,?956,?970"):
+        load_image(tmp_path / "bomb.jpg", decoder)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_damaged_files_are_refused(decoder: str, tmp_path: Path) -> None:
     needs(decoder)
     jpeg = io.BytesIO()

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 DECODERS = ("pillow", "fast-dct")
+MOST_PIXELS = 178_956_970  # Pillow refuses more than this too: it takes half a gigabyte to decode
 
 
 class ImageError(PortingError):
@@ -264,7 +265,12 @@ def _fast_dct_pixels(jpeg: bytes) -> Tensor:
     """JPEG bytes → uint8 [3, h, w], equal to ``tf.io.decode_jpeg(jpeg, channels=3)``."""
     simplejpeg: ModuleType = _require("simplejpeg", "simplejpeg")
     try:
-        if simplejpeg.decode_jpeg_header(jpeg)[2] not in ("CMYK", "YCCK"):
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
+        if height * width > MOST_PIXELS:
+            raise ImageError(
+                f"its header claims {width} x {height} pixels, more than {MOST_PIXELS:,}: not a photograph"
+            )
+        if colours not in ("CMYK", "YCCK"):
             return _channels_first(simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=True))
         inks = simplejpeg.decode_jpeg(jpeg, "CMYK", fastdct=True)
     except ValueError as error:
