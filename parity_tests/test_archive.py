@@ -258,7 +258,12 @@ def test_the_folder_is_private_and_goes_with_the_checkpoint(
     (private,) = temporary.iterdir()
     assert stat.S_IMODE(private.stat().st_mode) == 0o700
     files = sorted(path.name for path in private.rglob("*") if path.is_file())
-    assert files == ["checkpoint", "model.data-00000-of-00001", "model.index"]  # neither graph nor log
+    assert files == [
+        "checkpoint",
+        "model.data-00000-of-00001",
+        "model.index",
+        "model.meta",
+    ]  # neither graph nor log
     del checkpoint  # never closed
     gc.collect()
     assert list(temporary.iterdir()) == []

@@ -86,6 +86,17 @@ def test_stale_averages_are_left_out(tmp_path: Path, inside: str) -> None:
         assert choose_variables(checkpoint, config, raw=False)[2] == "raw"
 
 
+def test_a_backbone_s_own_classifier_is_left_out(tmp_path: Path) -> None:
+    """AutoML's Keras exporter saves it, though no detector runs it."""
+    config, values, _ = written(tmp_path / "export")
+    head = {"backbone/_head/_conv_head/kernel": np.ones((1, 1, 8, 1280), np.float32)}
+    write_bundle(tmp_path / "export" / "variables" / "variables", {**values, **head})
+    with open_checkpoint(tmp_path / "export") as checkpoint:
+        chosen, unused, _ = choose_variables(checkpoint, config, raw=False)
+    assert set(chosen.values()) == values.keys() - {"global_step"}
+    assert unused["the backbone's own classifier, which a detector does not run"] == tuple(head)
+
+
 def test_exported_as_automl_does(tensorflow: Any, tmp_path: Path) -> None:
     """A checkpoint restored and exported by the steps of AutoML's ``inference.py``: TensorFlow itself saves
     averages that nobody ever assigned."""
