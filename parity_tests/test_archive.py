@@ -263,7 +263,7 @@ def test_the_folder_is_private_and_goes_with_the_checkpoint(
         "model.data-00000-of-00001",
         "model.index",
         "model.meta",
-    ]  # neither graph nor log
+    ]  # no log
     del checkpoint  # never closed
     gc.collect()
     assert list(temporary.iterdir()) == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -420,3 +422,30 @@ def test_command_line(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert "is the graph of a training run" in done.stderr
+
+
+AGAINST = ("--weights", "a", "--against", "b")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        (
+            "convert.py",
+            ["--ckpt", "x", "--reference", "meta"],
+            "add --verify",
+        ),
+        (
+            "verify.py",
+            [*AGAINST, "--reference", "meta"],
+            "there is no --reference",
+        ),
+        ("verify.py", [*AGAINST, "--variants"], "so there are no --variants"),
+        ("verify.py", ["--ckpt", "x", "--reference", "keras"], "invalid choice: 'keras'"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tool: str, arguments: list[str], message: str) -> None:
+    command = [sys.executable, str(GOLDENS.parents[1] / "tools" / tool), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -23,6 +23,7 @@ from porting.errors import PortingError
 from porting.files import check_writable, replacing
 from porting.hparams import Hparams
 from porting.infer import Inference
+from porting.parity.references import OPS
 from pytorch_model.weights import SUFFIXES, write_weights
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", default="", help=_cli.SIZE_HELP)
     _source.add_reference_options(parser)
     parser.add_argument("--json", action="store_true", help="print a machine-readable summary on stdout")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if not arguments.verify and (arguments.reference != OPS or arguments.graph):
+        parser.error("--reference and --graph say what --verify compares with: add --verify")
+    return arguments
 
 
 def main() -> int:

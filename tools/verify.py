@@ -23,6 +23,7 @@ from rich.table import Table
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, choose_variables, convert
 from porting.errors import PortingError
+from porting.parity.references import OPS
 from porting.parity.weights import (
     CheckpointComparison,
     WeightComparison,
@@ -84,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --ckpt, or --weights and --against")
     if arguments.against and arguments.gradients:
         parser.error("--against runs no network, so there are no --gradients: leave one out")
+    if arguments.against and (arguments.reference != OPS or arguments.graph):
+        parser.error("--against runs no network, so there is no --reference: leave one out")
     if arguments.against and arguments.variants:
         parser.error("--against runs no network, so there are no --variants: leave one out")
     return arguments
