@@ -424,6 +424,19 @@ def test_command_line(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]
     assert "is the graph of a training run" in done.stderr
 
 
+def test_a_quantised_file_proves_nothing(tmp_path: Path) -> None:
+    """Measured by verify.py without a verdict; no weights are written on the strength of it."""
+    options = ("--ckpt", str(golden("int8")), "--reference", "tflite", "--json")
+    done = verify(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["passed"] is None
+    assert "measured, not judged" in done.stderr
+    command = [sys.executable, str(GOLDENS.parents[1] / "tools" / "convert.py"), *options, "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 AGAINST = ("--weights", "a", "--against", "b")
 
 

@@ -43,8 +43,10 @@ class Outcome:
     variants: tuple[Cost, ...] = ()
 
     @property
-    def passed(self) -> bool:
-        return all(result.passed or not result.judged for result in self.results)
+    def passed(self) -> bool | None:
+        """Whether every judged run passed; None where the reference was too coarse to judge by."""
+        judged = [result.passed for result in self.results if result.judged]
+        return all(judged) if judged else None
 
     def figures(self) -> dict[str, Any]:
         figures = {"reference": self.reference, **{result.dtype: _figures(result) for result in self.results}}

@@ -117,12 +117,12 @@ def main() -> int:
         import _gradients
 
         results = _gradients.verify_gradients(console, conversion)
-        passed = passed and all(result.passed for result in results.values())
+        passed = passed is not False and all(result.passed for result in results.values())
         figures["gradients"] = _gradients.figures(results)
     if arguments.json:
         json.dump({"passed": passed, **figures}, sys.stdout, indent=2)
         print()
-    return 0 if passed else _cli.EXIT_FAILED
+    return _cli.EXIT_FAILED if passed is False else 0
 
 
 def run(
