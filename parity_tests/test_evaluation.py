@@ -114,7 +114,7 @@ def read(path: Path) -> Any:
 # --- figures ------------------------------------------------------------------------------------------
 
 
-def box(x: float, y: float, category: int = 1, image: int = 0, **more: Any) -> dict[str, Any]:
+def box(x: float, y: float, category: int = 1, image: int | str = 0, **more: Any) -> dict[str, Any]:
     return {"image_id": image, "category_id": category, "bbox": [x, y, 50.0, 50.0], **more}
 
 
@@ -151,6 +151,19 @@ def test_only_chosen_pictures_count() -> None:
     found = [box(0, 0, score=0.9), box(200, 200, image=1, score=0.95)]
     assert evaluate(boxes, found, [0]).figures["AP"] == pytest.approx(1)
     assert evaluate(boxes, found, [0, 1]).figures["AP"] < 0.6
+
+
+@pytest.mark.parametrize("ids", [("a", "b"), (1, "1"), (7, "a"), (-1, 2**63), (2**60, 2**60 + 1)], ids=str)
+def test_any_ids_give_the_same_figures(ids: tuple[int | str, int | str]) -> None:
+    """Numbers beside names, and numbers that a double cannot tell apart."""
+    first, second = ids
+    boxes = truth(box(0, 0, image=first), box(100, 100, image=second))
+    boxes["images"] = [{"id": first}, {"id": second}]
+    found = [box(0, 0, image=first, score=0.9), box(100, 100, image=second, score=0.8)]
+    kept = copy.deepcopy(boxes)
+    assert evaluate(boxes, found, ids).figures["AP"] == pytest.approx(1)
+    assert evaluate(boxes, found[1:], ids).figures["ARmax100"] == pytest.approx(0.5)
+    assert boxes == kept
 
 
 def test_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +375,10 @@ def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
     labels.write_text("cat\ndog\ndog\n")
     with pytest.raises(DatasetError, match="two classes alike"):
         class_to_category(dataset, 3, labels)
+    labels.write_text("cat\nbird\ndog\n")
+    rewrite(coco, lambda data: data.update(categories=[{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}]))
+    with pytest.raises(DatasetError, match="two categories 'dog'"):
+        class_to_category(read_dataset(coco), 3, labels)
 
 
 def test_results_take_the_categories_ids() -> None:
@@ -457,8 +474,11 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         Shards(tmp_path / "s", "ours", {}).append(0, 0, 1)
     (tmp_path / "t/ours-0.jsonl").mkdir(parents=True)
+    shards = Shards(tmp_path / "t", "ours", {})
     with pytest.raises(OutputError, match=r"cannot remove .*ours-0\.jsonl"):
-        Shards(tmp_path / "t", "ours", {}).clear()
+        shards.clear()
+    with pytest.raises(ShardError, match=r"cannot read .*ours-0\.jsonl"):
+        shards.read()
 
 
 # --- the command --------------------------------------------------------------------------------------
@@ -626,6 +646,7 @@ REFUSED = {
     "limit": (["--limit", "0"], "--limit is 0"),
     "lonely reference": (["--reference", "ops"], "--reference and --ckpt go together"),
     "test-dev name": (["--test-dev", "a/b"], "--test-dev"),
+    "empty test-dev name": (["--test-dev", ""], "--test-dev"),
     "hparams": (["--hparams", "num_classes=20"], "--hparams say num_classes=20"),
     "labels": (["--labels", "nowhere.txt"], "nowhere.txt is not a label file"),
     "device": (["--device", "abacus"], "--device abacus cannot be used"),

@@ -218,11 +218,17 @@ def class_to_category(dataset: Dataset, num_classes: int, labels: Path | None) -
 
     Without ``labels`` a class id is the category id: COCO's 90-id space, and custom data sets whose ids run
     from 1. With ``labels``, the names of the model's classes, classes and categories of one name go together.
-    Raises :class:`DatasetError` where a category has no class, or another class has its id.
+    Raises :class:`DatasetError` where a category has no class, or another class has its id, or two
+    categories to be told apart by name have the same.
     """
     names = given_names(labels, num_classes)
     categories, file = dataset.categories, dataset.annotations.name
     if labels is not None:
+        twice = [name for name, count in Counter(categories.values()).items() if count > 1]
+        if twice:
+            raise DatasetError(
+                f"{file} has two categories {twice[0]!r}, so names do not tell which is meant; rename one"
+            )
         by_name = {name: index for index, name in names.items()}
         missing = [name for name in categories.values() if name not in by_name]
         if missing or len(by_name) < len(names):
@@ -316,20 +322,26 @@ def evaluate(
     except ImportError:
         raise PortingError("COCO's figures need the package pycocotools: pip install pycocotools") from None
 
-    chosen = set(image_ids)
-    ours = [row for row in results if row["image_id"] in chosen]
+    # pycocotools sorts ids in one array: numbers beside names become text, large ones lose their last digits.
+    in_order = sorted(set(image_ids), key=lambda id_: (isinstance(id_, str), id_))
+    numbers = {id_: number for number, id_ in enumerate(in_order)}
+    ours = _renumbered(results, numbers)
+    dataset = {
+        "images": [{"id": number} for number in numbers.values()],
+        "categories": list(content["categories"]),
+        "annotations": _renumbered(content["annotations"], numbers),
+    }
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
         truth = COCO()
-        truth.dataset = dict(content)
+        truth.dataset = dataset
         truth.createIndex()
         if ours:
-            found = truth.loadRes([dict(row) for row in ours])
+            found = truth.loadRes(ours)
         else:
             found = COCO()
-            found.dataset = {**content, "annotations": []}
+            found.dataset = {**dataset, "annotations": []}
             found.createIndex()
         run = COCOeval(truth, found, "bbox")
-        run.params.imgIds = sorted(chosen, key=str)
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -340,3 +352,8 @@ def evaluate(
         for category, values in zip(run.params.catIds, precision.transpose(2, 0, 1), strict=True)
     }
     return Evaluation(figures, per_class)
+
+
+def _renumbered(rows: Sequence[Mapping[str, Any]], numbers: Mapping[ImageId, int]) -> list[dict[str, Any]]:
+    """Copies of the ``rows`` of the pictures in ``numbers``, with these in place of their ids."""
+    return [{**row, "image_id": numbers[row["image_id"]]} for row in rows if row["image_id"] in numbers]

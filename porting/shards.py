@@ -35,10 +35,13 @@ class Shards:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 
     def read(self) -> dict[int, Any]:
-        """Batch number → what was kept of it. Raises :class:`ShardError` on other settings or damage."""
+        """Batch number → what was kept of it. Raises :class:`ShardError`: other settings, damage, no access."""
         kept: dict[int, Any] = {}
         for file in self.files():
-            lines = list(_whole_lines(file))
+            try:
+                lines = list(_whole_lines(file))
+            except OSError as error:
+                raise ShardError(f"cannot read {file}: {error.strerror}; choose another --out") from None
             if not lines:
                 continue
             try:

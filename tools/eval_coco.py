@@ -110,7 +110,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --coco or --annotations")
     if bool(arguments.reference) != bool(arguments.ckpt):
         parser.error("--reference and --ckpt go together")
-    if arguments.test_dev:
+    if arguments.test_dev is not None:
         server_file_name(arguments.test_dev)
     arguments.out = arguments.out or Path(f"eval_{arguments.weights.stem}")
     return arguments
