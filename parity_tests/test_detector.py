@@ -436,11 +436,13 @@ def test_detect_passes_over_unreadable_pictures(
     weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (album / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    (album / "gone.jpg").symlink_to("nowhere.jpg")
+    (album / "folder.jpg").mkdir()
     out = tmp_path / "out"
     assert run_detect(weights, album, out, "--batch-size", "1") == 1
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary["images"]) == 3
-    assert list(summary["unreadable"]) == [str(album / "broken.jpg")]
+    assert list(summary["unreadable"]) == [str(album / name) for name in ("broken.jpg", "gone.jpg")]
     assert "broken.jpg" in capsys.readouterr().out
 
 
@@ -458,6 +460,7 @@ def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path,
         ({"images": "nowhere"}, "nowhere does not exist"),
         ({"images": "empty"}, "holds no picture"),
         ({"images": "twins"}, "image_id 7"),
+        ({"images": "shadow"}, "a.bmp and a.bmp.png"),
         ({"out": "album"}, "would overwrite them"),
         ({"out": "album/b.png"}, "cannot create the folder"),
         ({"more": ["--device", "cuda:77"]}, "--device cuda:77 cannot be used"),
@@ -480,6 +483,9 @@ def test_detect_refuses_in_one_sentence(
     (tmp_path / "twins").mkdir()
     for name in ("7.png", "007.png"):
         Image.fromarray(pictures()[0]).save(tmp_path / "twins" / name)
+    (tmp_path / "shadow").mkdir()
+    for name in ("a.bmp", "a.bmp.png"):
+        Image.fromarray(pictures()[0]).save(tmp_path / "shadow" / name)
     (tmp_path / "many.json").write_text(json.dumps([f"name {i}" for i in range(91)]))
     before = {path: path.read_bytes() for path in album.iterdir()}
     status = run_detect(

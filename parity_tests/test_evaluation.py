@@ -273,6 +273,7 @@ def test_other_layouts_are_found(coco: Path, tmp_path: Path) -> None:
 def test_what_belongs_to_nothing_is_left_out_and_counted(coco: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         data["annotations"] += [box(0, 0, image=999), box(0, 0, 7, image=10), box(0, 0, image=10)]
+        data["annotations"][0]["bbox"][2] *= -1
         data["images"].pop(0)
 
     rewrite(coco, change)
@@ -282,6 +283,7 @@ def test_what_belongs_to_nothing_is_left_out_and_counted(coco: Path) -> None:
     assert f"{gone + 1} annotations of pictures that are not listed" in notes
     assert "1 annotations of categories that are not listed" in notes
     assert "1 annotations without an area" in notes
+    assert "1 annotations whose box has a negative side" in notes
     assert "1 pictures in" in notes
     added = dataset.content["annotations"][-1]
     assert (added["area"], added["iscrowd"]) == (2500.0, 0)
@@ -295,6 +297,7 @@ BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no file name": (lambda data: data["images"][0].pop("file_name"), "lacks 'file_name'"),
     "two alike": (lambda data: data["images"][1].update(id=0), "two entries for image 0"),
     "category twice": (lambda data: data["categories"].append(CATEGORIES[0]), "two entries for category 1"),
+    "no name": (lambda data: data["categories"][0].update(name=""), "category 1 has no name"),
     "half a box": (lambda data: data["annotations"][0].update(bbox=[1, 2]), "the bbox of annotation 1"),
     "text for a side": (lambda data: data["annotations"][0].update(bbox=[1, 2, "3", 4]), "four numbers"),
     "no crowd": (lambda data: data["annotations"][0].update(iscrowd=None), "the iscrowd of annotation 1"),

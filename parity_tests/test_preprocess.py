@@ -340,8 +340,10 @@ def test_damaged_files_are_refused(decoder: str, tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=name) as caught:
             preprocess([file], D0, decoder=decoder)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ImageError, match="cannot read the file"):
-        load_image(tmp_path, decoder)
+    # A list of pictures may hold any text: also names that no file can have.
+    for path in (tmp_path, tmp_path / "nul\0.jpg", tmp_path / "\ud800.jpg"):
+        with pytest.raises(ImageError, match="cannot read the file"):
+            load_image(path, decoder)
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -142,8 +142,11 @@ def _read_annotations(file: Path) -> dict[str, Any]:
             raise TypeError("a file_name is not text")
         if not all(type(id_) in (int, str) for id_ in ids):
             raise TypeError("an image's id is neither a number nor text")
-        if not all(type(category["id"]) is int and category["name"] for category in content["categories"]):
-            raise TypeError("a category's id is no whole number")
+        for category in content["categories"]:
+            if type(category["id"]) is not int:
+                raise TypeError("a category's id is no whole number")
+            if not category["name"]:
+                raise ValueError(f"category {category['id']} has no name")
         for entry in content.get("annotations", ()):
             _check_annotation(entry)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -186,6 +189,8 @@ def _repair(content: dict[str, Any], categories: Mapping[int, str]) -> list[str]
             full = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry}
             if "area" not in entry:
                 counts["annotations without an area: that of their box is used"] += 1
+            if min(entry["bbox"][2:]) < 0:
+                counts["annotations whose box has a negative side: nothing can match them"] += 1
             kept.append({**full, "id": number})  # pycocotools takes a match with id 0 for none
     content["annotations"] = kept
     return [f"{count} {what}" for what, count in counts.items()]

@@ -35,7 +35,7 @@ class Shards:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 
     def read(self) -> dict[int, Any]:
-        """Batch number → what was kept of it. Raises :class:`ShardError`: other settings, damage, no access."""
+        """Batch number → what was kept of it. Raises :class:`ShardError`: other settings, damage."""
         kept: dict[int, Any] = {}
         for file in self.files():
             try:

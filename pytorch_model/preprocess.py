@@ -214,6 +214,8 @@ def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read the file: {error.strerror or error}") from None
+    except ValueError as error:  # a name that no file can have
+        raise ImageError(f"cannot read the file: {error}") from None
     if decoder == "fast-dct" and data.startswith(b"\xff\xd8\xff"):
         pixels = _fast_dct_pixels(data)
         if not upright:

@@ -162,7 +162,7 @@ def list_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ImageError(f"--images {path} does not exist; give a picture or a folder of pictures")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.is_dir())
     if not files:
         raise ImageError(f"--images {path} holds no picture ({', '.join(SUFFIXES)})")
     ids = Counter(image_id(file) for file in files)
@@ -170,6 +170,12 @@ def list_images(path: Path) -> list[Path]:
         if ids[image_id(file)] > 1:
             raise ImageError(
                 f"several pictures in {path} would have the image_id {image_id(file)}; rename one"
+            )
+    drawn = {drawn_name(file): file for file in files}
+    for file in files:
+        if drawn[drawn_name(file)] != file:
+            raise ImageError(
+                f"{file.name} and {drawn_name(file)} in {path} would both be drawn as the latter; rename one"
             )
     return files
 
@@ -308,11 +314,12 @@ def describe(found: Found) -> dict[str, Any]:
 
 
 def save_drawing(out: Path, found: Found, names: dict[int, str]) -> None:
-    name = found.path.name
-    if found.path.suffix.lower() not in DRAWN_SUFFIXES:
-        name += ".png"
-    with replacing(out / name) as temporary:
+    with replacing(out / drawn_name(found.path)) as temporary:
         draw(found, names).save(temporary, quality=95)
+
+
+def drawn_name(file: Path) -> str:
+    return file.name if file.suffix.lower() in DRAWN_SUFFIXES else f"{file.name}.png"
 
 
 def draw(found: Found, names: dict[int, str]) -> Image.Image:
