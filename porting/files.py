@@ -55,6 +55,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         os.replace(temporary, path)
+    except OutputError as error:  # from a writer who knows the temporary name alone
+        raise OutputError(str(error).replace(str(temporary), str(path))) from None
     except OSError as error:
         raise OutputError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another place"

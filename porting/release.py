@@ -45,6 +45,7 @@ from pytorch_model.weights import (
     config_text,
     read_tensors,
     read_weights,
+    torch_bytes,
     write_weights,
 )
 
@@ -117,8 +118,7 @@ def write_release(
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     write_weights(folder / MODEL_FILE, conversion.state_dict, conversion.config, texts)
     (folder / CONFIG_FILE).write_text(config_text(conversion.config, about), encoding="utf-8")
-    with (folder / "weights").open("wb") as file:  # a handle: from a path, its name would get into the bytes
-        torch.save(dict(conversion.state_dict), file)
+    (folder / "weights").write_bytes(torch_bytes(dict(conversion.state_dict)))
     (folder / "weights").rename(folder / f"{name}-{sha256(folder / 'weights')[:8]}.pth")
     write_json(report, folder / PARITY)
     write_html(report, folder / PARITY_PAGE)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -50,10 +51,16 @@ def write_weights(
     elif path.suffix == ".pth":
         del about["config"]
         content = {"state_dict": dict(state_dict), "config": config_json, "metadata": about}
-        with path.open("wb") as file:
-            torch.save(content, file)
+        path.write_bytes(torch_bytes(content))
     else:
         raise WeightsError(f"cannot write {path.name}: use a name that ends in {' or '.join(SUFFIXES)}")
+
+
+def torch_bytes(content: Any) -> memoryview:
+    """What ``torch.save`` writes. By way of memory, for its own writer hides what the disk says."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getbuffer()
 
 
 def _write_sorted(path: Path, data: bytes) -> None:

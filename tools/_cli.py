@@ -46,9 +46,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the rest
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; an interrupt could only hide that
         sys.stdout.flush()
     except PortingError as error:
         status = fail(str(error))

@@ -19,6 +19,7 @@ from porting.errors import ConversionError
 from porting.export import Weights, Written
 from porting.files import replacing
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, model_config
+from pytorch_model.weights import torch_bytes
 
 #: What may differ from a released model: it changes head widths that the package takes as arguments, or
 #: nothing in the network.
@@ -39,7 +40,7 @@ def write(weights: Weights, out: Path) -> Written:
     config = weights.config
     model = effdet_model(config)
     with replacing(out) as temporary:
-        torch.save(effdet_state_dict(weights), temporary)
+        temporary.write_bytes(torch_bytes(effdet_state_dict(weights)))
     arguments = [f"{model!r}", "bench_task=''", "pretrained=False"]
     arguments += [f"num_classes={config.num_classes}"] if config.num_classes != 90 else []
     return Written(

@@ -10,6 +10,7 @@ Source: Keras 2 ``saving/legacy/hdf5_format.py``; AutoML ``tf2/efficientdet_kera
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,8 +47,10 @@ def write(weights: Weights, out: Path) -> Written:
     check_writable(out)
     values = reverse(weights.state_dict, weights.config)
     with replacing(out) as temporary:
-        with h5py.File(temporary, "w") as file:
+        buffer = io.BytesIO()  # HDF5's own writer hides what the disk says
+        with h5py.File(buffer, "w") as file:
             _fill(file, values, weights.config)
+        temporary.write_bytes(buffer.getbuffer())
         with open_checkpoint(temporary) as checkpoint:
             check_comes_back(checkpoint, weights, ("raw",))
     return Written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def write(weights: Weights, out: Path) -> Written:
         program = torch.export.export(
             network, (example_images(weights.config),), dynamic_shapes=({0: batch},), strict=False
         )
-        torch.export.save(program, temporary)
+        buffer = io.BytesIO()  # torch's own writer hides what the disk says
+        torch.export.save(program, buffer)
+        temporary.write_bytes(buffer.getbuffer())
         again = torch.export.load(temporary).module()
         worst = 0.0
         for count in (1, 3):
