@@ -68,7 +68,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     cases(config)  # a bad option ends the run before anything is collected
-    if config.getoption("refusals"):
+    # The workers of pytest-xdist are started with all that `start` has set.
+    if config.getoption("refusals") and not hasattr(config, "workerinput"):
         folder = Path(tempfile.mkdtemp(prefix="refusals-"))
         config.add_cleanup(lambda: shutil.rmtree(folder))
         config.stash[REFUSALS] = folder
@@ -97,7 +98,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 OPTIONS = ("models", "resolution", "dtype", "image", "ckpt")
 DTYPES = ("float64", "float32")
 SMALL_SIZE, SMALL_SIZE_P8 = 128, 256  # the smallest pictures on which the coarsest level is one pixel
-QUICK_MODELS = frozenset({"efficientdet-d0", "efficientdet-d2", "efficientdet-lite0"})
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,7 @@ def _chosen(config: pytest.Config) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames and metafunc.module.__name__.endswith("test_models"):
-        everything = not _chosen(metafunc.config)
-        metafunc.parametrize(
-            "case",
-            [
-                pytest.param(
-                    case,
-                    id=str(case),
-                    marks=pytest.mark.slow if everything and case.model not in QUICK_MODELS else [],
-                )
-                for case in cases(metafunc.config)
-            ],
-        )
+        metafunc.parametrize("case", [pytest.param(case, id=str(case)) for case in cases(metafunc.config)])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
