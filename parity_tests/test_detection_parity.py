@@ -227,6 +227,15 @@ def test_one_of_the_reference_is_found_once() -> None:
     assert compare_detections([row, row], [row]).unmatched_ours == 1
 
 
+def test_the_same_class_goes_before_a_closer_box() -> None:
+    """Soft suppression leaves one object under two classes; that is no changed label."""
+    (row,) = rows(1)
+    other = {**row, "category_id": row["category_id"] + 1}
+    near = {**row, **moved(row, 0.5)}
+    assert pair([row], [other, near]) == [(0, 1)]
+    assert compare_detections([row, other], [other, near]).label_flips == 0
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 30), st.integers(0, 30))
 def test_pairs_are_one_to_one_and_find_themselves(seed: int, count: int, dropped: int) -> None:

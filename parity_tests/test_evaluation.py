@@ -31,9 +31,10 @@ from porting.coco import (
 )
 from porting.errors import OutputError, PortingError
 from porting.evaluation import nms_and_size
+from porting.evaluation import settings as settings_of
 from porting.hparams import read_hparams
 from porting.labels import COCO_NAMES
-from porting.processes import joined
+from porting.processes import Processes, joined
 from porting.shards import ShardError, Shards
 from pytorch_model import load_model
 from pytorch_model.config import model_config
@@ -558,6 +559,28 @@ def test_a_killed_run_goes_on_where_it_was(
     assert calls == 2
 
 
+def test_whatever_detections_depend_on_is_a_setting(small_weights: Path, coco: Path) -> None:
+    model, dataset, classes = load_model(small_weights), read_dataset(coco), {1: 1}
+    plain = settings_of(Detector(model), dataset, 8, classes, "w")
+
+    def changed(**options: Any) -> set[str]:
+        detector = Detector(model, **options.pop("detector", {}))
+        given_ = {"dataset": dataset, "batch_size": 8, "categories": classes, "weights": "w", **options}
+        other = settings_of(detector, **given_)
+        return {key for key in plain if plain[key] != other[key]}
+
+    assert changed() == set()
+    for nms in ({"method": "hard"}, {"sigma": 0.25}, {"score_thresh": 0.1}, {"max_nms_inputs": 0}):
+        assert changed(detector={"nms": NMSConfig(**nms)}) == {"nms_configs"}
+    assert changed(detector={"decoder": "fast-dct"}) == {"decoder"}
+    assert changed(detector={"tta": "flip"}) == {"tta"}
+    assert changed(detector={"image_size": (64, 32)}) == {"image_size"}
+    assert changed(batch_size=4) == {"batch_size"}
+    assert changed(categories={1: 2}) == {"categories"}
+    assert changed(weights="v") == {"weights"}
+    assert changed(dataset=read_dataset(coco, limit=3)) == {"pictures"}
+
+
 def test_another_setting_is_refused_and_may_restart(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -594,6 +617,18 @@ def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: 
         assert sum(len(lines) - 1 for lines in kept) == 4  # each batch once, in either
         for name in ("detections.json", "metrics.json"):
             assert (tmp_path / out / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("talk", "call"), [("broadcast_object_list", "from_first"), ("gather_object", "to_first")]
+)
+def test_a_process_that_dies_ends_the_others(talk: str, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*arguments: Any, **more: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(torch.distributed, talk, closed)
+    with pytest.raises(PortingError, match="another of the processes has stopped"):
+        getattr(Processes(rank=1, count=2), call)(None)
 
 
 def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
