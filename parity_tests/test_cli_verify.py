@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from porting.checkpoint import open_checkpoint
 from porting.convert import convert
 from porting.sources import write_synthetic
-from pytorch_model.config import model_config
-from pytorch_model.weights import write_weights
+from pytorch_model.config import BN_EPSILON, model_config
+from pytorch_model.weights import read_weights, write_weights
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "verify.py"
 CONFIG = model_config("efficientdet-lite0")
@@ -98,3 +99,20 @@ def test_two_files_of_one_function_and_two_that_differ(folder: Path) -> None:
     assert json.loads(other.stdout)["differing"] == ["bifpn.cells.1.nodes.2.conv.pointwise.weight"]
     against = verify("--weights", "right.safetensors", "--against", CKPT[1], cwd=folder)
     assert against.returncode == 0, against.stderr
+
+
+def test_what_is_stored_differently_is_not_listed_as_different(folder: Path) -> None:
+    state, config, _ = read_weights(folder / "wrong.safetensors")
+    shift = torch.full_like(state["backbone.stem.bn.bias"], 0.5)
+    scale = state["backbone.stem.bn.weight"] / (state["backbone.stem.bn.running_var"] + BN_EPSILON).sqrt()
+    state["backbone.stem.bn.running_mean"] = state["backbone.stem.bn.running_mean"] - shift
+    state["backbone.stem.bn.bias"] = state["backbone.stem.bn.bias"] - shift * scale
+    write_weights(folder / "moved.safetensors", state, config, {})
+    done = verify("--weights", "moved.safetensors", "--against", "right.safetensors", "--json", cwd=folder)
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["differing"] == ["bifpn.cells.1.nodes.2.conv.pointwise.weight"]
+    moved = {"backbone.stem.bn.bias", "backbone.stem.bn.running_mean"}
+    assert set(summary["stored_differently"]) == moved
+    assert "backbone" not in done.stderr
+    assert "2 more are stored differently" in done.stderr

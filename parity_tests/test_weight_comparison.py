@@ -368,6 +368,8 @@ def test_what_only_looks_different_comes_after(exact: State) -> None:
     assert {row.part for row in comparison.differing[1:]} == {"backbone.stem"}
     assert comparison.differing[0].key == "box_net.predict.pointwise.bias"
     assert comparison.first is comparison.differing[0]
+    alone = against(rounded({**exact, comparison.first.key: a[comparison.first.key]}), rounded(exact))
+    assert comparison.distance == pytest.approx(alone.distance, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -566,6 +568,8 @@ def test_the_public_tflite_file_and_the_checkpoint_made_of_it(shared: Path) -> N
     assert comparison.mismatches == ()
     assert len(comparison.differing) > 500
     assert changed(comparison) == {f"{kind}_net.predict.pointwise.bias" for kind in ("class", "box")}
+    print(f"all in all {comparison.distance:.1e}")
+    assert comparison.distance < max(row.difference.relative for row in comparison.differing[:2])
     for row in comparison.differing:
         assert row.part_difference.relative < (2e-5 if not row.same_function else 1e-7)
 

@@ -232,18 +232,27 @@ def compare_files(arguments: argparse.Namespace, console: Console) -> int:
     same = comparison.passed if isinstance(comparison, CheckpointComparison) else comparison.same_function
     mark = "[green bold]same function[/]" if same else "[red bold]DIFFERENT[/]"
     console.print(f"{mark} {escape(comparison.explanation)}", soft_wrap=True)
-    if not same and shown.differing:
+    changed = [row for row in shown.differing if not row.same_function]
+    if not same and changed:
         table = Table("tensor", "shape", "relative L2", "largest", "the part it works in")
-        for row in shown.differing[:20]:
+        for row in changed[:20]:
             shape = "×".join(map(str, row.shape))
             figures = f"{row.difference.relative:.1e}", f"{row.difference.maximum:.1e}"
             table.add_row(row.key, shape, *figures, f"{row.part}: {row.part_difference.relative:.1e}")
         console.print(table)
+        if others := len(shown.differing) - len(changed):
+            console.print(
+                f"{others} more are stored differently, which changes no part by more than rounding"
+            )
     for note in shown.notes:
         console.print(escape(note), soft_wrap=True)
     if arguments.json:
-        differing = [row.key for row in shown.differing]
-        summary = {"same_function": same, "explanation": comparison.explanation, "differing": differing}
+        summary = {
+            "same_function": same,
+            "explanation": comparison.explanation,
+            "differing": [row.key for row in changed],
+            "stored_differently": [row.key for row in shown.differing if row.same_function],
+        }
         json.dump(summary, sys.stdout, indent=2)
         print()
     return 0 if same else _cli.EXIT_FAILED

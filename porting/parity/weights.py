@@ -98,8 +98,8 @@ class WeightComparison:
     ``tensors``: how many both sides hold, counters left out. ``differing``: those not bit-equal; first those
     that change the function, then the rest, each by falling relative difference. ``first``: the earliest in
     execution order that changes the function. ``mismatches``: what cannot be compared at all (keys, shapes,
-    settings), a sentence each. ``notes``: what else to know, a sentence each. ``distance``: ‖a − b‖₂ / ‖b‖₂
-    over all tensors.
+    settings), a sentence each. ``notes``: what else to know, a sentence each. ``distance``: ‖a − b‖₂ / ‖b‖₂,
+    where a − b counts only in the tensors that change the function and b in all.
     """
 
     a: str
@@ -270,7 +270,7 @@ def compare_weights(a: Weights, b: Weights) -> WeightComparison:
         first=first,
         mismatches=tuple(mismatches),
         notes=tuple(_notes(a, b)),
-        distance=_distance(a, b, shared),
+        distance=_distance(a, b, shared, {key for key, row in rows.items() if not row.same_function}),
     )
 
 
@@ -334,11 +334,12 @@ def _bit_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
-def _distance(a: Weights, b: Weights, shared: Iterable[str]) -> float:
+def _distance(a: Weights, b: Weights, shared: Iterable[str], changed: set[str]) -> float:
     error = norm = 0.0
     for key in shared:
-        ours, theirs = a.state_dict[key].double(), b.state_dict[key].double()
-        error += float((ours - theirs).square().sum())
+        theirs = b.state_dict[key].double()
+        if key in changed:
+            error += float((a.state_dict[key].double() - theirs).square().sum())
         norm += float(theirs.square().sum())
     distance = math.sqrt(error / norm) if norm and math.isfinite(error) else math.inf
     return distance if error else 0.0
