@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from porting.coco import (
     FIGURES,
@@ -34,6 +35,7 @@ from porting.evaluation import nms_and_size
 from porting.evaluation import settings as settings_of
 from porting.hparams import read_hparams
 from porting.labels import COCO_NAMES
+from porting.parity.detections import compare_detections
 from porting.processes import Processes, joined
 from porting.shards import ShardError, Shards
 from pytorch_model import load_model
@@ -592,6 +594,35 @@ def test_another_setting_is_refused_and_may_restart(
     assert (out / "metrics.json").read_bytes() == before
     assert run(small_weights, coco, out, "--tta", "flip", "--restart") == 0
     assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
+
+
+def test_restart_forgets_all_of_an_earlier_run(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also a reference's detections and the server's file, which the new run does not write."""
+    out = tmp_path / "out"
+    (out / "shards").mkdir(parents=True)
+    stale = (
+        "reference_detections.json",
+        "detections_test-dev2017_a_results.json",
+        "shards/reference-0.jsonl",
+    )
+    for name in (*stale, "notes.txt"):
+        (out / name).write_text("[]")
+    assert run(small_weights, coco, out, "--restart") == 0
+    left = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
+    assert left == {"detections.json", "metrics.json", "notes.txt", "shards/ours-0.jsonl"}
+    (out / "metrics.json").unlink()
+    (out / "metrics.json").mkdir()
+    assert run(small_weights, coco, out, "--restart") == 2
+    assert "cannot remove" in capsys.readouterr().err
+
+
+def test_a_reference_that_found_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    eval_coco.draw_parity(Console(width=100), compare_detections([], []), exact=True)
+    printed = capsys.readouterr().out
+    assert "FAILED detection parity: the reference found nothing" in printed
+    assert "must be" not in printed
 
 
 def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: Path) -> None:

@@ -198,10 +198,25 @@ def prepare_output(arguments: argparse.Namespace, streams: Sequence[Stream]) -> 
         (arguments.out / "shards").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot create the folder {arguments.out}: {error.strerror or error}") from None
+    if arguments.restart:
+        forget(arguments.out)
     for stream in streams:
-        if arguments.restart:
-            stream.shards.clear()
         stream.shards.read()
+
+
+def forget(out: Path) -> None:
+    """Remove all that an earlier run wrote, so that nothing of it lies beside what this one writes.
+
+    Raises :class:`OutputError` where the disk refuses.
+    """
+    for name in ("ours", "reference"):
+        Shards(out / "shards", name, {}).clear()
+    files = [out / name for name in ("metrics.json", "detections.json", "reference_detections.json")]
+    try:
+        for file in (*files, *out.glob("detections_test-dev2017_*_results.json")):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from None
 
 
 def run(
@@ -325,6 +340,9 @@ def draw_parity(console: Console, parity: DetectionParity, exact: bool) -> None:
     console.print(parity_table(parity))
     if not exact:
         console.print("no verdict: the reference is quantised, and its rounding is part of what it is")
+        return
+    if not parity.reference:
+        console.print("[red bold]FAILED[/] detection parity: the reference found nothing to compare with")
         return
     verdict = "[green bold]passed[/]" if parity.passed else "[red bold]FAILED[/]"
     console.print(f"{verdict} detection parity: AP {parity.ap:.4f}, must be 1.000", soft_wrap=True)
