@@ -1,7 +1,8 @@
 """Run effdet's models in a process of their own: ``python effdet_runner.py JOBS.json``, with PYTORCH_JIT=0.
 
 effdet and timm import torchvision at start, and use none of it for what is run here; an empty stand-in keeps
-the tests independent of it. A job: model, weights (.pth), images (.npy, NCHW), dtype, options, out (.npz).
+the tests independent of it. A job: recipe (what tools/export.py tells its user to run), images
+(.npy, NCHW, of the type to run in), out (.npz).
 """
 
 from __future__ import annotations
@@ -56,14 +57,12 @@ def main() -> None:
     import torch
 
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        config = effdet.get_efficientdet_config(job["model"])
-        config.update(job["options"])
-        images = torch.from_numpy(np.load(job["images"])).to(getattr(torch, job["dtype"]))
-        config.image_size = tuple(images.shape[-2:])
-        model = effdet.EfficientDet(config, pretrained_backbone=False).to(images.dtype).eval()
-        model.load_state_dict(torch.load(job["weights"], weights_only=True), strict=True)
+        images = torch.from_numpy(np.load(job["images"]))
+        torch.set_default_dtype(images.dtype)
+        names: dict[str, Any] = {"effdet": effdet, "torch": torch}
+        exec("\n".join(job["recipe"]), names)
         with torch.no_grad():
-            class_outputs, box_outputs = model(images)
+            class_outputs, box_outputs = names["model"](images)
         arrays = [output.numpy() for output in class_outputs + box_outputs]
         np.savez(job["out"], **{str(i): array for i, array in enumerate(arrays)})
 

@@ -16,8 +16,12 @@ from pytorch_model.weights import write_weights
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def export(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "export.py"), *map(str, arguments)]
+def export(*arguments: object, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the tool, ``before`` ahead of it in the same process."""
+    tool = ROOT / "tools" / "export.py"
+    code = f"import sys, runpy; sys.path[0] = {str(tool.parent)!r}; import _cli\n{before}\n"
+    code += f"sys.argv[0] = {str(tool)!r}; runpy.run_path({str(tool)!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -52,9 +56,41 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path: Path, weights: Pa
         ("--weights", weights, "--to", "h5", "--out", "nowhere/x.h5"),
         ("--weights", "absent.pth", "--to", "h5", "--out", "x.h5"),
         ("--weights", weights, "--to", "caffe", "--out", "x"),
+        ("--weights", weights, "--to", "effdet", "--out", "."),
+        ("--weights", weights, "--to", "effdet", "--out", "nowhere/x.pth"),
+        ("--weights", weights, "--to", "tf-checkpoint", "--out", "a" * 300),
     ):
         done = export(*arguments, cwd=tmp_path)
         assert done.returncode == 2, arguments
         assert "Traceback" not in done.stderr
         assert "error: " in done.stderr.splitlines()[-1]
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "model.index"]
+
+
+def test_the_folder_one_stands_in_is_not_replaced(tmp_path: Path, weights: Path) -> None:
+    done = export("--weights", weights, "--to", "tf-checkpoint", "--out", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write .: the folder would be replaced under your feet")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_weights_themselves_are_not_overwritten(tmp_path: Path) -> None:
+    model = create_model("efficientdet_lite0")
+    write_weights(tmp_path / "mine.pth", model.state_dict(), model.config, {})
+    before = (tmp_path / "mine.pth").read_bytes()
+    done = export("--weights", "mine.pth", "--to", "effdet", "--out", tmp_path / "mine.pth", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "is the file that --weights reads" in done.stderr
+    assert (tmp_path / "mine.pth").read_bytes() == before
+
+
+def test_a_failed_check_of_its_own_is_no_bad_input(tmp_path: Path, weights: Path) -> None:
+    before = "import porting.reverse as r; f = r.rules\n"
+    before += "from porting.transforms import Transform\n"
+    before += "wrong = Transform('wrong', lambda a: a, lambda a, n: (a * 2,))\n"
+    before += "name = 'resample.p6.bn.weight'\n"
+    before += "r.rules = lambda c: [x._replace(transform=wrong) if x.target == name else x for x in f(c)]"
+    done = export("--weights", weights, "--to", "h5", "--out", "x.h5", cwd=tmp_path, before=before)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: resample.p6.bn.weight differs after writing")
+    assert not list(tmp_path.iterdir())

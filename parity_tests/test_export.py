@@ -18,7 +18,7 @@ import torch
 from parity_tests.conftest import SHARED
 from parity_tests.recordings import Recording, golden_recording, shared_recording
 from porting.convert import apply_rules
-from porting.errors import ConversionError, OutputError, PortingError
+from porting.errors import CheckFailedError, ConversionError, OutputError, PortingError
 from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file
 from porting.rules import rules
 from pytorch_model.config import MODELS, model_config
@@ -99,18 +99,14 @@ def run_effdet(folder: Path, jobs: list[dict[str, Any]]) -> list[list[np.ndarray
     return found
 
 
-def effdet_job(
-    folder: Path, weights: Weights, images: torch.Tensor, options: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    dtype = str(images.dtype).removeprefix("torch.")
-    paths = {key: str(folder / f"{dtype}-{key}") for key in ("weights.pth", "images.npy", "out.npz")}
-    np.save(paths["images.npy"], images.numpy())
-    effdet.write(weights, Path(paths["weights.pth"]))
+def effdet_job(folder: Path, weights: Weights, images: torch.Tensor) -> dict[str, Any]:
+    stem = folder / str(images.dtype).removeprefix("torch.")
+    np.save(stem.with_suffix(".npy"), images.numpy())
+    written = effdet.write(weights, stem.with_suffix(".pth"))
     return {
-        "model": effdet.effdet_model(weights.config),
-        "dtype": dtype,
-        "options": options or {},
-        **{key.split(".")[0]: path for key, path in paths.items()},
+        "recipe": written.facts[:-1],
+        "images": str(stem.with_suffix(".npy")),
+        "out": str(stem.with_suffix(".npz")),
     }
 
 
@@ -132,7 +128,9 @@ def test_effdet_computes_the_same(tmp_path: Path, model: str) -> None:
 
 @needs_effdet
 def test_effdet_with_other_classes_and_fusion_weights(tmp_path: Path) -> None:
-    config = model_config("efficientdet-d0", num_classes=3, num_scales=2, image_size=(128, 128))
+    config = model_config(
+        "efficientdet-d0", num_classes=3, num_scales=2, aspect_ratios=(1.0, 3.0), image_size=(128, 192)
+    )
     torch.manual_seed(0)
     state_dict = EfficientDet(config).double().state_dict()
     for key, tensor in state_dict.items():
@@ -140,9 +138,7 @@ def test_effdet_with_other_classes_and_fusion_weights(tmp_path: Path) -> None:
             tensor.uniform_(0.1, 0.5)
     weights = Weights(state_dict, config)
     images = network.example_images(config).double()
-    (found,) = run_effdet(
-        tmp_path, [effdet_job(tmp_path, weights, images, {"num_classes": 3, "num_scales": 2})]
-    )
+    (found,) = run_effdet(tmp_path, [effdet_job(tmp_path, weights, images)])
     for ours, theirs in zip(outputs_of(weights, images), found, strict=True):
         np.testing.assert_allclose(theirs, ours, rtol=1e-10)
 
@@ -174,6 +170,24 @@ def test_effdet_has_no_such_model(tmp_path: Path, changes: dict[str, Any]) -> No
     config = model_config("efficientdet-d0", **changes)
     with pytest.raises(ConversionError, match="effdet has no model with this network"):
         effdet.write(Weights({}, config), tmp_path / "x.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_effdet_weights_that_a_disk_changed_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model_config("efficientdet-lite0")
+    weights = Weights(EfficientDet(config).state_dict(), config)
+    load = torch.load
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        found = load(*arguments, **options)
+        found["box_net.predict.conv_pw.bias"] += 1
+        return found
+
+    monkeypatch.setattr(torch, "load", changed)
+    with pytest.raises(CheckFailedError, match=r"box_net\.predict\.conv_pw\.bias differs"):
+        effdet.write(weights, tmp_path / "x.pth")
     assert not list(tmp_path.iterdir())
 
 
@@ -251,14 +265,14 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
         return program
 
     monkeypatch.setattr(torch.export, "load", changed)
-    with pytest.raises(ConversionError, match="the exported program's box_p3 is off by"):
+    with pytest.raises(CheckFailedError, match="the exported program's box_p3 is off by"):
         TARGETS["torch-export"].write(weights, tmp_path / "network.pt2")
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", ["onnx", "onnx-detector", "torch-export"])
+@pytest.mark.parametrize("target", ["effdet", "onnx", "onnx-detector", "torch-export"])
 def test_names_of_files(tmp_path: Path, target: str) -> None:
-    with pytest.raises(PortingError, match=r"use a name that ends in \.(onnx|pt2)"):
+    with pytest.raises(PortingError, match=r"use a name that ends in \.(onnx|pt2|pth)"):
         TARGETS[target].write(Weights({}, model_config("efficientdet-d0")), tmp_path / "network.bin")
 
 

@@ -145,6 +145,13 @@ def test_tensors_without_any_configuration_are_refused(tmp_path: Path, network: 
         load_model(tmp_path / "bare.pth")
 
 
+def test_metadata_that_is_not_text_becomes_text(tmp_path: Path, network: EfficientDet) -> None:
+    config = json.dumps(network.config.to_dict())
+    content = {"state_dict": network.state_dict(), "config": config, "metadata": {"step": 5, 1: None}}
+    torch.save(content, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth")[2] == {"step": "5", "1": "null"}
+
+
 # --- another number of classes ------------------------------------------------------------------------
 
 

@@ -295,7 +295,22 @@ BAD_METRICS: dict[str, Callable[[dict[str, Any]], object]] = {
     "no AP": lambda m: m["ours"].pop("AP"),
     "AP in words": lambda m: m["ours"].update(AP="good"),
     "no count": lambda m: m.pop("pictures"),
+    "endless count": lambda m: m.update(pictures=float("inf")),
+    "AP that is no number": lambda m: m["ours"].update(AP=float("nan")),
+    "APs of nothing": lambda m: m["ours"].update(APs=None),
 }
+
+
+def test_figures_of_sizes_that_the_pictures_lack_are_left_out(release: Path) -> None:
+    """COCO's evaluation calls them -1."""
+    metrics = metrics_of(release / MODEL_FILE)
+    metrics["ours"]["APs"] = -1.0
+    (release / METRICS).write_text(json.dumps(metrics))
+    reseal(release)
+    assert problems(release) == []
+    (result,) = front_matter(release)["model-index"][0]["results"]
+    assert [m["type"] for m in result["metrics"]] == ["AP", "AP50", "AP75", "APm", "APl"]
+    assert "-1.0" not in (release / CARD).read_text()
 
 
 @pytest.mark.parametrize("fault", BAD_METRICS)
@@ -470,6 +485,10 @@ FORGERIES: dict[str, tuple[Callable[[Path], object], str]] = {
             f / PARITY, lambda c: c["layers"][0]["runs"]["float32"]["isolated"].update(relative=0)
         ),
         "it shows something else",
+    ),
+    "parity.json that nests too deep": (
+        lambda f: (f / PARITY).write_text("[" * 100_000),
+        "cannot be read",
     ),
     "parity.json that is a list": (lambda f: (f / PARITY).write_text("[]"), "cannot be read"),
 }

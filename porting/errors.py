@@ -5,6 +5,7 @@ from __future__ import annotations
 from pytorch_model.errors import ConfigError, PortingError, WeightsError
 
 __all__ = [
+    "CheckFailedError",
     "CheckpointError",
     "ConfigError",
     "ConversionError",
@@ -20,6 +21,10 @@ class CheckpointError(PortingError):
 
 class ConversionError(PortingError):
     """The checkpoint is readable but does not fit the model: a missing, unknown or misshapen variable."""
+
+
+class CheckFailedError(ConversionError):
+    """What was made does not do what it was made for. Command lines exit with status 1, not 2."""
 
 
 class OutputError(PortingError):

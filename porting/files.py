@@ -20,10 +20,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     :class:`OutputError` for what the disk refuses.
     """
     path = Path(path)
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder; give a file name")
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -68,11 +68,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 def check_new_folder(path: str | os.PathLike[str]) -> None:
     """Fail before long work: raise :class:`OutputError` unless ``path`` is fit for :func:`new_folder`."""
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
+    if os.path.isdir(path) and any(path.iterdir()):
         raise OutputError(f"cannot write {path}: there is something in it already; choose another folder")
-    if path.exists() and not path.is_dir():
+    if not path.name:
+        raise OutputError(f"cannot write {path}: the folder would be replaced under your feet; give a name")
+    if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"cannot write {path}: there is a file of that name; choose another folder")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
 
 

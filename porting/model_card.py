@@ -42,11 +42,7 @@ def _front_matter(name: str, origin: Mapping[str, Any], metrics: Mapping[str, An
         "tags": ["efficientdet", "object-detection"],
     }
     if metrics:
-        results = [
-            {"type": figure, "value": metrics["ours"][figure]}
-            for figure in FIGURES
-            if figure in metrics["ours"]
-        ]
+        results = [{"type": figure, "value": value} for figure, value in _measured(metrics).items()]
         dataset = {"name": f"COCO annotations, {metrics['pictures']} pictures", "type": "coco"}
         task = {"type": "object-detection"}
         front["model-index"] = [
@@ -123,11 +119,17 @@ def _figures(origin: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> It
     if not metrics:
         yield "These weights were not evaluated here."
         return
-    ours = {figure: metrics["ours"][figure] for figure in FIGURES if figure in metrics["ours"]}
+    ours = _measured(metrics)
     yield f"Measured with these weights, on {metrics['pictures']} pictures (`coco_metrics.json`):\n"
     yield f"| {' | '.join(ours)} |"
     yield "|---" * len(ours) + "|"
     yield f"| {' | '.join(f'{value:.4f}' for value in ours.values())} |"
+
+
+def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The figures there are: COCO's evaluation says -1 where nothing of that size is annotated."""
+    ours = metrics["ours"]
+    return {figure: ours[figure] for figure in FIGURES if figure in ours and ours[figure] >= 0}
 
 
 def _files(files: Mapping[str, tuple[int, str]]) -> Iterator[str]:

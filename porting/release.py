@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -29,8 +30,8 @@ from porting import __version__
 from porting.audit import audit_parameters
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, metadata
-from porting.errors import ConversionError, PortingError
-from porting.model_card import model_card
+from porting.errors import CheckFailedError, PortingError
+from porting.model_card import FIGURES, model_card
 from porting.parity.html import write_html
 from porting.parity.measure import tolerances
 from porting.parity.report import Report, write_json
@@ -57,6 +58,9 @@ RUNS = ("float64", "float32")
 
 #: tools/eval_coco.py's names of COCO's figures that a card shows.
 REQUIRED_FIGURES = ("AP", "AP50", "AP75")
+
+#: What JSON of another shape brings about: nested too deep, numbers too large, other keys, other types.
+_UNREADABLE = (ArithmeticError, KeyError, RecursionError, TypeError, ValueError)
 
 _NAME = re.compile(r"[A-Za-z0-9_]{1,80}")
 
@@ -190,7 +194,7 @@ def verify_release(folder: Path, conversion: Conversion | None = None) -> Iterat
             problem = problem_of(folder)
         except PortingError as error:
             problem = str(error)
-        except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        except (*_UNREADABLE, AttributeError, OSError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
         yield Check(what, problem)
     if conversion is not None:
@@ -323,9 +327,14 @@ def _page_problem(folder: Path) -> str | None:
 def _metrics_problem(folder: Path) -> str | None:
     """tools/eval_coco.py notes the SHA-256 of the weight file it ran."""
     digest = None
-    with suppress(ValueError, KeyError, TypeError):
+    with suppress(*_UNREADABLE):
         metrics = _json(folder / METRICS)
-        if not all(isinstance(metrics["ours"][name], float) for name in REQUIRED_FIGURES):
+        figures = metrics["ours"]
+        if not all(name in figures for name in REQUIRED_FIGURES) or not all(
+            isinstance(figures[name], float) and math.isfinite(figures[name])
+            for name in FIGURES
+            if name in figures
+        ):
             return f"lack a figure of {', '.join(REQUIRED_FIGURES)}; give metrics.json of tools/eval_coco.py"
         int(metrics["pictures"])
         digest = metrics["settings"]["ours"]["weights"]
@@ -350,6 +359,6 @@ def _conversion_problem(folder: Path, conversion: Conversion) -> str | None:
 
 
 def check_passed(report: Report) -> None:
-    """Raises :class:`ConversionError` unless every layer passed: only proven weights are released."""
+    """Raises :class:`CheckFailedError` unless every layer passed: only proven weights are released."""
     if not report.passed:
-        raise ConversionError("the port does not match the reference; nothing was released")
+        raise CheckFailedError("the port does not match the reference; nothing was released")

@@ -230,7 +230,8 @@ def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return dict(content), {}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise WeightsError(f"{path} holds no state_dict entry; it was not written by this project")
-    metadata = dict(content.get("metadata") or {})
+    stored = dict(content.get("metadata") or {})
+    metadata = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in stored.items()}
     if "config" in content:
         metadata["config"] = content["config"]
     return content["state_dict"], metadata

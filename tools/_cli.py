@@ -41,7 +41,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a tool's ``main`` and exit with its status; what a user can cause ends in one sentence."""
-    from porting.errors import PortingError
+    from porting.errors import CheckFailedError, PortingError
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -51,6 +51,9 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; an interrupt could only hide that
         sys.stdout.flush()
+    except CheckFailedError as error:
+        fail(str(error))
+        status = EXIT_FAILED
     except PortingError as error:
         status = fail(str(error))
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import _cli  # first: finds the packages
 # isort: split
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from porting.errors import OutputError
 from porting.export import TARGETS, Weights
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.weights import check_state_dict, read_weights
+from pytorch_model.weights import check_state_dict, read_weights, weight_file
 
 TARGET_LINES = "\n".join(f"  {target.name:<16}{target.summary}" for target in TARGETS.values())
 
@@ -32,6 +34,10 @@ examples:
   python tools/export.py --weights mine.safetensors --to tf-checkpoint --out mine/
   # for AutoML's Keras model: model.load_weights("mine.h5")
   python tools/export.py --weights mine.pth --to h5 --out mine.h5
+  # for effdet, ONNX Runtime, torch.export.load
+  python tools/export.py --weights mine.pth --to effdet --out mine-effdet.pth
+  python tools/export.py --weights mine.pth --to onnx --out mine.onnx
+  python tools/export.py --weights mine.pth --to torch-export --out mine.pt2
 
 {_cli.EXIT_CODES}
 """
@@ -52,6 +58,8 @@ def main() -> int:
     arguments = parse_arguments()
     console = Console(stderr=arguments.json, highlight=False)
     state_dict, config, metadata = read_weights(arguments.weights)
+    if os.path.exists(arguments.out) and os.path.samefile(arguments.out, weight_file(arguments.weights)):
+        raise OutputError(f"--out {arguments.out} is the file that --weights reads; choose another name")
     with torch.device("meta"):
         check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
     with console.status(f"writing {arguments.to} …"):

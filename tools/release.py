@@ -22,7 +22,7 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
-from porting.errors import OutputError, PortingError
+from porting.errors import CheckFailedError, OutputError, PortingError
 from porting.files import check_new_folder, new_folder
 from porting.release import Check, check_name, check_passed, holds_raw, origin, verify_release, write_release
 from porting.releases import release_named
@@ -136,7 +136,7 @@ def release(arguments: argparse.Namespace, console: Console) -> int:
         write_release(folder, name, conversion, about, report, metrics)
         checks = draw(console, folder, conversion)
         if any(found.problem for found in checks):
-            raise OutputError(f"{target} was not written: it failed its own check")
+            raise CheckFailedError(f"{target} was not written: it failed its own check")
     console.print(f"[bold]wrote[/] {escape(str(target))}", soft_wrap=True)
     return finish(arguments, console, target, checks)
 

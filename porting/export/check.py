@@ -8,21 +8,21 @@ import torch
 
 from porting.checkpoint import Checkpoint
 from porting.convert import convert
-from porting.errors import ConversionError
+from porting.errors import CheckFailedError
 from porting.export import Weights
 
 
 def check_comes_back(checkpoint: Checkpoint, weights: Weights, kinds: Iterable[str]) -> None:
     """Convert what was written and compare, bit for bit, with what was given, in float32.
 
-    ``kinds``: which of its values, ``"raw"`` and ``"EMA"``. Raises :class:`ConversionError` naming the first
+    ``kinds``: which of its values, ``"raw"`` and ``"EMA"``. Raises :class:`CheckFailedError` naming the first
     tensor that differs.
     """
     for kind in kinds:
         conversion = convert(checkpoint, weights.config, raw=kind == "raw")
         for key, tensor in conversion.state_dict.items():
             if tensor.is_floating_point() and not torch.equal(tensor, weights.state_dict[key].cpu().float()):
-                raise ConversionError(
+                raise CheckFailedError(
                     f"{key} differs after writing and reading back ({kind}); nothing was written, the disk "
                     "or porting/rules.py is at fault"
                 )

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from porting.errors import ConversionError
+from porting.errors import CheckFailedError, ConversionError, OutputError
 from porting.export import Weights, Written
-from porting.files import replacing
+from porting.files import check_writable, replacing
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, model_config
 from pytorch_model.weights import torch_bytes
 
@@ -37,21 +37,35 @@ _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 def write(weights: Weights, out: Path) -> Written:
     """Write the state dict to ``out`` (``.pth``). Raises ConversionError for a model effdet does not have."""
-    config = weights.config
-    model = effdet_model(config)
+    if out.suffix != ".pth":
+        raise OutputError(f"cannot write {out}: use a name that ends in .pth")
+    check_writable(out)
+    recipe = effdet_recipe(weights.config, out)
+    state_dict = effdet_state_dict(weights)
     with replacing(out) as temporary:
-        temporary.write_bytes(torch_bytes(effdet_state_dict(weights)))
-    arguments = [f"{model!r}", "bench_task=''", "pretrained=False"]
-    arguments += [f"num_classes={config.num_classes}"] if config.num_classes != 90 else []
-    return Written(
-        (out,),
-        (
-            f"model = effdet.create_model({', '.join(arguments)})",
-            f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))  # strict",
-            "for AutoML's boxes also set the model's config.aspect_ratios to "
-            f"{effdet_aspect_ratios(config)}; effdet's own are rounded to one digit",
-        ),
-    )
+        temporary.write_bytes(torch_bytes(state_dict))
+        again = torch.load(temporary, weights_only=True)
+        for key, tensor in state_dict.items():
+            if key not in again or not torch.equal(again[key], tensor.cpu()):
+                raise CheckFailedError(
+                    f"{key} differs after writing and reading back; nothing was written, check the disk"
+                )
+    return Written((out,), (*recipe, "effdet's own anchors have other aspect ratios, rounded to one digit"))
+
+
+def effdet_recipe(config: EfficientDetConfig, out: Path) -> list[str]:
+    """Python, a statement each, that makes effdet's model and loads ``out`` into it.
+
+    Raises ConversionError for a model effdet does not have.
+    """
+    return [
+        f"config = effdet.get_efficientdet_config({effdet_model(config)!r})",
+        f"config.num_classes, config.image_size = {config.num_classes}, {config.image_size}",
+        f"config.num_scales, config.anchor_scale = {config.num_scales}, {config.anchor_scale}",
+        f"config.aspect_ratios = {effdet_aspect_ratios(config)}",
+        "model = effdet.EfficientDet(config, pretrained_backbone=False).eval()",
+        f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))  # strict",
+    ]
 
 
 def effdet_aspect_ratios(config: EfficientDetConfig) -> list[tuple[float, float]]:

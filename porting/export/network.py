@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from porting.errors import ConversionError
+from porting.errors import CheckFailedError
 from porting.export import Weights
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import EfficientDetConfig
@@ -81,7 +81,7 @@ class Comparison:
         self._double = _outputs(copy.deepcopy(network).double(), images.double())
 
     def check(self, found: Sequence[Tensor]) -> float:
-        """The largest relative L2 of ``found`` to the float32 network. Raises ConversionError if too large.
+        """The largest relative L2 of ``found`` to the float32 network. Raises CheckFailedError if too large.
 
         Allowed at each output: :data:`ROUNDING` times what float32 itself is off there. A program sums in
         another order, and how much that matters depends on the weights; a wrong layer is off by percents.
@@ -90,7 +90,7 @@ class Comparison:
         for name, single, double, theirs in zip(self.names, self._single, self._double, found, strict=True):
             error, own = relative_l2(theirs, double), relative_l2(single, double)
             if not error <= ROUNDING * own + FLOAT32_EPSILON:
-                raise ConversionError(
+                raise CheckFailedError(
                     f"the exported program's {name} is off by {error:.1e} (relative L2), PyTorch's float32 "
                     f"by {own:.1e}; nothing was written, try another version of torch or onnx"
                 )

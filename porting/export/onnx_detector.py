@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from porting.errors import ConversionError
+from porting.errors import CheckFailedError
 from porting.export import Weights, Written
 from porting.export.network import FLOAT32_EPSILON, ROUNDING, DetectingNetwork, example_images, loaded
 from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
@@ -27,7 +27,7 @@ def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
     check_onnx(out)
     nms = nms or NMSConfig()
     detector = DetectingNetwork(loaded(weights), nms).eval()
-    about = {"model": weights.config.name, **weights.metadata}
+    about = {**weights.metadata, "model": weights.config.name}
     with replacing(out) as temporary:
         export_onnx(detector, _inputs(weights, 2), OUTPUTS, temporary, about)
         worst = 0.0
@@ -54,14 +54,14 @@ def _inputs(weights: Weights, count: int) -> dict[str, Tensor]:
 def _check(detector: DetectingNetwork, inputs: dict[str, Tensor], found: list[Tensor]) -> float:
     """The largest difference of scores; boxes and classes of nearly equal scores may trade places.
 
-    Raises ConversionError where it exceeds what rounding explains, as :class:`Comparison` does for outputs.
+    Raises CheckFailedError where it exceeds what rounding explains, as :class:`Comparison` does for outputs.
     """
     with torch.no_grad():
         _, single, *_ = detector(*inputs.values())
         _, double, *_ = copy.deepcopy(detector).double()(*(tensor.double() for tensor in inputs.values()))
     error, own = (float((scores - double).abs().max()) for scores in (found[1], single))
     if not error <= ROUNDING * own + FLOAT32_EPSILON:
-        raise ConversionError(
+        raise CheckFailedError(
             f"the exported program's scores are off by {error:.1e}, PyTorch's float32 by {own:.1e}; nothing "
             "was written, try another version of torch or onnx"
         )

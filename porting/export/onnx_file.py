@@ -17,7 +17,6 @@ from porting.export.network import quiet
 from porting.files import check_writable
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_LARGEST = 2_000_000_000  # bytes; a protocol buffer ends at 2 GiB
 
 
 def check_onnx(out: Path) -> None:

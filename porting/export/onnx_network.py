@@ -14,7 +14,7 @@ def write(weights: Weights, out: Path) -> Written:
     """Write ``out`` (``.onnx``); its outputs are compared with PyTorch's for 1 and 3 images."""
     check_onnx(out)
     network, names = loaded(weights), head_names(weights.config)
-    about = {"model": weights.config.name, **weights.metadata}
+    about = {**weights.metadata, "model": weights.config.name}
     with replacing(out) as temporary:
         export_onnx(network, {"images": example_images(weights.config)}, names, temporary, about)
         worst = 0.0
