@@ -834,6 +834,34 @@ def test_a_file_that_takes_one_picture_at_a_time(tensorflow: object) -> None:
         network(torch.zeros(2, 3, 64, 64))
 
 
+OUT_OF_MEMORY = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has"),
+    "cpu": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("where", OUT_OF_MEMORY)
+def test_out_of_memory_is_one_sentence(
+    where: str,
+    small_weights: Path,
+    coco: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raised: list[BaseException] = [OUT_OF_MEMORY[where], RuntimeError("a bug stays a bug")]
+
+    def full(*_: Any) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr(Detector, "_network", full)
+    assert run(small_weights, coco, tmp_path / "out") == 2
+    assert capsys.readouterr().err == "error: out of memory; try a smaller --batch-size or --size\n"
+    with pytest.raises(RuntimeError, match="a bug stays a bug"):
+        run(small_weights, coco, tmp_path / "out")
+
+
 def test_help_has_examples() -> None:
     done = subprocess.run(
         [sys.executable, eval_coco.__file__, "--help"], capture_output=True, text=True, check=False

@@ -59,8 +59,10 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted; nothing was left half-written")
         status = EXIT_INTERRUPTED
-    except MemoryError:
-        status = fail("out of memory; try a smaller --size")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        status = fail("out of memory; try a smaller --batch-size or --size")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_FAILED
@@ -68,6 +70,12 @@ def run(main: Callable[[], int]) -> NoReturn:
         status = fail(f"cannot print: {error.strerror or error}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whatever says so: Python, PyTorch on a GPU (not imported here), PyTorch's allocator on the CPU."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
