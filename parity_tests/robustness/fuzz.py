@@ -56,7 +56,12 @@ class Tally:
 
 
 def fuzz(
-    targets: Sequence[Target], inputs: int, seed: int, progress: Any = lambda: None, keep: Path | None = None
+    targets: Sequence[Target],
+    inputs: int,
+    seed: int,
+    progress: Any = lambda: None,
+    keep: Path | None = None,
+    report: Any = lambda line: None,
 ) -> dict[str, Tally]:
     """Try ``inputs`` damaged files of each of ``targets``; the same ``seed`` damages the same way.
 
@@ -74,6 +79,7 @@ def fuzz(
                         tally.examples.append((verdict, number, more))
                         sample.keep(keep, number)
                     progress()
+            report(f"{target.name}: {dict(tally.counts)}")  # a long run may be cut short
     return tallies
 
 

@@ -313,10 +313,11 @@ def main() -> int:
     columns = (TextColumn("kills"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, refresh_per_second=2) as bar, release_server():
         task = bar.add_task("", total=arguments.kills * len(names))
-        tallies = {
-            name: kill(COMMANDS[name], arguments.kills, arguments.seed, lambda: bar.advance(task))
-            for name in names
-        }
+        tallies = {}
+        for name in names:
+            tally = kill(COMMANDS[name], arguments.kills, arguments.seed, lambda: bar.advance(task))
+            tallies[name] = tally
+            console.print(f"{name}: {dict(tally.counts)}")  # a long run may be cut short
     draw(console, tallies)
     if arguments.json:
         found = {name: {**tally.counts, "seconds": tally.seconds} for name, tally in tallies.items()}
