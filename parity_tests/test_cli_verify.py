@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -70,6 +71,30 @@ def test_wrong_weights_are_located_and_explained(folder: Path) -> None:
         in done.stdout
     )
     assert "likely cause: kernel layout transposed" in done.stdout
+
+
+def test_another_activation_in_the_weight_file_is_not_believed(folder: Path) -> None:
+    """The tensors alone cannot show it, and a reference built by the same setting would agree."""
+    state, config, _ = read_weights(folder / "right.safetensors")
+    other = dataclasses.replace(config, act_type="swish")
+    write_weights(folder / "swish.safetensors", state, other, {})
+    done = verify(*CKPT, "--weights", "swish.safetensors", cwd=folder)
+    assert done.returncode == 2, done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "act_type is swish in swish.safetensors, relu6 in" in done.stderr
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_what_the_tolerances_do_not_see_is_named(folder: Path) -> None:
+    state, config, _ = read_weights(folder / "right.safetensors")
+    state["class_net.predict.pointwise.bias"][37] += 2e-4
+    other = dataclasses.replace(config, anchor_scale=9.0)
+    write_weights(folder / "off.safetensors", state, other, {})
+    done = verify("--ckpt", CKPT[1], "--size", "64", "--weights", "off.safetensors", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "differ in 1 of 552 tensors" in done.stdout
+    assert "class_net.predict.pointwise.bias" in done.stdout
+    assert "anchor_scale is 9.0 in off.safetensors, 3.0 in" in done.stdout
 
 
 @pytest.mark.parametrize(

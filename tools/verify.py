@@ -27,8 +27,10 @@ from porting.parity.references import OPS
 from porting.parity.weights import (
     CheckpointComparison,
     WeightComparison,
+    Weights,
     compare_weights,
     compare_with_checkpoint,
+    network_settings_that_differ,
     read_weight_file,
 )
 from pytorch_model.config import EfficientDetConfig
@@ -102,15 +104,20 @@ def main() -> int:
     if arguments.report:
         make_folder(arguments.report)
     with _source.open_checkpoint(arguments, console, Path()) as checkpoint:
-        config = _source.find_config(arguments, checkpoint).config
+        config = expected = _source.find_config(arguments, checkpoint).config
         state_dict = None
         if arguments.weights:
-            state_dict, config, _ = read_weights(arguments.weights)
+            state_dict, stored, _ = read_weights(arguments.weights)
+            check_settings(str(arguments.weights), stored, checkpoint.source, config)
+            config = stored
         conversion = convert(checkpoint, config, raw=arguments.raw)
         raw_variables = read_raw(checkpoint, conversion)
         if state_dict is not None:
             with torch.device("meta"):
                 check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
+            weights = Weights(str(arguments.weights), state_dict, config)
+            port = Weights(f"{checkpoint.source} ({conversion.weights})", conversion.state_dict, expected)
+            print_unseen(console, weights, port)
         outcome = run(arguments, console, checkpoint, conversion, state_dict, raw_variables)
     passed, figures = outcome.passed, outcome.figures()
     if arguments.gradients:
@@ -180,6 +187,23 @@ def run(
         write_html(report, arguments.report / "report.html")
         console.print(f"[bold]wrote[/] {escape(str(arguments.report / 'report.html'))}", soft_wrap=True)
     return outcome
+
+
+def check_settings(weights: str, stored: EfficientDetConfig, source: str, config: EfficientDetConfig) -> None:
+    """A reference built by a wrong setting of the weight file would agree with it. Raises PortingError."""
+    differing = network_settings_that_differ(Weights(weights, {}, stored), Weights(source, {}, config))
+    if differing:
+        raise PortingError(
+            f"{differing[0]}; convert again, or say with --hparams what the checkpoint was trained with"
+        )
+
+
+def print_unseen(console: Console, weights: Weights, port: Weights) -> None:
+    """Say what comparing activations may pass over: tensors a little off, settings around the network."""
+    comparison = compare_weights(weights, port)
+    notes = comparison.notes if comparison.same_function else (comparison.explanation, *comparison.notes)
+    for note in notes:
+        console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -247,7 +247,7 @@ def compare_weights(a: Weights, b: Weights) -> WeightComparison:
     shared = _shared(a, b, config)
     unequal = {key for key in shared if not _bit_equal(a.state_dict[key], b.state_dict[key])}
     folded = _one_sided_biases(a, b, shared)
-    mismatches = [*_settings(a, b), *_keys(a, b, folded), *_unlike(a, b, shared)]
+    mismatches = [*network_settings_that_differ(a, b), *_keys(a, b, folded), *_unlike(a, b, shared)]
     rows: dict[str, TensorDifference] = {}
     for part in _parts(shared, folded, config):
         if not unequal.isdisjoint(part.keys) or not folded.isdisjoint(part.keys):
@@ -399,13 +399,16 @@ def _unlike(a: Weights, b: Weights, shared: Iterable[str]) -> Iterator[str]:
                 yield f"{key} is {_dtype(ours)} in {a.source}, {_dtype(theirs)} in {b.source}"
 
 
-def _settings(a: Weights, b: Weights) -> Iterator[str]:
-    """Settings that make another network of the same tensors."""
-    if a.config and b.config:
-        ours, theirs = _network_settings(a.config), _network_settings(b.config)
-        for name, value in ours.items():
-            if value != theirs[name]:
-                yield f"{name} is {value} in {a.source}, {theirs[name]} in {b.source}"
+def network_settings_that_differ(a: Weights, b: Weights) -> list[str]:
+    """Settings that make another network of the same tensors, a sentence each."""
+    if a.config is None or b.config is None:
+        return []
+    ours, theirs = _network_settings(a.config), _network_settings(b.config)
+    return [
+        f"{name} is {value} in {a.source}, {theirs[name]} in {b.source}"
+        for name, value in ours.items()
+        if value != theirs[name]
+    ]
 
 
 def _network_settings(config: EfficientDetConfig) -> dict[str, Any]:
