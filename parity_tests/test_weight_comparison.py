@@ -618,6 +618,9 @@ def test_a_plain_safetensors_file(exact: State, tmp_path: Path) -> None:
 
 
 class Malicious:
+    def __repr__(self) -> str:
+        return "Malicious()"
+
     def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
         return Path.touch, (Path("executed"),)  # type: ignore[return-value]
 
