@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from parity_tests.conftest import SHARED
-from parity_tests.recordings import Recording, golden_recording, shared_recording
+from parity_tests.recordings import Recording, golden_recording, shared_recording, tap_of
 from porting.convert import apply_rules
 from porting.errors import CheckFailedError, ConversionError, OutputError, PortingError
 from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file
-from porting.rules import rules
+from porting.parity.lockstep import tapped
+from porting.rules import TapPair, rules
 from pytorch_model.config import MODELS, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.postprocess import NMSConfig
@@ -213,6 +214,50 @@ def test_onnx_runtime_computes_the_same(tmp_path: Path, model: str) -> None:
     found = onnx_file.run_onnx(tmp_path / "network.onnx", {"images": images.float()})
     exact = outputs_of(weights_of(recording, "float64"), images.double())
     assert_within_googles_rounding(recording, [output.numpy() for output in found], exact)
+
+
+class Tapped(torch.nn.Module):
+    """The network as a function to every activation that Google recorded, NCHW."""
+
+    def __init__(self, model: EfficientDet, wanted: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.wanted = model, wanted
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+
+        def visit(pair: TapPair, activation: torch.Tensor) -> torch.Tensor:
+            found[pair.tap] = activation
+            return activation
+
+        with tapped(self.model, visit):
+            self.model(images)
+        return [found[tap] for tap in self.wanted]
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_every_layer_in_onnx_runtime(tmp_path: Path) -> None:
+    """The exported graph of D0 with its inner activations as outputs too."""
+    recording = golden_recording("efficientdet-d0")
+    endpoints = {tap_of(key, recording.config): key for key in recording.google_error}
+    images = images_of(recording)
+    single = Tapped(network.loaded(weights_of(recording)), list(endpoints))
+    names = [f"tap_{i}" for i in range(len(endpoints))]
+    inputs = {"images": images.float()}
+    onnx_file.export_onnx(single, inputs, names, tmp_path / "taps.onnx", {})
+    found = onnx_file.run_onnx(tmp_path / "taps.onnx", inputs)
+    double = EfficientDet(recording.config).double().eval()
+    double.load_state_dict(dict(weights_of(recording, "float64").state_dict))
+    with torch.no_grad():
+        exact = Tapped(double, list(endpoints))(images.double())
+    worst = 0.0
+    for key, ours, expected in zip(endpoints.values(), found, exact, strict=True):
+        error, bound = network.relative_l2(ours, expected), 3 * recording.google_error[key] + 1e-6
+        assert error <= bound, f"{key}: relative L2 {error:.2e}, allowed {bound:.2e}"
+        worst = max(worst, error / bound)
+    print(f"{len(names)} activations: at most {worst:.2f} of what is allowed")
+    assert len(names) == 60
 
 
 @needs_onnx
