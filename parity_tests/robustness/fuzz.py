@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from parity_tests.robustness import named
 from parity_tests.robustness.mutate import mutated, mutated_text
 from parity_tests.robustness.targets import TARGETS, Target
 
@@ -209,11 +210,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    names = arguments.targets.split(",") if arguments.targets else list(TARGETS)
-    unknown = [name for name in names if name not in TARGETS]
-    if unknown:
-        print(f"error: no target is called {unknown[0]}; known: {', '.join(TARGETS)}", file=sys.stderr)
-        return 2
+    names = named(arguments.targets, TARGETS, "target")
     each = -(-arguments.inputs // len(names))
     console = Console(stderr=arguments.json, highlight=False)
     columns = (TextColumn("damaged files"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

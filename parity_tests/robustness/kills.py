@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from parity_tests.robustness import targets
+from parity_tests.robustness import named, targets
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 ABSENT = "absent"
@@ -303,11 +303,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    names = arguments.commands.split(",") if arguments.commands else list(COMMANDS)
-    unknown = [name for name in names if name not in COMMANDS]
-    if unknown:
-        print(f"error: no command is called {unknown[0]}; known: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+    names = named(arguments.commands, COMMANDS, "command")
     load_libraries()
     console = Console(stderr=arguments.json, highlight=False)
     columns = (TextColumn("kills"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
