@@ -596,6 +596,27 @@ def test_another_setting_is_refused_and_may_restart(
     assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
 
 
+def test_a_picture_put_in_place_later_is_not_taken_for_missing(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = coco / "val2017" / "1.png"
+    content = picture.read_bytes()
+    picture.unlink()
+    assert run(small_weights, coco, tmp_path / "out") == 1
+    picture.write_bytes(content)
+    assert run(small_weights, coco, tmp_path / "out") == 2
+    assert "pictures:" in capsys.readouterr().err
+    assert run(small_weights, coco, tmp_path / "out", "--restart") == 0
+
+
+def test_the_place_of_the_pictures_is_no_setting(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    assert run(small_weights, coco, tmp_path / "out") == 0
+    metrics = (tmp_path / "out" / "metrics.json").read_bytes()
+    coco.rename(tmp_path / "elsewhere")
+    assert run(small_weights, tmp_path / "elsewhere", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == metrics
+
+
 def test_restart_forgets_all_of_an_earlier_run(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -611,7 +632,7 @@ def test_restart_forgets_all_of_an_earlier_run(
         (out / name).write_text("[]")
     assert run(small_weights, coco, out, "--restart") == 0
     left = {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
-    assert left == {"detections.json", "metrics.json", "notes.txt", "shards/ours-0.jsonl"}
+    assert left == {".lock", "detections.json", "metrics.json", "notes.txt", "shards/ours-0.jsonl"}
     (out / "metrics.json").unlink()
     (out / "metrics.json").mkdir()
     assert run(small_weights, coco, out, "--restart") == 2

@@ -208,9 +208,16 @@ def _files_without_entry(folder: Path, entries: Sequence[Mapping[str, Any]]) -> 
 
 
 def dataset_digest(dataset: Dataset) -> str:
-    """SHA-256 over the list of pictures, in order: what detections depend on."""
-    listed = [(picture.id, str(picture.path.resolve())) for picture in dataset.pictures]
+    """SHA-256 over the list of pictures, in order, wherever they lie: id, name and size in bytes of each."""
+    listed = [(picture.id, picture.path.name, _bytes(picture.path)) for picture in dataset.pictures]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _bytes(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:  # it will be passed over, and counted
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------

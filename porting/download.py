@@ -29,7 +29,7 @@ from typing import Any, NoReturn, Protocol
 import google_crc32c
 
 from porting.errors import CheckpointError, OutputError
-from porting.files import replacing
+from porting.files import lock, replacing
 
 STALL_SECONDS = 30.0  # without a byte, before the connection is given up
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubled for each further one
@@ -148,8 +148,10 @@ def _part_of(target: Path, listener: Listener) -> Iterator[Path]:
 
     Where files can be locked it outlives a failure, to be resumed. Elsewhere each run has its own.
     """
-    with open(_beside(target, ".lock"), "ab") as lock:
-        if _lock(lock.fileno(), target, listener):
+    with open(_beside(target, ".lock"), "ab") as file:
+        if lock(
+            file.fileno(), lambda: listener.note(f"another run is fetching {target.name}; waiting for it")
+        ):
             yield _beside(target, ".part")
             return
     part = _beside(target, f".{os.getpid()}-{secrets.token_hex(4)}.part")
@@ -157,22 +159,6 @@ def _part_of(target: Path, listener: Listener) -> Iterator[Path]:
         yield part
     finally:
         _discard(part)
-
-
-def _lock(file: int, target: Path, listener: Listener) -> bool:
-    """Wait for the lock, which ends with the file's closing or the process. False where there are none."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        listener.note(f"another run is fetching {target.name}; waiting for it")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # some network file systems
-        return False
-    return True
 
 
 def _store(part: Path, target: Path, record: dict[str, Any]) -> None:

@@ -8,9 +8,11 @@ import _cli  # first: finds the packages
 # isort: split
 import argparse
 import json
+import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from porting.coco import (
 from porting.convert import convert
 from porting.errors import ConfigError, OutputError
 from porting.evaluation import Outcome, Stream, detect_dataset, file_digest, nms_and_size, settings
-from porting.files import replacing
+from porting.files import lock, replacing
 from porting.hparams import read_hparams
 from porting.parity.detections import DetectionParity, compare_detections
 from porting.processes import Processes, joined
@@ -118,23 +120,25 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    with joined() as processes:
-        console = Console(stderr=arguments.json, highlight=False, quiet=not processes.is_first)
-        if not processes.is_first:
-            processes.from_first(None)  # whatever is wrong, the first process finds and says it
-        dataset = read_dataset(arguments.coco, arguments.annotations, arguments.images, arguments.limit)
-        detector = build_detector(arguments, processes)
-        categories = class_to_category(dataset, detector.model.config.num_classes, arguments.labels)
-        streams = build_streams(arguments, console, detector, dataset, categories)
-        if processes.is_first:
-            prepare_output(arguments, streams)
-            processes.from_first(None)
-        started = time.perf_counter()
-        outcome = run(arguments, console, detector, dataset, streams, categories, processes)
-        seconds = time.perf_counter() - started
-    if outcome is None:
-        return 0
-    return report(arguments, console, detector, dataset, streams, outcome, seconds)
+    with ExitStack() as held:  # the folder --out, until all is written
+        with joined() as processes:
+            console = Console(stderr=arguments.json, highlight=False, quiet=not processes.is_first)
+            if not processes.is_first:
+                processes.from_first(None)  # whatever is wrong, the first process finds and says it
+            dataset = read_dataset(arguments.coco, arguments.annotations, arguments.images, arguments.limit)
+            detector = build_detector(arguments, processes)
+            categories = class_to_category(dataset, detector.model.config.num_classes, arguments.labels)
+            streams = build_streams(arguments, console, detector, dataset, categories)
+            if processes.is_first:
+                held.enter_context(alone_in(arguments.out))
+                prepare_output(arguments, streams)
+                processes.from_first(None)
+            started = time.perf_counter()
+            outcome = run(arguments, console, detector, dataset, streams, categories, processes)
+            seconds = time.perf_counter() - started
+        if outcome is None:
+            return 0
+        return report(arguments, console, detector, dataset, streams, outcome, seconds)
 
 
 def build_detector(arguments: argparse.Namespace, processes: Processes) -> Detector:
@@ -192,12 +196,30 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def prepare_output(arguments: argparse.Namespace, streams: Sequence[Stream]) -> None:
-    """Raises :class:`PortingError` where results cannot be written or belong to other settings."""
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Create ``out`` and keep other evaluations out of it.
+
+    Raises :class:`OutputError` where it cannot be created or another evaluation is at work in it.
+    """
+
+    def refuse() -> None:
+        raise OutputError(f"another evaluation is at work in {out}; let it end, or choose another --out")
+
     try:
-        (arguments.out / "shards").mkdir(parents=True, exist_ok=True)
+        (out / "shards").mkdir(parents=True, exist_ok=True)
+        file = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)
     except OSError as error:
-        raise OutputError(f"cannot create the folder {arguments.out}: {error.strerror or error}") from None
+        raise OutputError(f"cannot create the folder {out}: {error.strerror or error}") from None
+    try:
+        lock(file, refuse)
+        yield
+    finally:
+        os.close(file)
+
+
+def prepare_output(arguments: argparse.Namespace, streams: Sequence[Stream]) -> None:
+    """Raises :class:`PortingError` where earlier results belong to other settings."""
     if arguments.restart:
         forget(arguments.out)
     for stream in streams:

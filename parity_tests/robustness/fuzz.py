@@ -218,7 +218,12 @@ def main() -> int:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=each * len(names))
         tallies = fuzz(
-            [TARGETS[name] for name in names], each, arguments.seed, lambda: bar.advance(task), arguments.keep
+            [TARGETS[name] for name in names],
+            each,
+            arguments.seed,
+            lambda: bar.advance(task),
+            arguments.keep,
+            lambda line: console.print(line, markup=False),
         )
     draw(console, tallies, time.perf_counter() - start)
     if arguments.json:

@@ -34,6 +34,10 @@ from rich.table import Table
 from parity_tests.robustness import named, targets
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+EVAL = (
+    *("eval_coco.py", "--weights", "model.safetensors", "--coco", "coco", "--labels", "names.txt"),
+    *("--batch-size", "2", "--out", "eval"),
+)
 ABSENT = "absent"
 OLD, NEW, BROKEN, AGAIN = "old", "new", "broken target", "failed when run again"
 
@@ -171,11 +175,7 @@ COMMANDS = {
         Command(
             "eval",
             prepare_eval,
-            tool(
-                "eval_coco.py",
-                *("--weights", "model.safetensors", "--coco", "coco", "--labels", "names.txt"),
-                *("--batch-size", "2", "--out", "eval"),
-            ),
+            tool(*EVAL),
             "eval/metrics.json",
         ),
         Command("download", prepare_download, download, "cache/efficientdet-d0/efficientdet-d0.tar.gz"),

@@ -319,7 +319,7 @@ TARGETS = {
         Target("pipeline.config", pipeline, read_pipeline, vouched=False, text=True),
         Target("COCO json", coco, read_coco, vouched=False, text=True, damaged="*.json"),
         Target("JPEG", image("picture.jpg"), decode_image, vouched=False),
-        Target("JPEG, fast DCT", image("picture.jpg"), decode_fast, vouched=False),
+        Target("JPEG by the fast DCT", image("picture.jpg"), decode_fast, vouched=False),
         Target("PNG", image("picture.png"), decode_image, vouched=False),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import resource
@@ -9,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from porting.files import replacing
 from pytorch_model import load_model
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+SLOWLY = ("--hparams", "image_size=512x512")
 LARGEST_FILE = 30_000  # bytes; less than any of the targets
 
 CONVERT = ("convert.py", "--ckpt", "ckpt", "--out", "out.safetensors")
@@ -73,13 +76,24 @@ def work(inputs: Path, tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-def run(work: Path, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    (tmp_path / "coco").mkdir()
+    kills.prepare_eval(tmp_path / "coco")
+    return tmp_path / "coco"
+
+
+def run(
+    work: Path, command: Sequence[str], before: Callable[[], None] | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """``before`` runs in the command's process before it does."""
     return subprocess.run(
         [sys.executable, TOOLS / command[0], *command[1:]],
         cwd=work,
         capture_output=True,
         text=True,
-        preexec_fn=disk_full,
+        preexec_fn=before,
+        env={**os.environ, **variables},
     )
 
 
@@ -88,7 +102,7 @@ def test_a_full_disk(work: Path, name: str) -> None:
     command, target = FULL[name]
     before = {path.relative_to(work) for path in work.rglob("*")}
     old = kills.digest(work / target)
-    done = run(work, command)
+    done = run(work, command, disk_full)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     name = target.split("/")[0]
@@ -128,6 +142,114 @@ def test_two_at_once(work: Path) -> None:
     assert [process.wait() for process in both] == [0, 0]
     assert load_model(work / "out.safetensors").config.num_classes == targets.CONFIG.num_classes
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
+
+
+def test_two_evaluations_at_once(coco: Path) -> None:
+    """Kept results of two would mix; the second one does not begin."""
+    (coco / "eval").mkdir()
+    with open(coco / "eval" / ".lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run(coco, kills.EVAL)
+    assert done.returncode == 2
+    assert "error: another evaluation is at work in eval; let it end, or choose another --out" in done.stderr
+    assert [path.name for path in (coco / "eval").rglob("*.*")] == [".lock"]
+    command = [sys.executable, str(TOOLS / kills.EVAL[0]), *kills.EVAL[1:]]
+    both = [subprocess.Popen(command, cwd=coco, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert sorted(process.wait() for process in both) in ([0, 0], [0, 2])
+    both_ran = kills.digest(coco / "eval" / "metrics.json")
+    assert run(coco, (*kills.EVAL, "--restart")).returncode == 0
+    assert kills.digest(coco / "eval" / "metrics.json") == both_ran
+
+
+def test_out_of_memory(coco: Path) -> None:
+    """The first convolution of 24 such pictures asks for 6 GB."""
+    assert run(coco, kills.EVAL).returncode == 0
+    old = kills.digest(coco / "eval" / "metrics.json")
+    (coco / "eval").rename(coco / "before")
+    large = (*kills.EVAL, "--batch-size", "24", "--hparams", "image_size=2048x4096")
+    done = run(coco, large, little_memory)
+    assert done.returncode == 2, done.stderr
+    assert "error: out of memory; try a smaller --batch-size or --size" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (coco / "eval" / "metrics.json").exists()
+    assert run(coco, kills.EVAL).returncode == 0
+    assert kills.digest(coco / "eval" / "metrics.json") == old
+
+
+def little_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+
+
+@pytest.mark.slow
+def test_a_worker_is_killed_for_its_memory(coco: Path) -> None:
+    """The kernel sends SIGKILL. The others end too, and the next run goes on to the same figures."""
+    assert run(coco, (*kills.EVAL, *SLOWLY)).returncode == 0
+    undisturbed = kills.digest(coco / "eval" / "metrics.json")
+    shutil.rmtree(coco / "eval")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(TOOLS / kills.EVAL[0]), *kills.EVAL[1:], *SLOWLY]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen(command, cwd=coco, stderr=subprocess.PIPE, text=True, env=environment)
+    kept = coco / "eval" / "shards" / "ours-1.jsonl"
+    while whole.poll() is None and not kept.exists():
+        time.sleep(0.01)
+    os.kill(worker(whole.pid, rank=1), signal.SIGKILL)
+    _, errors = whole.communicate(timeout=120)
+    assert whole.returncode not in (0, None), errors
+    assert not (coco / "eval" / "metrics.json").exists()
+    assert kept.exists()
+    done = subprocess.run(command, cwd=coco, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert kills.digest(coco / "eval" / "metrics.json") == undisturbed
+
+
+def worker(parent: int, rank: int) -> int:
+    """The process id of the ``rank``-th process that torchrun, of process id ``parent``, started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            status = (folder / "status").read_text()
+        except OSError:
+            continue
+        if f"PPid:\t{parent}\n" in status and b"RANK=%d" % rank in variables:
+            return int(folder.name)
+    raise AssertionError(f"torchrun has no process {rank}")
+
+
+#: Each look at the clock is an hour before the last one.
+BACKWARDS = """
+import itertools, time
+hours = itertools.count()
+time.time = lambda: 1e9 - 3600.0 * next(hours)
+time.time_ns = lambda: int(time.time()) * 10**9
+"""
+
+CLOCKED = {
+    "convert": (CONVERT, "out.safetensors"),
+    "convert to .pth": FULL["convert to .pth"],
+    "export": FULL["export"],
+    "export h5": FULL["export h5"],
+    "eval": (kills.EVAL, "eval/metrics.json"),
+    "release": (("release.py", "--ckpt", "ckpt", "--out", "release", "--size", "128"), "release/custom"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLOCKED)
+def test_the_clock_goes_backwards(work: Path, coco: Path, tmp_path: Path, name: str) -> None:
+    """Nothing that is written depends on the time, on that of this machine or that of the files."""
+    command, target = CLOCKED[name]
+    shutil.copytree(coco, work, dirs_exist_ok=True)
+    odd = tmp_path / "odd"
+    shutil.copytree(work, odd)
+    for number, path in enumerate(sorted(odd.rglob("*"))):
+        os.utime(path, (0, 0) if number % 2 else (4e9, 4e9))  # 1970, 2096
+    (tmp_path / "clock").mkdir()
+    (tmp_path / "clock" / "sitecustomize.py").write_text(BACKWARDS)
+    assert run(work, command).returncode == 0
+    done = run(odd, command, PYTHONPATH=str(tmp_path / "clock"))
+    assert done.returncode == 0, done.stderr
+    assert kills.digest(odd / target) == kills.digest(work / target)
 
 
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.0])
