@@ -201,6 +201,28 @@ def test_shapes_that_make_no_sense_are_refused(name: str, shape: tuple[int, ...]
         named_config("efficientdet-d0", shapes)
 
 
+def test_classes_that_the_anchors_do_not_divide() -> None:
+    shapes = {**shapes_of("efficientdet-d0"), "class_net/class-predict/bias": (811,)}
+    with pytest.raises(ConversionError, match=r"811 values a location for 9 anchors.*mixes two models"):
+        infer_config(shapes)
+
+
+def test_a_backbone_that_is_no_efficientnet() -> None:
+    name = "efficientnet-b0/blocks_1/depthwise_conv2d/depthwise_kernel"
+    with pytest.raises(ConversionError, match=rf"{name} has shape \[3, 3, 97, 1\], no whole multiple"):
+        infer_config({**shapes_of("efficientdet-d0"), name: (3, 3, 97, 1)})
+
+
+def test_a_backbone_of_other_stages() -> None:
+    """Its last block, one of a kind, is made one more of the stage before it."""
+    shapes = shapes_of("efficientdet-d0")
+    last, before = "efficientnet-b0/blocks_15/", "efficientnet-b0/blocks_14/"
+    one_fewer = {name: shape for name, shape in shapes.items() if not name.startswith(last)}
+    more = {name.replace(before, last): shape for name, shape in shapes.items() if name.startswith(before)}
+    with pytest.raises(ConversionError, match="the backbone has 6 stages where EfficientNet has 7"):
+        infer_config(one_fewer | more)
+
+
 def test_resampling_without_batch_norm_is_refused_by_name() -> None:
     shapes = {n: s for n, s in shapes_of("efficientdet-d0").items() if "resample" not in n or "/bn/" not in n}
     with pytest.raises(ConversionError, match="apply_bn_for_resampling=False"):

@@ -543,7 +543,29 @@ def test_a_port_that_differs_is_not_released(checkpoint: Path, tmp_path: Path) -
     before = "import pytorch_model.layers as l; l.BN_EPSILON = 1e-2"
     done = run("--ckpt", checkpoint, "--out", "out", "--name", "x", "--size", 64, cwd=tmp_path, before=before)
     assert done.returncode == 1, done.stderr
-    assert "not released" in done.stdout
+    assert "error: the port does not match the reference; nothing was released" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_metrics_of_other_weights_are_not_released(checkpoint: Path, built: Path, tmp_path: Path) -> None:
+    metrics = metrics_of(built / MODEL_FILE)
+    metrics["settings"]["ours"]["weights"] = "0" * 64
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    common = ("--ckpt", checkpoint, "--out", "out", "--name", "x", "--size", 64)
+    done = run(*common, "--coco-metrics", "metrics.json", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "error: the COCO metrics are of another weight file" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_release_that_fails_its_own_check_is_not_left(checkpoint: Path, tmp_path: Path) -> None:
+    before = (
+        "import porting.release as r; write = r.write_weights; "
+        "r.write_weights = lambda path, tensors, *x: write(path, {k: -t for k, t in tensors.items()}, *x)"
+    )
+    done = run("--ckpt", checkpoint, "--out", "out", "--name", "x", "--size", 64, cwd=tmp_path, before=before)
+    assert done.returncode == 1, done.stderr
+    assert "error: out/x was not written: it failed its own check" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -1,0 +1,138 @@
+"""Refusals that a whole command seldom or never gets to, because something before them has looked already."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity_tests.tflite_files import TINY, golden
+from porting import reverse as reversing
+from porting.checkpoint import tflite
+from porting.checkpoint.frozen_graph import FrozenGraph
+from porting.convert import check_targets
+from porting.errors import CheckFailedError, CheckpointError, ConversionError, OutputError, PortingError
+from porting.export import Weights, h5, onnx_detector
+from porting.files import check_new_folder, check_writable, new_folder, replacing
+from porting.parity.lockstep import _Stream
+from pytorch_model import ConfigError, WeightsError
+from pytorch_model.config import backbone_config
+from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.weights import load_variant, read_weights, write_weights
+from tf_reference.variables import variable_shapes
+
+
+def test_a_folder_is_no_frozen_graph(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory; check the path"):
+        FrozenGraph(tmp_path)
+
+
+def test_a_tflite_file_too_large_for_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tflite, "_LARGEST_FILE", 1000)
+    (tmp_path / "a.tflite").write_bytes(golden("float32").read_bytes())
+    with pytest.raises(CheckpointError, match=r"a\.tflite is larger than any TFLite file"):
+        tflite.open_tflite(tmp_path / "a.tflite")
+
+
+def test_a_tensor_of_another_shape() -> None:
+    state_dict = EfficientDet(TINY).state_dict()
+    check_targets(state_dict, TINY)
+    key = next(iter(state_dict))
+    with pytest.raises(ConversionError, match=rf"the rules make {key} of shape \[1, .*the model needs \["):
+        check_targets({**state_dict, key: state_dict[key][None]}, TINY)
+
+
+def test_a_variable_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    state_dict = EfficientDet(TINY).state_dict()
+    reversing.reverse(state_dict, TINY)
+    shapes = dict(variable_shapes(TINY))
+    name = next(iter(shapes))
+    monkeypatch.setattr(reversing, "variable_shapes", lambda config: {**shapes, name: (7, *shapes[name])})
+    with pytest.raises(ConversionError, match=rf"the rules make {name} of shape .* AutoML has \[7, .*; mend"):
+        reversing.reverse(state_dict, TINY)
+
+
+def test_a_tap_that_the_reference_lacks() -> None:
+    with (
+        _Stream(lambda tap: tap("stem", torch.zeros(1).numpy())) as stream,
+        pytest.raises(PortingError, match=r"names the tap stern, which the reference does not have"),
+    ):
+        stream.take("stern")
+
+
+def test_hdf5_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    weights = Weights(EfficientDet(TINY).state_dict(), TINY, {})
+    with pytest.raises(OutputError, match=r"x\.h5: HDF5 needs h5py: pip install"):
+        h5.write(weights, tmp_path / "x.h5")
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_weights(tmp_path / "x.safetensors", EfficientDet(TINY).state_dict(), TINY, {})
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(WeightsError, match=r"x\.safetensors needs the package safetensors: pip install"):
+        read_weights(tmp_path / "x.safetensors")
+
+
+def test_scores_that_an_exported_program_gets_wrong() -> None:
+    class Detecting(torch.nn.Module):
+        def forward(self, images: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return images, images / 3, images, scales
+
+    inputs = {"images": torch.rand(2, 5), "image_scales": torch.ones(2)}
+    right = list(Detecting()(*inputs.values()))
+    assert onnx_detector._check(Detecting(), inputs, right) < 1e-7  # type: ignore[arg-type]
+    wrong = [right[0], right[1] + 1e-5, *right[2:]]
+    with pytest.raises(CheckFailedError, match=r"scores are off by 1\.0e-05.*nothing was written"):
+        onnx_detector._check(Detecting(), inputs, wrong)  # type: ignore[arg-type]
+
+
+def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.touch()
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: replacing(folder).__enter__(), "folder: it is a folder; give a file name"),
+        (lambda: check_writable(folder), "folder: it is a folder; give a file name"),
+        (lambda: check_new_folder(file), "file: there is a file of that name; choose another folder"),
+    ]
+    for attempt, message in refused:
+        with pytest.raises(OutputError, match=message):
+            attempt()
+    with (
+        pytest.raises(OutputError, match=r"cannot write /.*new: bad"),
+        new_folder(tmp_path / "new") as at,
+    ):
+        raise OutputError(f"cannot write {at}: bad")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
+
+
+def test_names_that_mean_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown backbone 'efficientnet-b9'; known: efficientnet-b0,"):
+        backbone_config("efficientnet-b9")
+    with pytest.raises(WeightsError, match=r"cannot write x\.bin: use a name that ends in \.safetensors or"):
+        write_weights(tmp_path / "x.bin", {}, TINY, {})
+
+
+def test_an_address_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    digest = hashlib.sha256((tmp_path / "list.pth").read_bytes()).hexdigest()
+    file = (tmp_path / "list.pth").rename(tmp_path / f"list-{digest[:8]}.pth")
+    with pytest.raises(WeightsError, match=r"list-.*\.pth is no state dict; give the address of a \.pth"):
+        load_variant("efficientdet-lite0", file.as_uri())
+
+
+def test_a_report_that_cannot_be_put_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    tool = Path(__file__).resolve().parents[1] / "tools" / "verify.py"
+    command = [sys.executable, str(tool), "--ckpt", "synthetic:efficientdet-lite0", "--report", "file/out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: cannot create file/out: Not a directory; choose another --report" in done.stderr
