@@ -90,11 +90,22 @@ def test_what_the_tolerances_do_not_see_is_named(folder: Path) -> None:
     state["class_net.predict.pointwise.bias"][37] += 2e-4
     other = dataclasses.replace(config, anchor_scale=9.0)
     write_weights(folder / "off.safetensors", state, other, {})
-    done = verify("--ckpt", CKPT[1], "--size", "64", "--weights", "off.safetensors", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert "differ in 1 of 552 tensors" in done.stdout
-    assert "class_net.predict.pointwise.bias" in done.stdout
-    assert "anchor_scale is 9.0 in off.safetensors, 3.0 in" in done.stdout
+    options = ("--size", "64", "--weights", "off.safetensors", "--json", "--report", "off")
+    done = verify("--ckpt", CKPT[1], *options, cwd=folder)
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert not summary["passed"]
+    assert summary["weights"]["verdict"] == "different"
+    assert "differ in 1 of 552 tensors" in done.stderr
+    assert "class_net.predict.pointwise.bias" in done.stderr
+    assert "not the port of this checkpoint" in done.stderr
+    report = json.loads((folder / "off" / "report.json").read_text())
+    assert not report["passed"]
+    assert "class_net.predict.pointwise.bias" in report["diagnosis"]
+    assert all(run["passed"] for run in report["runs"])
+    (note,) = summary["weights"]["notes"]
+    assert note.startswith("anchor_scale is 9.0 in off.safetensors, 3.0 in")
+    assert note in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -324,7 +324,7 @@ class Evaluation:
 def evaluate(
     content: Mapping[str, Any], results: Sequence[Result], image_ids: Collection[ImageId]
 ) -> Evaluation:
-    """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format).
+    """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format, annotated).
 
     By pycocotools. Raises :class:`PortingError` where it is not installed.
     """

@@ -40,6 +40,8 @@ from pytorch_model.weights import SUFFIXES, check_state_dict, read_weights
 if TYPE_CHECKING:
     from _verify import Outcome
 
+    from porting.parity.thumbnails import Thumbnails
+
 EXAMPLES = f"""
 examples:
   # a weight file against the checkpoint it was made of, with a report to open in a browser
@@ -105,7 +107,7 @@ def main() -> int:
         make_folder(arguments.report)
     with _source.open_checkpoint(arguments, console, Path()) as checkpoint:
         config = expected = _source.find_config(arguments, checkpoint).config
-        state_dict = None
+        state_dict, same = None, None
         if arguments.weights:
             state_dict, stored, _ = read_weights(arguments.weights)
             check_settings(str(arguments.weights), stored, checkpoint.source, config)
@@ -117,9 +119,13 @@ def main() -> int:
                 check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
             weights = Weights(str(arguments.weights), state_dict, config)
             port = Weights(f"{checkpoint.source} ({conversion.weights})", conversion.state_dict, expected)
-            print_unseen(console, weights, port)
-        outcome = run(arguments, console, checkpoint, conversion, state_dict, raw_variables)
+            same = compare_weights(weights, port)
+        outcome = run(arguments, console, checkpoint, conversion, state_dict, raw_variables, same)
     passed, figures = outcome.passed, outcome.figures()
+    if same is not None:
+        print_comparison(console, same)
+        passed = passed if same.same_function else False
+        figures["weights"] = {"verdict": same.verdict.value, "notes": same.notes}
     if arguments.gradients:
         import _gradients
 
@@ -139,11 +145,10 @@ def run(
     conversion: Conversion,
     state_dict: dict[str, torch.Tensor] | None,
     raw_variables: dict[str, np.ndarray] | None,
+    same: WeightComparison | None,
 ) -> Outcome:
     from _verify import chosen_reference, chosen_size, print_variants, verify
 
-    from porting.parity.html import write_html
-    from porting.parity.report import Report, write_json
     from porting.parity.thumbnails import Thumbnails
 
     config = conversion.config
@@ -165,28 +170,49 @@ def run(
         costs = print_variants(console, config, weights, images, arguments.device, arguments.variants)
         outcome = dataclasses.replace(outcome, variants=costs)
     if arguments.report:
-        found = outcome.diagnosis
-        report = Report(
-            results=outcome.results,
-            config=config,
-            metadata={
-                "checkpoint": arguments.ckpt,
-                "weights": str(arguments.weights) if arguments.weights else "ported in memory",
-                "reference": outcome.reference,
-                "values": conversion.weights,
-                "variables_sha256": conversion.digest,
-                "picture": f"{images.shape[1]}×{images.shape[2]}, {arguments.image or 'seeded'}",
-                "device": arguments.device,
-                "torch": torch.__version__,
-            },
-            diagnosis=f"{found.module} ({found.tap}): {found.kind}: {found.detail}" if found else None,
-            thumbnails=thumbnails,
-            variants=outcome.variants,
-        )
-        write_json(report, arguments.report / "report.json")
-        write_html(report, arguments.report / "report.html")
-        console.print(f"[bold]wrote[/] {escape(str(arguments.report / 'report.html'))}", soft_wrap=True)
+        report(arguments, console, conversion, images.shape, outcome, same, thumbnails)
     return outcome
+
+
+def report(
+    arguments: argparse.Namespace,
+    console: Console,
+    conversion: Conversion,
+    shape: tuple[int, ...],
+    outcome: Outcome,
+    same: WeightComparison | None,
+    thumbnails: Thumbnails | None,
+) -> None:
+    from porting.parity.html import write_html
+    from porting.parity.report import Report, write_json
+
+    found, diagnosis = outcome.diagnosis, None
+    not_the_port = same is not None and not same.same_function
+    if found:
+        diagnosis = f"{found.module} ({found.tap}): {found.kind}: {found.detail}"
+    elif same and not_the_port:
+        diagnosis = same.explanation
+    content = Report(
+        results=outcome.results,
+        config=conversion.config,
+        metadata={
+            "checkpoint": arguments.ckpt,
+            "weights": str(arguments.weights) if arguments.weights else "ported in memory",
+            "reference": outcome.reference,
+            "values": conversion.weights,
+            "variables_sha256": conversion.digest,
+            "picture": f"{shape[1]}×{shape[2]}, {arguments.image or 'seeded'}",
+            "device": arguments.device,
+            "torch": torch.__version__,
+        },
+        diagnosis=diagnosis,
+        thumbnails=thumbnails,
+        variants=outcome.variants,
+        not_the_port=not_the_port,
+    )
+    write_json(content, arguments.report / "report.json")
+    write_html(content, arguments.report / "report.html")
+    console.print(f"[bold]wrote[/] {escape(str(arguments.report / 'report.html'))}", soft_wrap=True)
 
 
 def check_settings(weights: str, stored: EfficientDetConfig, source: str, config: EfficientDetConfig) -> None:
@@ -198,11 +224,14 @@ def check_settings(weights: str, stored: EfficientDetConfig, source: str, config
         )
 
 
-def print_unseen(console: Console, weights: Weights, port: Weights) -> None:
-    """Say what comparing activations may pass over: tensors a little off, settings around the network."""
-    comparison = compare_weights(weights, port)
-    notes = comparison.notes if comparison.same_function else (comparison.explanation, *comparison.notes)
-    for note in notes:
+def print_comparison(console: Console, comparison: WeightComparison) -> None:
+    """What the tolerances of activations pass over: a number a little off, settings around the network."""
+    if not comparison.same_function:
+        console.print(
+            f"[red bold]FAILED[/] {escape(comparison.explanation)} They are not the port of this checkpoint.",
+            soft_wrap=True,
+        )
+    for note in comparison.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
 
 

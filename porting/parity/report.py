@@ -66,7 +66,8 @@ class Report:
     ``results``: one or more runs of the same network on the same picture, each in another float type.
     ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in its order.
     ``diagnosis``: what is wrong and where, in words. ``thumbnails``: what an observer kept of one run.
-    ``variants``: the same weights run in other ways.
+    ``variants``: the same weights run in other ways. ``not_the_port``: the weights of the runs, held against
+    the port tensor by tensor, are something else, whatever the layers let pass.
 
     Raises ``ValueError`` where the runs do not belong together.
     """
@@ -77,6 +78,7 @@ class Report:
     diagnosis: str | None = None
     thumbnails: Thumbnails | None = None
     variants: tuple[Cost, ...] = ()
+    not_the_port: bool = False
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -89,7 +91,9 @@ class Report:
 
     @property
     def passed(self) -> bool | None:
-        """Whether every judged run passed; None where there is none."""
+        """Whether every judged run passed, of the right weights; None where there is none."""
+        if self.not_the_port:
+            return False
         judged = [result.passed for result in self.results if result.judged]
         return all(judged) if judged else None
 
