@@ -56,7 +56,7 @@ def write_bundle(
 def _sorted_names(prefix: Path, variables: Mapping[str, np.ndarray]) -> list[str]:
     """The names in the order of their UTF-8 bytes, which is the order of the table."""
     for name in variables:
-        if not name or name.startswith(SLICE_PREFIX):
+        if not name or name.startswith(SLICE_PREFIX.decode()):
             raise OutputError(f"{prefix} cannot be written: {name!r} is not a variable name; rename it")
         try:
             name.encode()
