@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python tools/convert.py --ckpt synthetic:efficientdet-d0 --verify --out demo/efficientdet_d0.safetensors
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest parity_tests -m '' -n 2 --dist loadfile --refusals
+	$(BIN)/pytest parity_tests -m '' --refusals
 
 check: $(STAMP)
 	$(BIN)/ruff check

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests import refusals
-from pytorch_model.config import MODELS
-
+# Several processes of several threads each would take turns, not save time.
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before TensorFlow is first imported: quiet, and the arithmetic of the recordings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+from parity_tests import refusals
+from pytorch_model.config import MODELS
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 SHARED = Path(__file__).resolve().parents[2] / "shared"

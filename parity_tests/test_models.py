@@ -80,7 +80,17 @@ def test_parity(case: Case) -> None:
 
 
 def pytest_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "parity_tests", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "parity_tests",
+        *arguments,
+    ]
     return subprocess.run(command, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)
 
 

@@ -99,7 +99,7 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_compiled_network() -> None:
     """In a process of its own: after what other tests trace, sizes are symbols and tracing takes hours."""
-    command = [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_compiled_alone"]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", f"{__file__}::test_compiled_alone"]
     done = subprocess.run(
         command, env={**os.environ, ALONE: "1"}, capture_output=True, text=True, timeout=600
     )
