@@ -689,3 +689,15 @@ def test_a_folder_called_like_an_archive_is_a_folder(folder: Path, tmp_path: Pat
     check(tmp_path / "unpacked.tar.gz")
     with pytest.raises(CheckpointError, match=r"neither .*absent"):
         open_checkpoint(tmp_path / "absent.tar.gz")
+
+
+@pytest.mark.parametrize(("mode", "packer"), [("w:bz2", "bzip2"), ("w:xz", "xz")])
+def test_other_packers_are_named(mode: Any, packer: str, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "run" / "model", VARIABLES)
+    with tarfile.open(tmp_path / "run.packed", mode) as tar:
+        tar.add(tmp_path / "run", "run")
+    message = (
+        rf"run\.packed is packed by {packer}, which is not read here; unpack it, or pack it"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "run.packed")

@@ -36,6 +36,13 @@ SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty one's
+_OTHER_MAGICS = {  # of what is not read here
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"7z\xbc\xaf\x27\x1c": "7-Zip",
+    b"Rar!": "RAR",
+}
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 _HEAD = 512  # bytes: a tar header, which is the longest thing that tells the formats apart
 
@@ -247,6 +254,8 @@ def _members(file: BinaryIO, limit: int) -> Iterator[_Member]:
             yield from _tar_members(_Metered(stream, limit))
     elif kind == "tar":
         yield from _tar_members(_Metered(file, limit))
+    elif kind:
+        raise _Refused(f"is packed by {kind}, which is not read here; unpack it, or pack it as .tar.gz")
     else:
         raise _Refused(f"is not an archive: it begins with {head[:16]!r}; fetch or make it again")
 
@@ -258,7 +267,7 @@ def _kind(head: bytes) -> str | None:
         return "zip"
     if head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
         return "tar"
-    return None
+    return next((name for magic, name in _OTHER_MAGICS.items() if head.startswith(magic)), None)
 
 
 class _Metered:
