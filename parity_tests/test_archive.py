@@ -696,8 +696,6 @@ def test_other_packers_are_named(mode: Any, packer: str, tmp_path: Path) -> None
     write_bundle(tmp_path / "run" / "model", VARIABLES)
     with tarfile.open(tmp_path / "run.packed", mode) as tar:
         tar.add(tmp_path / "run", "run")
-    message = (
-        rf"run\.packed is packed by {packer}, which is not read here; unpack it, or pack it"
-    )
+    message = rf"run\.packed is packed by {packer}, which is not read here; unpack it, or pack it"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "run.packed")

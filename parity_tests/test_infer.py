@@ -172,6 +172,18 @@ def test_something_else_is_refused() -> None:
         infer_config(backbone)
 
 
+@pytest.mark.parametrize(
+    "scope", ["efficientnet-b0/blocks_3/", "efficientnet-b0/stem/", "fpn_cells/cell_0/fnode0/", "class_net/"]
+)
+def test_a_part_that_is_missing_is_named(scope: str) -> None:
+    shapes = {
+        name: shape for name, shape in shapes_of("efficientdet-d0").items() if not name.startswith(scope)
+    }
+    named = scope.replace("b0", ".*")
+    with pytest.raises(ConversionError, match=f"is not whole: no variable is called like {named}"):
+        infer_config(shapes)
+
+
 def test_unsupported_structures_are_refused_by_name() -> None:
     shapes = shapes_of("efficientdet-d0")
     shapes["fpn_cells/cell_0/fnode0/op_after_combine5/conv/kernel"] = (3, 3, 64, 64)

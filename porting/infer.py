@@ -248,6 +248,11 @@ class _Structure:
         """The shape of the first variable that matches. Raises ConversionError if none does, or not so."""
         names = self.matches(pattern)
         if not names:
+            if all(self.matches(scope) for scope in ("efficientnet-", "fpn_cells/", "(class|box)_net/")):
+                raise ConversionError(
+                    f"this EfficientDet is not whole: no variable is called like {_readable(pattern)}; save "
+                    "all variables, or fetch the file again"
+                )
             looks = ", ".join(sorted(self.shapes)[:3]) or "nothing"
             raise ConversionError(
                 f"this is not an AutoML EfficientDet: no variable is called like {_readable(pattern)}; "
