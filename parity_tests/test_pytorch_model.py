@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,67 @@ def test_an_impossible_configuration_is_named(change: dict[str, object], message
         create_model("efficientdet_d0", **change)
 
 
+#: What a file may say and no network can be. Field, or stage's or backbone's field → value.
+HUGE: dict[str, Any] = {
+    "box_class_repeats": 10**6,
+    "fpn_cell_repeats": 10**9,
+    "fpn_num_filters": 10**12,
+    "image_size": [10**9, 10**9],
+    "max_level": 10**9,
+    "num_classes": int("9" * 4000),
+    "num_scales": 10**9,
+    "stage.repeats": 10**9,
+    "stage.kernel_size": 10**6,
+    "stage.stride": 3,
+    "stage.expand_ratio": 10**9,
+    "stage.out_filters": 10**12,
+    "backbone.stem_filters": 10**12,
+    "backbone.se_ratio": float("inf"),
+    "anchor_scale": float("inf"),
+    "mean_rgb": ["a", "b", "c"],
+    "name": ["d0"],
+}
+
+
+def described(field: str, value: Any) -> dict[str, Any]:
+    """D0's configuration as a file says it, with one other value."""
+    data: dict[str, Any] = json.loads(json.dumps(model_config("efficientdet-d0").to_dict()))
+    part, _, name = field.rpartition(".")
+    {"": data, "backbone": data["backbone"], "stage": data["backbone"]["stages"][1]}[part][name] = value
+    return data
+
+
+@pytest.mark.parametrize("field", HUGE)
+def test_a_network_larger_than_any_is_refused_unbuilt(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field.rpartition('.')[2]} (is|must be) ") as caught:
+        EfficientDetConfig.from_dict(described(field, HUGE[field]))
+    assert len(str(caught.value)) < 200
+
+
+def test_too_many_blocks_and_ratios_are_refused() -> None:
+    data = described("num_classes", 90)
+    data["backbone"]["stages"] *= 200
+    with pytest.raises(ConfigError, match="it has 3200 blocks, must have at most 1000"):
+        EfficientDetConfig.from_dict(data)
+    with pytest.raises(ConfigError, match="aspect_ratios are 101, must be at most 100"):
+        EfficientDetConfig.from_dict(described("aspect_ratios", [1.0] * 101))
+
+
+def test_numbers_too_long_to_write_are_refused() -> None:
+    with pytest.raises(ConfigError, match="num_classes is a number too long to show"):
+        model_config("efficientdet-d0", num_classes=10**5000)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_weight_file_that_asks_for_a_giant_is_refused(tmp_path: Path, suffix: str) -> None:
+    """At the bounds themselves nothing is allocated: the shapes are compared first."""
+    network, path = tiny(), tmp_path / f"w{suffix}"
+    giant = network.config.replace(num_classes=100_000, fpn_num_filters=10_000)
+    write_weights(path, network.state_dict(), giant, {})
+    with pytest.raises(WeightsError, match=r"is \[.*needs \[.*10000"):
+        load_model(path)
+
+
 @pytest.mark.parametrize("data", [[], None, 7, {}, {"backbone": "x"}, {"backbone": {"stages": [1]}}], ids=str)
 def test_a_configuration_from_nonsense_is_refused(data: Any) -> None:
     with pytest.raises(ConfigError, match="not an EfficientDet configuration"):
@@ -130,8 +192,6 @@ def test_an_unknown_model_is_named() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_configurations_survive_json(model: str) -> None:
-    import json
-
     config = model_config(model)
     assert EfficientDetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -20,7 +20,9 @@ from typing import Any
 from porting.errors import ConfigError
 from pytorch_model.config import (
     ACTIVATIONS,
+    BOUNDS,
     MODELS,
+    MOST_ASPECT_RATIOS,
     WEIGHT_METHODS,
     BackboneConfig,
     backbone_config,
@@ -338,7 +340,7 @@ def _image_size(value: Any) -> tuple[int, int]:
     elif isinstance(value, str) and (match := re.fullmatch(r"([0-9]{1,9})[xX]([0-9]{1,9})", value)):
         size = int(match[2]), int(match[1])
     try:
-        height, width = map(_whole(1, 16_384), size)
+        height, width = map(_whole(*BOUNDS["image_size"]), size)
     except _Wrong as wrong:
         raise _Wrong(f"{wrong}, or two as WIDTHxHEIGHT") from None
     return height, width
@@ -347,7 +349,7 @@ def _image_size(value: Any) -> tuple[int, int]:
 def _aspect_ratios(value: Any) -> tuple[float | tuple[float, float], ...]:
     """Numbers, or the pairs that AutoML's first years took: factors of the anchor's width and height."""
     wrong = _Wrong("a list of numbers above 0 (each width by height), such as [1.0,2.0,0.5], or of pairs")
-    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= 100:
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MOST_ASPECT_RATIOS:
         raise wrong
     try:
         return tuple(
@@ -402,18 +404,18 @@ _FIELDS: Mapping[str, tuple[str, Convert]] = {
     "anchor_scale": ("anchor_scale", _anchor_scale),
     "aspect_ratios": ("aspect_ratios", _aspect_ratios),
     "backbone_name": ("backbone", _backbone),
-    "box_class_repeats": ("box_class_repeats", _whole(0, 100)),
+    "box_class_repeats": ("box_class_repeats", _whole(*BOUNDS["box_class_repeats"])),
     "conv_after_downsample": ("conv_after_downsample", _boolean),
     "conv_bn_act_pattern": ("conv_bn_act_pattern", _boolean),
-    "fpn_cell_repeats": ("fpn_cell_repeats", _whole(1, 100)),
-    "fpn_num_filters": ("fpn_num_filters", _whole(1, 10_000)),
+    "fpn_cell_repeats": ("fpn_cell_repeats", _whole(*BOUNDS["fpn_cell_repeats"])),
+    "fpn_num_filters": ("fpn_num_filters", _whole(*BOUNDS["fpn_num_filters"])),
     "fpn_weight_method": ("fpn_weight_method", _weight_method),
     "image_size": ("image_size", _image_size),
-    "max_level": ("max_level", _whole(1, 12)),
+    "max_level": ("max_level", _whole(*BOUNDS["max_level"])),
     "mean_rgb": ("mean_rgb", _rgb(_number)),
-    "min_level": ("min_level", _whole(1, 12)),
-    "num_classes": ("num_classes", _whole(1, 100_000)),
-    "num_scales": ("num_scales", _whole(1, 100)),
+    "min_level": ("min_level", _whole(*BOUNDS["min_level"])),
+    "num_classes": ("num_classes", _whole(*BOUNDS["num_classes"])),
+    "num_scales": ("num_scales", _whole(*BOUNDS["num_scales"])),
     "stddev_rgb": ("stddev_rgb", _rgb(_positive)),
     "survival_prob": ("survival_prob", _survival_prob),
 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +26,30 @@ BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as
 MAX_BACKBONE_LEVEL = 5  # P3…P5 come from the backbone, P6 and up are resampled from P5
 ENDPOINT_LEVELS = (3, 4, 5)
 
+#: Field → (least, most). A configuration comes from a file or a user; what it asks for is built. The largest
+#: variant, D7x, has 8 cells, 5 repeats, 384 filters, 90 classes, level 8, 1536 pixels and a backbone of 55
+#: blocks and 640 filters: the bounds lie far above it, and low enough that a network so described is listed
+#: in seconds.
+BOUNDS: Mapping[str, tuple[int, int]] = {
+    "box_class_repeats": (0, 100),
+    "fpn_cell_repeats": (1, 100),
+    "fpn_num_filters": (1, 10_000),
+    "image_size": (1, 16_384),
+    "max_level": (1, 12),
+    "min_level": (1, 12),
+    "num_classes": (1, 100_000),
+    "num_scales": (1, 100),
+    "stem_filters": (1, 10_000),
+    "repeats": (0, 100),  # 0: BackboneConfig.ending_at, on its way
+    "kernel_size": (1, 31),
+    "stride": (1, 2),
+    "expand_ratio": (1, 100),
+    "out_filters": (1, 10_000),
+}
+MOST_BLOCKS = 1_000
+MOST_ASPECT_RATIOS = 100
+NUMBER_LIMIT = 1e9  # no scale, ratio or grey level comes near; refuses infinity, too
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -38,6 +63,10 @@ class Stage:
     stride: int
     expand_ratio: int
     out_filters: int
+
+    def __post_init__(self) -> None:
+        for what, value in vars(self).items():
+            _check_whole("stage", what, value)
 
 
 @dataclass(frozen=True)
@@ -72,6 +101,15 @@ class BackboneConfig:
     stages: tuple[Stage, ...]
     se_ratio: float = 0.25  # 0: none
     endpoints: tuple[int, int, int] | None = None  # blocks P3, P4, P5 come from; None: AutoML's choice
+
+    def __post_init__(self) -> None:
+        _check_whole("backbone", "stem_filters", self.stem_filters)
+        blocks = sum(stage.repeats for stage in self.stages)
+        if max(blocks, len(self.stages)) > MOST_BLOCKS:
+            raise ConfigError(f"backbone: it has {blocks} blocks, must have at most {MOST_BLOCKS}")
+        ratio = self.se_ratio
+        if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise ConfigError(f"backbone: se_ratio is {_shown(ratio)}, must be from 0 (none) to 1")
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -260,6 +298,26 @@ def _as_tuples(value: Any) -> Any:
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < NUMBER_LIMIT
+
+
+def _shown(value: Any) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not write numbers of thousands of digits
+        return "a number too long to show"
+
+
+def _check_whole(where: str, what: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is within the :data:`BOUNDS` of the field ``what``."""
+    least, most = BOUNDS[what]
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(
+            f"{where}: {what} is {_shown(value)}, must be a whole number from {least} to {most}"
+        )
+
+
 def _flat(values: Any) -> tuple[Any, ...]:
     """The numbers in a tuple of numbers and pairs."""
     return tuple(n for value in values for n in (value if isinstance(value, tuple) else (value,)))
@@ -270,40 +328,42 @@ def _check(config: EfficientDetConfig) -> None:
         if not condition:
             raise ConfigError(f"{config.name}: {message}")
 
+    require(isinstance(config.name, str), f"name is {_shown(config.name)}, must be text")
     pair = config.image_size
-    require(isinstance(pair, tuple) and len(pair) == 2, f"image_size is {pair!r}, must be (height, width)")
-    counts = {
-        "num_classes": config.num_classes,
-        "num_scales": config.num_scales,
-        "fpn_num_filters": config.fpn_num_filters,
-        "fpn_cell_repeats": config.fpn_cell_repeats,
-        "image_size height": config.image_size[0],
-        "image_size width": config.image_size[1],
-    }
-    for what, value in counts.items():
-        require(type(value) is int and value >= 1, f"{what} is {value!r}, must be a whole number from 1")
-    repeats = config.box_class_repeats
-    require(type(repeats) is int and repeats >= 0, f"box_class_repeats is {repeats!r}, must be 0 or more")
+    require(
+        isinstance(pair, tuple) and len(pair) == 2, f"image_size is {_shown(pair)}, must be (height, width)"
+    )
+    for what in (name for name in BOUNDS if name in vars(config) and name != "image_size"):
+        _check_whole(config.name, what, getattr(config, what))
+    for side in pair:
+        _check_whole(config.name, "image_size", side)
     positive = {
         "anchor_scale": _flat((config.anchor_scale,)),
         "aspect_ratios": _flat(config.aspect_ratios),
         "stddev_rgb": config.stddev_rgb,
     }
     for what, values in positive.items():
-        fine = isinstance(values, tuple) and all(isinstance(v, (int, float)) and v > 0 for v in values)
-        require(fine, f"{what} is {values!r}, must be above 0")
+        fine = isinstance(values, tuple) and all(_is_number(v) and v > 0 for v in values)
+        require(fine, f"{what} is {_shown(values)}, must be above 0 and below {NUMBER_LIMIT:g}")
     for what in ("mean_rgb", "stddev_rgb"):
-        require(len(getattr(config, what)) == 3, f"{what} must be three numbers, one a channel")
+        values = getattr(config, what)
+        require(
+            len(values) == 3 and all(map(_is_number, values)), f"{what} must be three numbers, one a channel"
+        )
     survival = config.survival_prob
     require(
         survival is None or (isinstance(survival, (int, float)) and 0 <= survival <= 1),
-        f"survival_prob is {survival!r}, must be a probability or None",
+        f"survival_prob is {_shown(survival)}, must be a probability or None",
     )
     ratios = config.aspect_ratios
     require(len(ratios) >= 1, "aspect_ratios is empty")
     require(
+        len(ratios) <= MOST_ASPECT_RATIOS,
+        f"aspect_ratios are {len(ratios)}, must be at most {MOST_ASPECT_RATIOS}",
+    )
+    require(
         all(not isinstance(ratio, tuple) or len(ratio) == 2 for ratio in ratios),
-        f"aspect_ratios is {ratios!r}, must be numbers or (width, height) pairs",
+        f"aspect_ratios is {_shown(ratios)}, must be numbers or (width, height) pairs",
     )
     endpoints = config.backbone.reduction_blocks
     require(
@@ -316,7 +376,7 @@ def _check(config: EfficientDetConfig) -> None:
     )
     require(
         len(config.anchor_scales) == len(config.levels),
-        f"anchor_scale is {config.anchor_scale!r}, must be one number or one for each of "
+        f"anchor_scale is {_shown(config.anchor_scale)}, must be one number or one for each of "
         f"P{config.min_level}–P{config.max_level}",
     )
     require(
@@ -332,15 +392,16 @@ def _check(config: EfficientDetConfig) -> None:
             and tuple(config.backbone.block_levels[index] for index in given) == ENDPOINT_LEVELS
             and given[-1] == len(config.backbone.blocks) - 1
         ),
-        f"endpoints are {given!r}, must be a block of stride 8, one of stride 16 and the last block",
+        f"endpoints are {_shown(given)}, must be a block of stride 8, one of stride 16 and the last block",
     )
     require(
         config.fpn_weight_method in WEIGHT_METHODS,
-        f"fpn_weight_method is {config.fpn_weight_method!r}, must be one of {', '.join(WEIGHT_METHODS)}",
+        f"fpn_weight_method is {_shown(config.fpn_weight_method)}, "
+        f"must be one of {', '.join(WEIGHT_METHODS)}",
     )
     require(
         config.act_type in ACTIVATIONS,
-        f"act_type is {config.act_type!r}, must be one of {', '.join(ACTIVATIONS)}",
+        f"act_type is {_shown(config.act_type)}, must be one of {', '.join(ACTIVATIONS)}",
     )
 
 
