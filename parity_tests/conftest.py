@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,3 +174,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         wanted = [item for item in items if "/test_models.py::test_parity[" in f"/{item.nodeid}"]
         config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
         items[:] = wanted
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Path]:
+    """A named pipe that nobody writes to. Who opens it for reading waits for ever; here, ten seconds."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+
+    def end(*_: object) -> None:
+        raise AssertionError("it was opened, and waited for")
+
+    former = signal.signal(signal.SIGALRM, end)
+    signal.alarm(10)
+    yield path
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, former)

@@ -684,6 +684,13 @@ def test_any_bytes_called_an_archive(tmp_path: Path, tail: bytes, head: bytes) -
         open_checkpoint(path)
 
 
+def test_a_pipe_is_not_waited_for(pipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "graph.pb").symlink_to(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path / "graph.pb"):
+        with pytest.raises(CheckpointError, match="is a pipe or a device, not a file"):
+            open_checkpoint(path)
+
+
 def test_a_folder_called_like_an_archive_is_a_folder(folder: Path, tmp_path: Path) -> None:
     os.rename(folder, tmp_path / "unpacked.tar.gz")
     check(tmp_path / "unpacked.tar.gz")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from parity_tests.recordings import seeded_value
+from porting import labels
 from porting.checkpoint import open_checkpoint
 from porting.convert import apply_rules, convert
 from porting.labels import COCO_NAMES, load_names
@@ -465,7 +466,7 @@ def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path,
         ({"out": "album/b.png"}, "cannot create the folder"),
         ({"more": ["--device", "cuda:77"]}, "--device cuda:77 cannot be used"),
         ({"more": ["--device", "abacus"]}, "--device abacus cannot be used"),
-        ({"more": ["--labels", "missing.txt"]}, "missing.txt is not a label file"),
+        ({"more": ["--labels", "missing.txt"]}, "missing.txt cannot be read: No such file"),
         ({"more": ["--labels", "many.json"]}, "names class 91"),
     ],
 )
@@ -529,6 +530,18 @@ def test_label_files(tmp_path: Path, text: str, expected: dict[int, str]) -> Non
 def test_bad_label_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "labels").write_text(text)
     with pytest.raises(PortingError, match="labels"):
+        load_names(tmp_path / "labels", 5)
+
+
+def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(PortingError, match="it is a pipe or a device, not a file"):
+            load_names(path, 5)
+    (tmp_path / "labels").write_text("[" * 100_000)
+    with pytest.raises(PortingError, match=r"labels is not a label file: .*recursion"):
+        load_names(tmp_path / "labels", 5)
+    monkeypatch.setattr(labels, "MOST_BYTES", 100)
+    with pytest.raises(PortingError, match="it has more than 100 bytes"):
         load_names(tmp_path / "labels", 5)
 
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from porting import coco as coco_module
 from porting.coco import (
     FIGURES,
     DatasetError,
@@ -609,6 +610,47 @@ def test_a_picture_put_in_place_later_is_not_taken_for_missing(
     assert run(small_weights, coco, tmp_path / "out", "--restart") == 0
 
 
+def test_another_picture_of_the_same_name_and_size_is_another(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Uncompressed pictures of one size have as many bytes whatever they show."""
+
+    def paint(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for i in range(COUNT):
+            pixels = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(coco / "val2017" / f"{i}.bmp")
+
+    rewrite(coco, lambda c: [entry.update(file_name=f"{i}.bmp") for i, entry in enumerate(c["images"])])
+    paint(1)
+    assert run(small_weights, coco, tmp_path / "out") == 0
+    paint(2)
+    assert run(small_weights, coco, tmp_path / "out") == 2
+    assert "pictures:" in capsys.readouterr().err
+    paint(1)
+    assert run(small_weights, coco, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png", "q" * 300 + ".png", "", "/dev/zero", "pipe"])
+def test_names_that_no_picture_has_are_passed_over(
+    small_weights: Path, coco: Path, tmp_path: Path, pipe: Path, name: str
+) -> None:
+    pipe.rename(coco / "val2017" / "pipe")
+    rewrite(coco, lambda c: c["images"][1].update(file_name=name))
+    assert run(small_weights, coco, tmp_path / "out") == 1
+    metrics = read(tmp_path / "out" / "metrics.json")
+    assert (metrics["pictures"], list(metrics["skipped"])) == (COUNT - 1, ["10"])
+
+
+def test_annotations_are_a_file(coco: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(DatasetError, match="it is a pipe or a device, not a file"):
+            read_dataset(coco, path)
+    monkeypatch.setattr(coco_module, "MOST_BYTES", 100)
+    with pytest.raises(DatasetError, match=r"cannot read the annotations .* more than 100 bytes"):
+        read_dataset(coco)
+
+
 def test_the_place_of_the_pictures_is_no_setting(small_weights: Path, coco: Path, tmp_path: Path) -> None:
     assert run(small_weights, coco, tmp_path / "out") == 0
     metrics = (tmp_path / "out" / "metrics.json").read_bytes()
@@ -738,7 +780,7 @@ REFUSED = {
     "test-dev name": (["--test-dev", "a/b"], "--test-dev"),
     "empty test-dev name": (["--test-dev", ""], "--test-dev"),
     "hparams": (["--hparams", "num_classes=20"], "--hparams say num_classes=20"),
-    "labels": (["--labels", "nowhere.txt"], "nowhere.txt is not a label file"),
+    "labels": (["--labels", "nowhere.txt"], "nowhere.txt cannot be read: No such file"),
     "device": (["--device", "abacus"], "--device abacus cannot be used"),
 }
 

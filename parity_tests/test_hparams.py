@@ -334,14 +334,14 @@ def test_what_is_refused_and_how(text: str, message: str) -> None:
         ("x: !!python/name:os.system", "is not YAML"),
         ("learning_rate: 2020-99-99", "holds a value that means nothing|is not YAML"),
         ("? [1]\n: 2", "is not YAML: line 1: "),
-        ("num_classes: &a [*a]", "num_classes is"),
-        ("nms_configs: &a {method: *a}", r"nms_configs\.method is"),
+        ("num_classes: &a [*a]", r"line 1 refers to another value \(\*a\)"),
+        ("nms_configs: &a {method: *a}", r"line 1 refers to another value \(\*a\)"),
         ("image_size: [640, 480]", "image_size is"),
         ("image_size: 640x480x", "image_size is"),
         (b"\xff\xfe\x00", "is not YAML"),
         (b"\x00", "is not YAML"),
         ("[" * 5000, "means nothing|is not YAML"),
-        ("x: " + "a" * (1 << 20), "is larger than hyper-parameters are"),
+        ("x: " + "a" * (1 << 20), "cannot be read: it has more than 1,048,576 bytes"),
     ],
 )
 def test_yaml_that_is_refused(content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -369,6 +369,22 @@ def test_a_folder_called_yaml(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").mkdir()
     with pytest.raises(ConfigError, match="cannot be read"):
         read_hparams(str(tmp_path / "x.yaml"))
+
+
+def test_yaml_is_a_file(pipe: Path) -> None:
+    named = pipe.rename(pipe.with_suffix(".yaml"))
+    with pytest.raises(ConfigError, match="cannot be read: it is a pipe or a device, not a file"):
+        read_hparams(str(named))
+
+
+@pytest.mark.parametrize("levels", ["<<: [*a{0}, *a{0}]", "? !!python/tuple [*a{0}, *a{0}]\n    : 1"])
+def test_little_yaml_that_means_much(levels: str, tmp_path: Path) -> None:
+    """Each level is the one before it twice: 2**40 values in two kilobytes."""
+    lines = ["label_map:", "  a0: &a0 !!python/tuple [1]" if "tuple" in levels else "  a0: &a0 {k: v}"]
+    for level in range(1, 40):
+        lines.append(f"  a{level}: &a{level}\n    {levels.format(level - 1)}")
+    with pytest.raises(ConfigError, match=r"line 4 refers to another value \(\*a0\); write it out"):
+        read_hparams(written(tmp_path, "\n".join(lines)))
 
 
 def test_without_pyyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

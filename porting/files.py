@@ -1,15 +1,50 @@
-"""Writing a file so that the target is the complete old one or the complete new one, never part of either."""
+"""Reading what is a file and no larger than it should be; writing so that the target is the complete old one
+or the complete new one, never part of either.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from porting.errors import OutputError
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether at ``path``, links followed, there is something that is neither a file nor a folder.
+
+    That is a pipe, a device or a socket: opening it may wait for ever, reading it may never end.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, or no name that a file can have
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise OSError, its ``strerror`` the reason, where :func:`is_special`. To be called before opening."""
+    if is_special(path):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+
+
+def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
+    """What the file at ``path`` holds, at most ``most`` bytes.
+
+    Raises OSError, also for a larger file and for what is no file, its ``strerror`` the reason; and
+    ValueError for a name that no file can have.
+    """
+    check_regular(path)
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size <= most:
+            return file.read()
+    raise OSError(errno.EFBIG, f"it has more than {most:,} bytes; is it the right file?", os.fspath(path))
 
 
 @contextmanager

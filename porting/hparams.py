@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import ConfigError
+from porting.files import read_bounded
 from pytorch_model.config import (
     ACTIVATIONS,
     BOUNDS,
@@ -149,13 +150,10 @@ def _parse_value(text: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+        content = read_bounded(path, _MOST_BYTES)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"--hparams {path} cannot be read: {reason}; check the path") from None
-    if len(content) > _MOST_BYTES:
-        raise ConfigError(f"--hparams {path} is larger than hyper-parameters are; is it the right file?")
     values = _load_yaml(path, content)
     if values is None:
         return {}
@@ -173,7 +171,20 @@ def _load_yaml(path: Path, content: bytes) -> Any:
         ) from None
 
     class Loader(yaml.SafeLoader):
-        """Safe, and able to read the tuples that AutoML's training writes (image_size, as height, width)."""
+        """Safe, and able to read the tuples that AutoML's training writes (image_size, as height, width).
+
+        References are refused, which nothing of AutoML's has: few of them, each twice the one before, would
+        stand for more values than any memory holds.
+        """
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event = self.peek_event()  # type: ignore[no-untyped-call]
+                raise ConfigError(
+                    f"--hparams {path} in line {event.start_mark.line + 1} refers to another value "
+                    f"(*{event.anchor}); write it out"
+                )
+            return super().compose_node(parent, index)
 
     def construct_tuple(loader: Loader, node: Any) -> tuple[Any, ...]:
         return tuple(loader.construct_sequence(node, deep=True))

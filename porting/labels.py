@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from porting.errors import PortingError
+from porting.files import read_bounded
 
 # COCO's 90 class ids in order, from 1; ten of them name nothing.
 _COCO_NAMES = (
@@ -17,6 +18,8 @@ _COCO_NAMES = (
     "laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,,book,clock,vase,"
     "scissors,teddy bear,hair drier,toothbrush"
 )
+#: Of a label file, which may be a data set's annotations: those of COCO's train2017 have 0.5 GB.
+MOST_BYTES = 1 << 30
 COCO_NAMES = tuple(_COCO_NAMES.split(","))
 
 
@@ -31,8 +34,10 @@ def given_names(path: Path | None, num_classes: int) -> dict[int, str]:
         names = dict(enumerate(COCO_NAMES, start=1)) if num_classes == len(COCO_NAMES) else {}
     else:
         try:
-            names = _parse_labels(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            names = _parse_labels(read_bounded(path, MOST_BYTES).decode())
+        except OSError as error:
+            raise PortingError(f"--labels {path} cannot be read: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PortingError(f"--labels {path} is not a label file: {error}") from None
     unknown = [index for index in names if not 1 <= index <= num_classes]
     if unknown:

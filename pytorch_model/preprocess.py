@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -211,6 +212,8 @@ def _check_tensor(pixels: Tensor) -> Tensor:
 
 def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():  # reading may wait, or never end
+            raise ImageError("cannot read the file: it is a pipe or a device, not a file")
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read the file: {error.strerror or error}") from None

@@ -26,13 +26,14 @@ from porting.coco import (
     Evaluation,
     class_to_category,
     evaluate,
+    file_digest,
     read_dataset,
     server_file_name,
     server_results,
 )
 from porting.convert import convert
 from porting.errors import ConfigError, OutputError
-from porting.evaluation import Outcome, Stream, detect_dataset, file_digest, nms_and_size, settings
+from porting.evaluation import Outcome, Stream, detect_dataset, nms_and_size, settings
 from porting.files import lock, replacing
 from porting.hparams import read_hparams
 from porting.parity.detections import DetectionParity, compare_detections

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 
+from porting.errors import CheckpointError
+from porting.files import is_special
+
 from .base import Checkpoint
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -28,6 +31,8 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     from .saved_model import saved_model_prefix, understood
     from .tflite import is_tflite, open_tflite
 
+    if is_special(path):
+        raise CheckpointError(f"{path} is a pipe or a device, not a file; copy what it gives into a file")
     if is_archive(path):
         return open_archive(path, step)
     if is_tflite(path):
