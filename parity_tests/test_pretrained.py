@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import hubconf
+from porting.parity.weights import read_weight_file
 from pytorch_model import ConfigError, EfficientDet, WeightsError, create_model, load_model
 from pytorch_model.config import MODELS, model_config
 from pytorch_model.weights import CLASS_PREDICTOR, read_weights, save_pretrained, write_weights
@@ -152,6 +153,50 @@ def test_metadata_that_is_not_text_becomes_text(tmp_path: Path, network: Efficie
     assert read_weights(tmp_path / "w.pth")[2] == {"step": "5", "1": "null"}
 
 
+def named_by_hash(folder: Path, network: EfficientDet) -> Path:
+    """Tensors alone in a file called as a release calls them, ``config.json`` beside it."""
+    network.save_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(network.state_dict(), folder / "bare.pth")
+    digest = hashlib.sha256((folder / "bare.pth").read_bytes()).hexdigest()
+    return (folder / "bare.pth").rename(folder / f"lite0-{digest[:8]}.pth")
+
+
+def test_a_release_is_held_against_the_hash_in_its_name(tmp_path: Path, network: EfficientDet) -> None:
+    path = named_by_hash(tmp_path, network)
+    assert same(load_model(path), network)
+    data = bytearray(path.read_bytes())
+    value = network.state_dict()[CLASS_PREDICTOR[0]].numpy().tobytes()
+    data[bytes(data).index(value) + 5] ^= 1
+    path.write_bytes(data)
+    refused = pytest.raises(
+        WeightsError, match=rf"does not begin with the {path.stem[-8:]} in its name; fetch it again"
+    )
+    for read in (load_model, read_weight_file):
+        with refused:
+            read(path)
+        with refused:
+            read(tmp_path if read is load_model else path)
+    with refused:
+        hub(MODEL, weights=path)
+    assert not same(
+        load_model(path.rename(tmp_path / "mine.pth")), network
+    )  # no digits, nothing to hold it to
+
+
+def test_digits_of_ones_own_are_in_the_way_only_of_tensors_alone(
+    tmp_path: Path, network: EfficientDet
+) -> None:
+    path = named_by_hash(tmp_path, network).rename(tmp_path / "lite0-20240131.pth")
+    with pytest.raises(WeightsError, match="these eight digits for something else, rename it"):
+        load_model(path)
+    for name in ("lite0_20240131.pth", "lite0-20240131-best.pth", "lite0-2024013.pth"):
+        assert same(load_model(path.rename(tmp_path / name)), network)
+        path = tmp_path / name
+    write_weights(tmp_path / "ours-20240131.pth", network.state_dict(), network.config, {})
+    assert same(load_model(tmp_path / "ours-20240131.pth"), network)  # its own digest vouches for it
+
+
 # --- another number of classes ------------------------------------------------------------------------
 
 
@@ -258,3 +303,27 @@ def test_hub_fetches_an_address_and_checks_its_hash(
         hub(MODEL, weights=bad.as_uri())
     with pytest.raises(WeightsError, match="cannot get weights"):
         hub(MODEL, weights=(tmp_path / "absent-12345678.pth").as_uri())
+
+
+class Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit(77)",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (Code(), "nothing in it was run"),
+        ({"x": torch.zeros(1).expand(2_000_000_000)}, "describes 8000000000 bytes of tensors"),
+        ({"x": torch.ones(3).to_sparse()}, "x is sparse"),
+    ],
+    ids=["code", "giant", "sparse"],
+)
+def test_hub_refuses_what_is_no_plain_state_dict(
+    content: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    torch.save(content, tmp_path / "bare.pth")
+    with pytest.raises(WeightsError, match=message) as caught:
+        hub(MODEL, weights=(tmp_path / "bare.pth").as_uri())
+    assert "weights_only" not in str(caught.value)

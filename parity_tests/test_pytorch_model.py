@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from porting.parity.weights import read_weight_file
 from pytorch_model import (
     ConfigError,
     EfficientDet,
@@ -282,15 +286,150 @@ def test_tensors_that_no_network_can_use_are_refused(tmp_path: Path, value: Any,
         load_model(path)
 
 
-def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
+class Code:
+    """Unpickled, it makes a file called ``ran`` where the program runs."""
 
-    torch.save({"state_dict": {"x": Evil()}}, tmp_path / "evil.pth")
-    with pytest.raises(WeightsError, match="damaged or not a weight file"):
-        load_model(tmp_path / "evil.pth")
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("open('ran', 'w')",))
+
+
+@pytest.mark.parametrize("kind", ["in a state dict", "alone", "in an old pickle"])
+def test_a_pickle_with_code_is_never_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own text would go on to explain how to run it."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pth"
+    if kind == "in an old pickle":
+        path.write_bytes(pickle.dumps(Code(), protocol=2))
+    else:
+        torch.save({"state_dict": {"x": Code()}} if kind == "in a state dict" else Code(), path)
+    with pytest.raises(
+        WeightsError, match=r"damaged or not a weight file.*nothing in it was run.*fetch"
+    ) as caught:
+        load_model(path)
+    assert "weights_only" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.s:DeprecationWarning")
+def test_a_program_of_torchscript_is_not_taken_for_weights(tmp_path: Path) -> None:
+    torch.jit.script(nn.ReLU()).save(str(tmp_path / "w.pth"))  # type: ignore[no-untyped-call]
+    with pytest.raises(WeightsError, match="nothing in it was run") as caught:
+        load_model(tmp_path / "w.pth")
+    assert "weights_only" not in str(caught.value)
+
+
+STEM = "backbone.stem.bn.bias"  # 32 values
+UNUSUAL: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
+    "sparse": (lambda: torch.ones(32).to_sparse(), "sparse"),
+    "meta": (lambda: torch.empty(32, device="meta"), r"without values \(on the meta device\)"),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.zeros(32), 0.1, 0, torch.qint8), "quantised"),
+    "float8": (lambda: torch.zeros(32).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+    "complex": (lambda: torch.zeros(32, dtype=torch.complex64), "complex64"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "nested"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # some of these kinds are deprecated
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_only_plain_tensors_are_read(kind: str, tmp_path: Path) -> None:
+    network, path = tiny(), tmp_path / "w.pth"
+    make, shown = UNUSUAL[kind]
+    tensor = make()
+    config = json.dumps(network.config.to_dict())
+    torch.save({"state_dict": {**network.state_dict(), STEM: tensor}, "config": config}, path)
+    for read in (load_model, read_weight_file):
+        with pytest.raises(WeightsError, match=rf"w\.pth: {STEM} is {shown}, which cannot be used here"):
+            read(path)
+    torch.save({"x": tensor}, path.with_suffix(".pt"))  # no configuration: for comparisons alone
+    with pytest.raises(WeightsError, match=rf"w\.pt: x is {shown}, which cannot be used here"):
+        read_weight_file(path.with_suffix(".pt"))
+
+
+def test_a_float8_safetensors_file_is_refused(tmp_path: Path) -> None:
+    network = tiny()
+    state = {**network.state_dict(), STEM: torch.zeros(32).to(torch.float8_e4m3fn)}
+    write_weights(tmp_path / "w.safetensors", state, network.config, {})
+    with pytest.raises(WeightsError, match=rf"{STEM} is float8_e4m3fn, which cannot be used here"):
+        read_weights(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "metadata", [{}, {"content_sha256": "0" * 64}], ids=["without digest", "with digest"]
+)
+def test_tensors_larger_than_the_file_are_not_laid_out(tmp_path: Path, metadata: dict[str, str]) -> None:
+    """One stored value and a stride of 0 describe 8 GB."""
+    state = {**tiny().state_dict(), "zz": torch.zeros(1).expand(2_000_000_000)}
+    content = {"state_dict": state, "config": "{}", "metadata": metadata}
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth describes 80\d{8} bytes of tensors and has \d{8};"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_overlapping_views_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+    base = torch.zeros(100_000)
+    views = {f"x{i}": base[i : i + 90_000] for i in range(9)}
+    torch.save({"state_dict": views}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="describes 3240000 bytes of tensors"):
+        read_weights(tmp_path / "w.pth")
+    named = {f"x{i}": base for i in range(9)}  # a digest would go over each of them
+    torch.save({"state_dict": named, "metadata": {"content_sha256": "0" * 64}}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="describes 3600000 bytes of tensors"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_a_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save({"x": torch.zeros(100_000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    assert torch.load(path, weights_only=True)["x"].shape == (100_000,)  # PyTorch itself unpacks it
+    with pytest.raises(WeightsError, match="unpacks to more than it is"):
+        read_weights(path)
+
+
+def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {3: torch.zeros(1), "x": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="names a tensor 3, which is no text"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_what_people_save_stays_readable(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Any type, tensors out of order in memory, parts of larger ones, one tensor under two names."""
+    network = tiny().to(dtype)
+    state = dict(network.state_dict())
+    order = "backbone.stem.conv.weight"
+    state[order] = state[order].to(memory_format=torch.channels_last)
+    state[STEM] = torch.stack([state[STEM], state[STEM]], dim=1)[:, 1]
+    state["backbone.stem.bn.running_mean"] = state["backbone.stem.bn.weight"]
+    large = max(state, key=lambda key: state[key].numel())
+    state["again"] = state[large]
+    assert not state[order].is_contiguous()
+    assert not state[STEM].is_contiguous()
+    config = json.dumps(network.config.to_dict())
+    torch.save({"state_dict": state, "config": config}, tmp_path / "w.pth")
+    read, _, _ = read_weights(tmp_path / "w.pth")
+    assert read.keys() == state.keys()
+    assert all(tensor.is_contiguous() and torch.equal(tensor, state[key]) for key, tensor in read.items())
+    del state["again"]
+    torch.save({"state_dict": state, "config": config}, tmp_path / "w.pth")
+    loaded = load_model(tmp_path / "w.pth").state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in loaded.items())
+
+
+@pytest.mark.parametrize("depth", [900, 100_000])
+def test_a_deeply_nested_configuration_is_refused(depth: int, tmp_path: Path) -> None:
+    text = '{"name": ' + "[" * depth + "]" * depth + "}"
+    torch.save({"state_dict": {}, "config": text}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth carries an unusable configuration"):
+        read_weights(tmp_path / "w.pth")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "bare.pth")
+    (tmp_path / "config.json").write_text(f'{{"metadata": {{}}, "config": {text}}}')
+    with pytest.raises(WeightsError, match=r"config\.json is no EfficientDet configuration"):
+        read_weights(tmp_path / "bare.pth")
 
 
 @settings(deadline=None)

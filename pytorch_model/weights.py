@@ -11,10 +11,15 @@ import hashlib
 import io
 import json
 import os
+import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import torch
 from torch import Tensor
@@ -29,6 +34,15 @@ MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 #: The tensors whose shape depends on the number of classes: those a change of it starts anew.
 CLASS_PREDICTOR = ("class_net.predict.pointwise.weight", "class_net.predict.pointwise.bias")
+
+
+#: What a weight file may hold: types whose every value stands in the file as it is.
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
+DTYPES = frozenset((*_FLOATING, *_WHOLE))
+
+#: torch.hub's convention: the name ends in the first digits of the file's SHA-256.
+_NAMED_BY_HASH = re.compile(r".*-([0-9a-f]{8})\.pth")
 
 
 def write_weights(
@@ -102,14 +116,21 @@ def read_weights(
 def _stored_config(text: Any, path: Path) -> EfficientDetConfig:
     try:
         return EfficientDetConfig.from_dict(json.loads(text))
-    except (ConfigError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} carries an unusable configuration: {error}") from None
+    except (ConfigError, TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} carries an unusable configuration: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "its values are nested too deeply"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The state dict and the metadata of one file; ``"config"`` is in the metadata if it is in the file.
 
-    Raises :class:`WeightsError` on a missing, damaged or foreign file.
+    Raises :class:`WeightsError` on a missing, damaged or foreign file, and on one whose tensors are not
+    :func:`plain_tensors`.
     """
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}: give the file that tools/convert.py wrote")
@@ -118,6 +139,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise WeightsError(f"cannot read {path}: its name must end in {' or '.join(SUFFIXES)}")
     try:
         state_dict, metadata = read(path)
+        state_dict = plain_tensors(state_dict, str(path), path.stat().st_size, shared=DIGEST not in metadata)
         _check_digest(state_dict, metadata)
         return state_dict, metadata
     except WeightsError:
@@ -125,8 +147,56 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except ImportError:
         raise WeightsError(f"reading {path} needs the package safetensors: pip install safetensors") from None
     except Exception as error:  # both libraries raise many types on a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is damaged or not a weight file ({reason}); convert it again") from None
+        raise WeightsError(
+            f"{path} is damaged or not a weight file ({_reason(error)}); convert it again"
+        ) from None
+
+
+def plain_tensors(
+    state_dict: Mapping[Any, Any], source: str, size: int, *, shared: bool = True
+) -> dict[str, Any]:
+    """``state_dict``, every tensor contiguous. What is no tensor stays; :func:`check_state_dict` names it.
+
+    ``size``: bytes of the file ``source``, which must hold every value of every tensor. A few bytes can
+    describe a tensor of gigabytes that repeats one value, so the shapes alone are summed before any is laid
+    out. ``shared``: one and the same tensor under several names counts once. Raises :class:`WeightsError` on
+    a tensor that is not of :data:`DTYPES`, or not a plain array on the CPU.
+    """
+    views: dict[Any, Tensor] = {}
+    keys: dict[str, Any] = {}
+    needed = 0
+    for key, tensor in state_dict.items():
+        if not isinstance(key, str):
+            raise WeightsError(f"{source} names a tensor {key!r:.40}, which is no text; convert it again")
+        if not isinstance(tensor, Tensor):
+            continue
+        kind = _unusual_kind(tensor)
+        if kind:
+            raise WeightsError(f"{source}: {key} is {kind}, which cannot be used here; save it as float32")
+        start = tensor.data_ptr()
+        view = (start, tensor.dtype, tensor.shape, tensor.stride()) if shared else key
+        needed += 0 if view in views else tensor.nbytes
+        views[view], keys[key] = tensor, view
+    if needed > size:
+        raise WeightsError(
+            f"{source} describes {needed} bytes of tensors and has {size}; it is damaged or made to exhaust "
+            "memory: take it again from where it came, or save each tensor with .contiguous()"
+        )
+    plain = {view: tensor.detach().contiguous() for view, tensor in views.items()}
+    return {key: plain[keys[key]] if key in keys else value for key, value in state_dict.items()}
+
+
+def _unusual_kind(tensor: Tensor) -> str:
+    """What keeps ``tensor`` from being a plain array on the CPU, in words; empty where nothing does."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested" if tensor.is_nested else "sparse"
+    if tensor.device.type != "cpu":
+        return "without values (on the meta device)"
+    if tensor.is_quantized:
+        return "quantised"
+    if tensor.dtype not in DTYPES or tensor.is_neg():
+        return str(tensor.dtype).removeprefix("torch.")
+    return ""
 
 
 def content_digest(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -178,10 +248,9 @@ def _read_config_file(path: Path) -> tuple[EfficientDetConfig, dict[str, str]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in content["metadata"].items()}
         return EfficientDetConfig.from_dict(content["config"]), metadata
-    except (OSError, ConfigError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(
-            f"{path} is no EfficientDet configuration ({type(error).__name__}: {error}); fetch it again"
-        ) from None
+    except (OSError, ConfigError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {_reason(error)}"
+        raise WeightsError(f"{path} is no EfficientDet configuration ({reason}); fetch it again") from None
 
 
 def config_text(config: EfficientDetConfig, metadata: Mapping[str, Any]) -> str:
@@ -224,8 +293,63 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def load_pth(path: Path) -> Any:
+    """What ``torch.save`` wrote at ``path``. Code in it is not run.
+
+    Tensors alone carry no digest; where the file is called ``NAME-xxxxxxxx.pth``, as releases and torch.hub
+    call them, the digits are held against its SHA-256. Raises :class:`WeightsError` on code, on what unpacks
+    to more than the file, and on another hash; torch's own errors on damage.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise WeightsError(
+                f"{path} unpacks to more than it is, which torch.save never writes; fetch it again"
+            )
+    try:
+        with warnings.catch_warnings():  # of a foreign file, before its refusal
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not _advises_danger(error):
+            raise
+        raise WeightsError(f"{path} {_NOT_TENSORS}") from None
+    named = _NAMED_BY_HASH.fullmatch(path.name)
+    if named and not _has_digest(content) and not _sha256(path).startswith(named[1]):
+        raise WeightsError(
+            f"{path} is damaged or misnamed: its SHA-256 does not begin with the {named[1]} in its name; "
+            "fetch it again, or, if you chose these eight digits for something else, rename it"
+        )
+    return content
+
+
+#: Said in place of PyTorch's text, which goes on to explain how to run the code.
+_NOT_TENSORS = (
+    "is damaged or not a weight file (its pickle holds more than tensors, such as code, or is broken; "
+    "nothing in it was run); fetch it from where it was published, or convert it again"
+)
+
+
+def _advises_danger(error: Exception) -> bool:
+    return isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+
+
+def _has_digest(content: Any) -> bool:
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    return isinstance(metadata, dict) and DIGEST in metadata
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
 def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_pth(path)
     if isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values()):
         return dict(content), {}
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
@@ -282,11 +406,19 @@ def _fetch(url: str) -> dict[str, Tensor]:
             url, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except Exception as error:  # from the network, the disk, or a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"cannot get weights from {url}: {reason}; fetch the file by hand") from None
+        if _advises_danger(error):
+            raise WeightsError(f"{url} {_NOT_TENSORS}") from None
+        raise WeightsError(
+            f"cannot get weights from {url}: {_reason(error)}; fetch the file by hand"
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise WeightsError(f"{url} is no state dict; give the address of a .pth that tools/release.py wrote")
-    return content
+    return plain_tensors(content, url, _fetched(url).stat().st_size)
+
+
+def _fetched(url: str) -> Path:
+    """Where torch.hub keeps what it fetched."""
+    return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
 
 
 def build(
@@ -323,12 +455,12 @@ def check_state_dict(model: EfficientDet, state_dict: Mapping[str, Tensor], sour
             raise WeightsError(f"{source} {what} {kind} {name}{more}: it does not fit {model.config.name}")
     kinds: dict[str, str] = {}
     for key, tensor in expected.items():
-        _check_tensor(f"{source}: {key}", state_dict[key], tensor.is_floating_point(), kinds)
-        if tensor.shape != state_dict[key].shape:
+        found = state_dict[key]
+        if isinstance(found, Tensor) and found.shape != tensor.shape:
             raise WeightsError(
-                f"{source}: {key} is {list(state_dict[key].shape)}, "
-                f"{model.config.name} needs {list(tensor.shape)}"
+                f"{source}: {key} is {list(found.shape)}, {model.config.name} needs {list(tensor.shape)}"
             )
+        _check_tensor(f"{source}: {key}", found, tensor.is_floating_point(), kinds)
 
 
 def _check_tensor(where: str, tensor: Any, floating: bool, kinds: dict[str, str]) -> None:

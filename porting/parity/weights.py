@@ -36,7 +36,7 @@ from porting.rules import rules
 from pytorch_model.bifpn import FASTATTN_EPSILON
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig
 from pytorch_model.errors import WeightsError
-from pytorch_model.weights import read_weights
+from pytorch_model.weights import load_pth, plain_tensors, read_weights
 
 #: How many roundings of a stored number may lie between two files of one function: folding a bias or moving a
 #: factor takes up to four float32 operations (add ε, root, divide, multiply).
@@ -210,6 +210,8 @@ def _read_plain(path: Path) -> dict[str, Tensor] | None:
     """The named tensors in a file without a configuration; None where there are none, or it is damaged."""
     try:
         content = _load(path)
+    except WeightsError:
+        raise
     except Exception:  # both libraries raise many types; the caller has a better message
         return None
     if not isinstance(content, dict) or "config" in content:
@@ -221,12 +223,12 @@ def _read_plain(path: Path) -> dict[str, Tensor] | None:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         return None
-    return dict(content)
+    return plain_tensors(content, str(path), path.stat().st_size)
 
 
 def _load(path: Path) -> Any:
     if path.suffix != ".safetensors":
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_pth(path)
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
