@@ -136,6 +136,7 @@ HUGE: dict[str, Any] = {
     "anchor_scale": float("inf"),
     "mean_rgb": ["a", "b", "c"],
     "name": ["d0"],
+    "backbone.name": "two\nlines",
 }
 
 
@@ -390,10 +391,12 @@ def test_a_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_a_tensor_without_a_name_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": {3: torch.zeros(1), "x": torch.zeros(1)}}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="names a tensor 3, which is no text"):
+@pytest.mark.parametrize("name", [3, "two\nlines", "\ud800", "x" * 1000], ids=ascii)
+def test_a_tensor_without_a_name_to_print_is_refused(name: object, tmp_path: Path) -> None:
+    torch.save({"state_dict": {name: torch.zeros(1), "x": torch.zeros(1)}}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"calls a tensor .*, which is no name of one") as caught:
         read_weights(tmp_path / "w.pth")
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

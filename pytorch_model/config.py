@@ -103,6 +103,7 @@ class BackboneConfig:
     endpoints: tuple[int, int, int] | None = None  # blocks P3, P4, P5 come from; None: AutoML's choice
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         _check_whole("backbone", "stem_filters", self.stem_filters)
         blocks = sum(stage.repeats for stage in self.stages)
         if max(blocks, len(self.stages)) > MOST_BLOCKS:
@@ -318,6 +319,12 @@ def _check_whole(where: str, what: str, value: Any) -> None:
         )
 
 
+def _check_name(name: Any) -> None:
+    """Messages begin with it."""
+    if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
+        raise ConfigError(f"name is {_shown(name)}, must be one line of text")
+
+
 def _flat(values: Any) -> tuple[Any, ...]:
     """The numbers in a tuple of numbers and pairs."""
     return tuple(n for value in values for n in (value if isinstance(value, tuple) else (value,)))
@@ -328,7 +335,7 @@ def _check(config: EfficientDetConfig) -> None:
         if not condition:
             raise ConfigError(f"{config.name}: {message}")
 
-    require(isinstance(config.name, str), f"name is {_shown(config.name)}, must be text")
+    _check_name(config.name)
     pair = config.image_size
     require(
         isinstance(pair, tuple) and len(pair) == 2, f"image_size is {_shown(pair)}, must be (height, width)"

@@ -40,6 +40,7 @@ CLASS_PREDICTOR = ("class_net.predict.pointwise.weight", "class_net.predict.poin
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
 DTYPES = frozenset((*_FLOATING, *_WHOLE))
+_LONGEST_NAME = 500  # characters; the longest of a network here has 55
 
 #: torch.hub's convention: the name ends in the first digits of the file's SHA-256.
 _NAMED_BY_HASH = re.compile(r".*-([0-9a-f]{8})\.pth")
@@ -166,8 +167,10 @@ def plain_tensors(
     keys: dict[str, Any] = {}
     needed = 0
     for key, tensor in state_dict.items():
-        if not isinstance(key, str):
-            raise WeightsError(f"{source} names a tensor {key!r:.40}, which is no text; convert it again")
+        if not isinstance(key, str) or len(key) > _LONGEST_NAME or not key.isprintable():
+            raise WeightsError(
+                f"{source} calls a tensor {key!a:.40}, which is no name of one; convert it again"
+            )
         if not isinstance(tensor, Tensor):
             continue
         kind = _unusual_kind(tensor)

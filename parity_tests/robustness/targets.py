@@ -243,6 +243,20 @@ def weights(suffix: str) -> Callable[[Path], Path]:
     return make
 
 
+def release(folder: Path) -> Path:
+    """Tensors alone: what vouches for them is the hash in the name. Their configuration lies beside them."""
+    import torch
+
+    from pytorch_model.efficientdet import EfficientDet
+    from pytorch_model.weights import CONFIG_FILE, config_text
+
+    torch.manual_seed(0)
+    path = folder / "model.pth"
+    torch.save(EfficientDet(CONFIG).state_dict(), path)
+    (folder / CONFIG_FILE).write_text(config_text(CONFIG, {"source": "a sample"}))
+    return path.rename(folder / f"model-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
+
+
 HPARAMS = (
     "num_classes=20,image_size=640x480,aspect_ratios=[1.0,2.0,0.5],nms_configs.method=hard,act_type=swish"
 )
@@ -316,6 +330,8 @@ TARGETS = {
         Target("tflite int8", tflite("int8"), convert_checkpoint, vouched=False),
         Target("safetensors", weights(".safetensors"), load_weights, vouched=True),
         Target("pth", weights(".pth"), load_weights, vouched=True),
+        Target("release", release, load_weights, vouched=True, damaged="*.pth"),
+        Target("config.json", release, load_weights, vouched=False, text=True, damaged="*.json"),
         Target("hparams text", text("hparams.txt", HPARAMS), read_hparams, vouched=False, text=True),
         Target("hparams yaml", text("hparams.yaml", YAML), read_yaml, vouched=False, text=True),
         Target("pipeline.config", pipeline, read_pipeline, vouched=False, text=True),
