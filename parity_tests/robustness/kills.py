@@ -1,8 +1,14 @@
 """Kill commands in the middle: ``python -m parity_tests.robustness.kills --kills 200``.
 
-Each run begins with a complete old target and ends by SIGKILL at a random moment. What is there then must be
-the complete old target or the complete new one, and running the command again must give the new one. The
-commands run in forks of this process, which has loaded PyTorch already, so that most of their time is work.
+Half of the kills fall on a random moment of the run, half on a call that changes a file: before it, after
+it, or with half of a write on disk. Those calls of an undisturbed run are listed first and taken in turn,
+each kind of call on each file once before any comes again. After the SIGKILL the target must be the complete
+old one or the complete new one; running the command again must then leave every file as an undisturbed run
+does. Beside these only hidden files may be left, which the killed process could not remove; they are counted.
+
+``convert``, ``eval again`` and ``download again`` begin with a complete old target; ``eval``, ``download``
+and ``release``, which replaces nothing, begin with none. The commands run in forks of this process, which has
+loaded PyTorch already, so that most of their time is work.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -24,29 +31,37 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from parity_tests.robustness import named, targets
+from parity_tests.robustness import moments, named, targets
+from parity_tests.robustness.moments import Calls, Moment
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 EVAL = (
     *("eval_coco.py", "--weights", "model.safetensors", "--coco", "coco", "--labels", "names.txt"),
     *("--batch-size", "2", "--out", "eval"),
 )
+DOWNLOADED = "cache/efficientdet-d0/efficientdet-d0.tar.gz"
 ABSENT = "absent"
 OLD, NEW, BROKEN, AGAIN = "old", "new", "broken target", "failed when run again"
+LEFT, HIDDEN = "left a visible file", "left a hidden file"
+FAULTS = (BROKEN, AGAIN, LEFT)
+BY_TIME, BY_CALL = "any moment", "file calls"
+LOG = "log"
 
 
 @dataclass(frozen=True)
 class Command:
-    """``prepare(folder)`` makes what the command needs, and an old target; ``run(folder)`` is the command, in
-    a process of its own; ``target`` is the file or folder in question, relative to the folder. ``once``: it
-    refuses to replace a target that is there."""
+    """``prepare(folder)`` makes what the command needs, and an old target if any; ``run(folder)`` is the
+    command, in a process of its own; ``target`` is the file or folder in question, relative to the folder.
+
+    ``once``: it refuses to replace a target that is there.
+    """
 
     name: str
     prepare: Callable[[Path], None]
@@ -98,8 +113,29 @@ def prepare_eval(folder: Path) -> None:
     targets.weights(".safetensors")(folder)
 
 
+def prepare_eval_again(folder: Path) -> None:
+    """Older results are there, and half of the pictures are detected."""
+    prepare_eval(folder)
+    status = os.waitpid(_fork(tool(*EVAL), folder), 0)[1]
+    assert status == 0, (folder / LOG).read_text()[-2000:]
+    (folder / LOG).unlink()
+    (folder / "eval" / "metrics.json").write_text('{"the old": "figures"}\n')
+    (folder / "eval" / "detections.json").write_text("[]\n")
+    (shard,) = (folder / "eval" / "shards").iterdir()
+    lines = shard.read_text().splitlines(keepends=True)
+    shard.write_text("".join(lines[: len(lines) // 2]))
+
+
 def prepare_download(folder: Path) -> None:
     (folder / "cache").mkdir()
+
+
+def prepare_download_again(folder: Path) -> None:
+    """A file that is no longer what its record says."""
+    target = folder / DOWNLOADED
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"rotten")
+    target.with_name(target.name + ".json").write_text(json.dumps({"sha256": "0" * 64}))
 
 
 def download(folder: Path) -> None:
@@ -172,13 +208,10 @@ COMMANDS = {
             tool("convert.py", "--ckpt", "ckpt", "--out", "out.pth"),
             "out.pth",
         ),
-        Command(
-            "eval",
-            prepare_eval,
-            tool(*EVAL),
-            "eval/metrics.json",
-        ),
-        Command("download", prepare_download, download, "cache/efficientdet-d0/efficientdet-d0.tar.gz"),
+        Command("eval", prepare_eval, tool(*EVAL), "eval/metrics.json"),
+        Command("eval again", prepare_eval_again, tool(*EVAL), "eval/metrics.json"),
+        Command("download", prepare_download, download, DOWNLOADED),
+        Command("download again", prepare_download_again, download, DOWNLOADED),
         Command(
             "release",
             prepare_release,
@@ -197,59 +230,121 @@ COMMANDS = {
 class Tally:
     """What was found after each kill; ``examples``: (verdict, seed, more) of what must not be."""
 
-    counts: Counter[str]
     seconds: float
-    examples: list[tuple[str, int, str]]
+    moments: int
+    by: dict[str, Counter[str]] = field(default_factory=lambda: {BY_TIME: Counter(), BY_CALL: Counter()})
+    examples: list[tuple[str, int, str]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Of all kills; with :data:`HIDDEN`, which comes beside a verdict."""
+        return sum(self.by.values(), Counter())
 
     @property
     def faults(self) -> int:
-        return self.counts[BROKEN] + self.counts[AGAIN]
+        return sum(self.counts[fault] for fault in FAULTS)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A command, what it begins with, and what undisturbed runs of it make of that."""
+
+    command: Command
+    start: Path
+    work: Path
+    old: str
+    new: str
+    result: dict[str, str]  # the files after an undisturbed run
+    seconds: float
+    moments: list[Moment]
+
+    def attempt(self, moment: Moment | None, rng: random.Random) -> tuple[str, bool, str]:
+        """Kill it once, at a random time if not at ``moment``: (verdict, hidden files are left, more)."""
+        _reset(self.start, self.work)
+        pid = _fork(self.command.run, self.work, Calls(self.work, moment) if moment else None)
+        if moment is None:
+            time.sleep(rng.uniform(0, 1.05 * self.seconds))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        if moment and status != signal.SIGKILL:
+            return AGAIN, False, f"never came {moment}: {self._log()}"
+        found = digest(self.work / self.command.target)
+        if found not in (self.old, self.new):
+            return BROKEN, False, f"{moment or 'at a random time'}; there is {', '.join(files(self.work))}"
+        if not (self.command.once and found == self.new):
+            status = os.waitpid(_fork(self.command.run, self.work), 0)[1]
+            if status:
+                return AGAIN, False, f"{moment or 'at a random time'}: {self._log()}"
+        return self._judge(OLD if found == self.old else NEW, moment)
+
+    def _judge(self, verdict: str, moment: Moment | None) -> tuple[str, bool, str]:
+        now = files(self.work)
+        wrong = [name for name, content in self.result.items() if now.get(name) != content]
+        left = [name for name in now if name not in self.result]
+        hidden = [name for name in left if any(part.startswith(".") for part in Path(name).parts)]
+        if wrong:
+            return AGAIN, bool(hidden), f"{moment or 'at a random time'}; differs: {', '.join(wrong)}"
+        if left != hidden:
+            return LEFT, bool(hidden), f"{moment or 'at a random time'}; left: {', '.join(left)}"
+        return verdict, bool(hidden), ""
+
+    def _log(self) -> str:
+        return (self.work / LOG).read_text()[-500:]
 
 
 def kill(command: Command, kills: int, seed: int, progress: Callable[[], None] = lambda: None) -> Tally:
     """Run ``command`` and kill it, ``kills`` times."""
     with tempfile.TemporaryDirectory(prefix="kills-") as root:
-        start, work = Path(root) / "start", Path(root) / "work"
-        start.mkdir()
-        command.prepare(start)
-        old = digest(start / command.target)
-        durations, news = [], set()
-        for _ in range(3):
-            _reset(start, work)
-            began = time.perf_counter()
-            pid = _fork(command, work)
-            assert os.waitpid(pid, 0)[1] == 0, (work / "log").read_text()[-2000:]
-            durations.append(time.perf_counter() - began)
-            news.add(digest(work / command.target))
-        assert len(news) == 1, f"{command.name} writes something else each time"
-        assert old not in news
-        tally = Tally(Counter(), statistics.median(durations), [])
-        for number in range(seed, seed + kills):
-            _reset(start, work)
-            verdict, more = _attempt(command, work, old, news, random.Random(number), tally.seconds)
-            tally.counts[verdict] += 1
-            if verdict in (BROKEN, AGAIN):
-                tally.examples.append((verdict, number, more))
+        trial = _prepared(command, Path(root))
+        tally = Tally(trial.seconds, len(trial.moments))
+        ordered = in_turn(trial.moments, random.Random(seed))
+        for number in range(kills):
+            how, moment = BY_TIME, None
+            if number % 2 == 0 and ordered:
+                how, moment = BY_CALL, ordered[number // 2 % len(ordered)]
+            verdict, hidden, more = trial.attempt(moment, random.Random(seed + number))
+            tally.by[how][verdict] += 1
+            tally.by[how][HIDDEN] += hidden
+            if verdict in FAULTS:
+                tally.examples.append((verdict, seed + number, more))
             progress()
     return tally
 
 
-def _attempt(
-    command: Command, work: Path, old: str, news: set[str], rng: random.Random, seconds: float
-) -> tuple[str, str]:
-    pid = _fork(command, work)
-    time.sleep(rng.uniform(0, 1.05 * seconds))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    found = digest(work / command.target)
-    if found != old and found not in news:
-        return BROKEN, ", ".join(sorted(str(p.relative_to(work)) for p in work.rglob("*")))
-    if command.once and found in news:
-        return NEW, ""
-    status = os.waitpid(_fork(command, work), 0)[1]
-    if status or digest(work / command.target) not in news:
-        return AGAIN, (work / "log").read_text()[-500:]
-    return (NEW if found in news else OLD), ""
+def _prepared(command: Command, root: Path) -> _Trial:
+    """Three undisturbed runs, which must agree."""
+    start, work, seen = root / "start", root / "work", root / "seen"
+    start.mkdir()
+    command.prepare(start)
+    durations, results = [], []
+    for _ in range(3):
+        _reset(start, work)
+        began = time.perf_counter()
+        status = os.waitpid(_fork(command.run, work, Calls(work), seen), 0)[1]
+        assert status == 0, (work / LOG).read_text()[-2000:]
+        durations.append(time.perf_counter() - began)
+        results.append(files(work))
+    assert results[0] == results[1] == results[2], f"{command.name} writes something else each time"
+    old, new = digest(start / command.target), digest(work / command.target)
+    assert old != new
+    written, found = moments.load(seen)
+    sizes = {name: _size(work / name) for name in results[0]}
+    grown = sum(max(0, size - _size(start / name)) for name, size in sizes.items())
+    assert written >= grown, f"{command.name} writes files by calls that are not watched"
+    return _Trial(command, start, work, old, new, results[0], statistics.median(durations), found)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def in_turn(found: list[Moment], rng: random.Random) -> list[Moment]:
+    """In random order, but one of each kind in turn: what is called once does not come last."""
+    kinds: dict[str, list[Moment]] = {}
+    for moment in rng.sample(found, len(found)):
+        kinds.setdefault(moment.what, []).append(moment)
+    rounds = itertools.zip_longest(*kinds.values())
+    return [moment for each in rounds for moment in each if moment]
 
 
 def _reset(start: Path, work: Path) -> None:
@@ -257,36 +352,51 @@ def _reset(start: Path, work: Path) -> None:
     shutil.copytree(start, work)
 
 
-def _fork(command: Command, work: Path) -> int:
-    """Run ``command`` in ``work``, in a fork, and return its process id. What it prints goes to ``log``."""
+def _fork(
+    run: Callable[[Path], None], work: Path, calls: Calls | None = None, seen: Path | None = None
+) -> int:
+    """``run(work)`` in a fork; its process id. What it prints goes to :data:`LOG`.
+
+    ``calls`` watches it, and writes what it saw to ``seen``.
+    """
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        log = os.open(work / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(work / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        command.run(work)
+        if calls:
+            calls.watch()
+        run(work)
         status = 0
     except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else 1
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:
         print(repr(error), file=sys.stderr)
     finally:
         with contextlib.suppress(BaseException):
+            if calls and seen:
+                calls.save(seen)
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(status)
 
 
+def files(folder: Path) -> dict[str, str]:
+    """Name → digest of every file and folder in ``folder``, but the log."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    return {name: digest(path) if path.is_file() else "folder" for name, path in found.items() if name != LOG}
+
+
 def digest(target: Path) -> str:
-    """Of a file, or of all visible files of a folder; hidden ones are what a command was at work on."""
+    """Of a file, or of all files of a folder."""
     if not target.exists():
         return ABSENT
     content = hashlib.sha256()
     for path in [target] if target.is_file() else sorted(target.rglob("*")):
-        if path.is_file() and not path.name.startswith(".") and path.suffix not in (".part", ".lock"):
+        if path.is_file():
             content.update(f"\n{path.relative_to(target.parent)}\n".encode())
             content.update(path.read_bytes())
     return content.hexdigest()
@@ -313,10 +423,13 @@ def main() -> int:
         for name in names:
             tally = kill(COMMANDS[name], arguments.kills, arguments.seed, lambda: bar.advance(task))
             tallies[name] = tally
-            console.print(f"{name}: {dict(tally.counts)}")  # a long run may be cut short
+            console.print(f"{name}: {dict(tally.counts)}", markup=False)  # a long run may be cut short
     draw(console, tallies)
     if arguments.json:
-        found = {name: {**tally.counts, "seconds": tally.seconds} for name, tally in tallies.items()}
+        found = {
+            name: {"seconds": tally.seconds, "moments": tally.moments, **tally.by}
+            for name, tally in tallies.items()
+        }
         json.dump(found, sys.stdout, indent=2)
         print()
     return 1 if any(tally.faults for tally in tallies.values()) else 0
@@ -338,10 +451,14 @@ def load_libraries() -> None:
 
 
 def draw(console: Console, tallies: dict[str, Tally]) -> None:
-    table = Table("command", "seconds", "kills", "old target", "new target", "anything else")
+    heads = ("command", "seconds", "killed at", "kills", "of\nmoments", "old", "new", "hidden\nfiles left")
+    table = Table(*heads, "anything\nelse")
     for name, tally in tallies.items():
-        numbers = (tally.counts.total(), tally.counts[OLD], tally.counts[NEW], tally.faults)
-        table.add_row(name, f"{tally.seconds:.2f}", *map(str, numbers))
+        for how, counts in tally.by.items():
+            faults = sum(counts[fault] for fault in FAULTS)
+            moments_ = tally.moments if how == BY_CALL else "-"
+            numbers = (counts[OLD] + counts[NEW] + faults, moments_, counts[OLD], counts[NEW])
+            table.add_row(name, f"{tally.seconds:.2f}", how, *map(str, (*numbers, counts[HIDDEN], faults)))
     console.print(table)
     for name, tally in tallies.items():
         for verdict, seed, more in tally.examples[:5]:
