@@ -28,7 +28,7 @@ from typing import Any, NoReturn, Protocol
 
 import google_crc32c
 
-from porting.errors import CheckpointError, OutputError
+from porting.errors import CheckpointError, OutputError, Reason
 from porting.files import lock, replacing
 
 STALL_SECONDS = 30.0  # without a byte, before the connection is given up
@@ -57,11 +57,11 @@ class _Silence:
     def note(self, text: str) -> None: ...
 
 
-class _Fatal(Exception):  # noqa: N818 - never leaves this module
+class _Fatal(Reason):
     """Why it is no use trying again."""
 
 
-class _Transient(Exception):  # noqa: N818 - never leaves this module
+class _Transient(Reason):
     """What may pass. ``cost``: of how many ordinary failures."""
 
     def __init__(self, reason: str, cost: int = 1) -> None:

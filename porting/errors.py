@@ -11,6 +11,7 @@ __all__ = [
     "ConversionError",
     "OutputError",
     "PortingError",
+    "Reason",
     "WeightsError",
 ]
 
@@ -29,3 +30,7 @@ class CheckFailedError(ConversionError):
 
 class OutputError(PortingError):
     """A result could not be written. Nothing half-written is left behind."""
+
+
+class Reason(Exception):  # noqa: N818
+    """What is wrong, on its way to the one who knows where: it becomes part of a :class:`PortingError`."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from porting.errors import ConfigError
+from porting.errors import ConfigError, Reason
 from porting.files import read_bounded
 from pytorch_model.config import (
     ACTIVATIONS,
@@ -207,7 +207,7 @@ def _load_yaml(path: Path, content: bytes) -> Any:
 # Meaning
 
 
-class _Wrong(Exception):  # noqa: N818 - never leaves this module
+class _Wrong(Reason):
     """What a value must be."""
 
 

@@ -27,7 +27,7 @@ from typing import IO, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-from porting.errors import CheckpointError, PortingError
+from porting.errors import CheckpointError, PortingError, Reason
 
 from .base import Checkpoint
 from .locate import STATE_FILE, locate
@@ -78,7 +78,7 @@ _DAMAGE = (
 )
 
 
-class _Refused(Exception):  # noqa: N818
+class _Refused(Reason):
     """What is wrong with the archive, and what to do; the path is put before it."""
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from porting.errors import Reason
+
 from .tflite_graph import Graph, Operator
 
 POSTPROCESS = "TFLite_Detection_PostProcess"
@@ -21,7 +23,7 @@ _CASTS = ("QUANTIZE", "DEQUANTIZE")
 _ACTIVATION_FIELD = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 4, "MAX_POOL_2D": 5, "ADD": 0, "CONCATENATION": 1}
 
 
-class Mismatch(Exception):  # noqa: N818 - never leaves this package
+class Mismatch(Reason):
     """A TFLite file that is not an EfficientDet-Lite. The text says where it first differs."""
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from porting.errors import Reason
+
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are long gone
 
 _MAX_FIELD_NUMBER = (1 << 29) - 1
 
 
-class Malformed(Exception):  # noqa: N818 - never leaves this package
+class Malformed(Reason):
     """Bytes that break their format. Caught where file and place are known, and told as a CheckpointError."""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from porting.errors import Reason
 from porting.parity.lockstep import tf32
 from porting.parity.measure import Difference, difference
 from pytorch_model.bifpn import BiFPNNode, Resample
@@ -58,7 +59,7 @@ class Cost:
     skipped: str | None = None
 
 
-class _SkippedError(Exception):
+class _SkippedError(Reason):
     """Why a way cannot be run here."""
 
 
