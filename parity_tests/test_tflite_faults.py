@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+import re
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parity_tests.tflite_files import TINY, convert_function, golden, tflite_bytes, tiny_variables
-from porting.checkpoint import open_checkpoint
+from porting.checkpoint import open_checkpoint, tflite
 from porting.checkpoint.flatbuffer import Table, flexbuffer_map
 from porting.checkpoint.tflite import TFLiteCheckpoint
-from porting.checkpoint.tflite_graph import Graph, read_graph
+from porting.checkpoint.tflite_graph import Graph, Operator, Tensor, read_graph
 from porting.checkpoint.tflite_match import Structure, match
 from porting.checkpoint.tflite_weights import Layer, shared_kernel
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 
 INT8, FLOAT32 = golden("int8").read_bytes(), golden("float32").read_bytes()
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def refusal(tmp_path: Path, data: bytes) -> str:
@@ -309,6 +316,91 @@ def test_a_constant_that_nothing_reads_is_told(tmp_path: Path) -> None:
     assert f"{len(second.kernel.data)} bytes of constants that nothing in it reads" in notes[0]
 
 
+# --- other graphs -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Changed(Operator):
+    """An operator with one of its options changed."""
+
+    number: int = -1
+    value: int = 0
+
+    def option(self, number: int, code: str, default: int = 0) -> int:
+        return self.value if number == self.number else super().option(number, code, default)
+
+
+def changed_operators(graph: Graph, operator: Operator) -> Iterator[Operator]:
+    replace = dataclasses.replace
+    kinds = {other.kind for other in graph.operators} | {"MUL", "SOFTMAX", "RELU6", "ADD_N"}
+    yield from (replace(operator, kind=kind) for kind in sorted(kinds - {operator.kind}))
+    first, last = graph.operators[0], graph.operators[-1]
+    constant = next(tensor.index for tensor in graph.tensors if tensor.is_constant)
+    others = (-1, *graph.inputs, first.outputs[0], last.inputs[0], constant, operator.outputs[0])
+    for place in range(len(operator.inputs)):
+        before, after = operator.inputs[:place], operator.inputs[place + 1 :]
+        yield replace(operator, inputs=before + after)
+        yield from (replace(operator, inputs=(*before, other, *after)) for other in others)
+    yield replace(operator, inputs=())
+    yield replace(operator, inputs=operator.inputs[::-1])
+    yield replace(operator, outputs=())
+    same = {name.name: getattr(operator, name.name) for name in dataclasses.fields(operator)}
+    yield from (Changed(**same, number=number, value=value) for number in range(7) for value in range(4))
+
+
+def changed_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    replace, shape = dataclasses.replace, tensor.shape
+    for place, size in enumerate(shape):
+        for new in (0, 1, size + 1, 2 * size):
+            yield replace(tensor, shape=(*shape[:place], new, *shape[place + 1 :]))
+    yield replace(tensor, shape=shape[:-1])
+    yield replace(tensor, shape=shape[::-1])
+    if tensor.is_constant:
+        yield from (replace(tensor, type=number) for number in (1, 2, 3, 9, 15))
+        yield replace(tensor, data=tensor.data[: len(tensor.data) // 2])
+        yield replace(tensor, data=tensor.data[:0])
+        yield replace(tensor, scale=np.ones(1, np.float32), zero_point=np.zeros(1, np.int64))
+
+
+def changed_graphs(graph: Graph) -> Iterator[Graph]:
+    """Every graph that differs in one place."""
+    replace, operators, tensors = dataclasses.replace, graph.operators, graph.tensors
+    for place, operator in enumerate(operators):
+        yield replace(graph, operators=operators[:place] + operators[place + 1 :])
+        for other in changed_operators(graph, operator):
+            yield replace(graph, operators=(*operators[:place], other, *operators[place + 1 :]))
+        more = replace(operator, index=len(operators))
+        yield replace(graph, operators=(*operators, more))
+    for place, tensor in enumerate(tensors):
+        for changed in changed_tensors(tensor):
+            yield replace(graph, tensors=(*tensors[:place], changed, *tensors[place + 1 :]))
+    for inputs in ((), graph.inputs * 2, graph.outputs):
+        yield replace(graph, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "every"),
+    [("float32", 31), ("int8", 37), slow("float32", 1), slow("int8", 3)],
+)
+def test_a_graph_with_one_thing_changed_opens_or_is_refused(
+    kind: str, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never another exception; and what opens has variables that can be read."""
+    sound = read_graph(golden(kind).read_bytes())
+    refused: Counter[str] = Counter()
+    opened = 0
+    for graph in itertools.islice(changed_graphs(sound), 0, None, every):
+        monkeypatch.setattr(tflite, "read_graph", lambda data, graph=graph: graph)
+        try:
+            with TFLiteCheckpoint(golden(kind)) as found:
+                assert all(found[name].shape == shape for name, shape in found.shapes.items())
+            opened += 1
+        except CheckpointError as error:
+            refused[re.sub("[0-9]+", "N", str(error))] += 1
+    print(f"{refused.total()} refused for {len(refused)} reasons, {opened} opened")
+    assert refused.total() > opened
+
+
 # --- other networks ---------------------------------------------------------------------------------------
 
 
@@ -354,10 +446,6 @@ def build(tensorflow: Any) -> Callable[..., bytes]:
         return tflite_bytes(config, tiny_variables(config), "float32", options is not None, options)
 
     return convert
-
-
-def slow(*values: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
