@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import http.client
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from parity_tests.conftest import GOLDENS
 from parity_tests.tflite_files import TINY, golden
+from porting import download
 from porting import reverse as reversing
-from porting.checkpoint import tflite
+from porting.checkpoint import flatbuffer, tflite
+from porting.checkpoint.bundle import TensorBundle, read_index
 from porting.checkpoint.frozen_graph import FrozenGraph
+from porting.checkpoint.table import read_table
+from porting.checkpoint.wire import Malformed
 from porting.convert import check_targets
 from porting.errors import CheckFailedError, CheckpointError, ConversionError, OutputError, PortingError
 from porting.export import Weights, h5, onnx_detector
@@ -136,3 +145,53 @@ def test_a_report_that_cannot_be_put_anywhere(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: cannot create file/out: Not a directory; choose another --report" in done.stderr
+
+
+def test_a_string_of_an_impossible_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = read_index(GOLDENS / "bundle" / "tensorflow.index")
+    opened = TensorBundle(bundle)
+    entry = next(iter(bundle.entries.values()))._replace(dtype=7, shape=(), size=12, offset=0)
+    bundle = dataclasses.replace(bundle, entries={"text": entry})
+    opened.index = bundle
+    monkeypatch.setattr(opened, "_read_bytes", lambda *more: np.full(12, 255, np.uint8))
+    with pytest.raises(CheckpointError, match=r"is damaged at variable 'text' \(12 bytes at byte 0\)"):
+        opened.read_string("text")
+
+
+def test_a_disk_that_fails_while_a_tensor_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def seek(self, place: int) -> None:
+            raise OSError(5, "Input/output error")
+
+    opened = TensorBundle(read_index(GOLDENS / "bundle" / "tensorflow.index"))
+    monkeypatch.setattr(opened, "_files", dict.fromkeys(opened._files, Failing()))
+    with pytest.raises(CheckpointError, match=r"cannot be read: Input/output error; check the path"):
+        dict(opened)
+
+
+def test_bytes_that_are_no_table() -> None:
+    with pytest.raises(Malformed, match="its last 48 bytes are not the footer of a LevelDB table"):
+        list(read_table(bytes(100)))
+
+
+def test_options_of_an_impossible_width() -> None:
+    with pytest.raises(Malformed, match="its options claim numbers of 3 bytes"):
+        flatbuffer._uint(bytes(16), 0, 3)
+
+
+def test_servers_that_cannot_be_trusted_or_reached() -> None:
+    untrusted = ssl.SSLCertVerificationError()
+    untrusted.verify_message = "self-signed certificate"
+    with pytest.raises(download._Fatal, match=r"certificate is not trusted \(self-signed certificate\)"):
+        download._unreachable(untrusted)
+    with pytest.raises(download._Transient, match="the connection failed"):
+        download._unreachable(ConnectionResetError())
+
+
+def test_a_connection_that_breaks_while_it_is_read() -> None:
+    class Response:
+        def read(self, count: int) -> bytes:
+            raise http.client.IncompleteRead(b"")
+
+    with pytest.raises(download._Transient, match=r"the connection broke off \(IncompleteRead\)"):
+        download._read(Response())

@@ -5,6 +5,7 @@ No real weights were at hand: what the numbers mean is taken from the API's sour
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -565,6 +566,18 @@ def test_trees_that_almost_fit(change: Callable[[dict[str, Variable]], None], re
     tree = tree_of(d0())
     change(tree)
     with pytest.raises(CheckpointError, match=reason):
+        read_layout(tree, "ckpt-0")
+
+
+@pytest.mark.parametrize("kept", range(1, 40))
+def test_a_backbone_that_ends_anywhere(kept: int) -> None:
+    cut = re.compile(r"layer_with_weights-(\d+)/")
+    tree = {
+        path: variable
+        for path, variable in tree_of(d0()).items()
+        if not (number := cut.search(path)) or int(number[1]) < kept
+    }
+    with pytest.raises(CheckpointError, match=r"backbone (ends before|of \d+ blocks is not one)|and lacks"):
         read_layout(tree, "ckpt-0")
 
 

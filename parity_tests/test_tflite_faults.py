@@ -19,14 +19,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parity_tests.tflite_files import TINY, convert_function, golden, tflite_bytes, tiny_variables
-from porting.checkpoint import open_checkpoint, tflite
+from porting.checkpoint import open_checkpoint, tflite, tflite_graph, tflite_match
 from porting.checkpoint.flatbuffer import Table, flexbuffer_map
 from porting.checkpoint.tflite import TFLiteCheckpoint
-from porting.checkpoint.tflite_graph import Graph, Operator, Tensor, read_graph
-from porting.checkpoint.tflite_match import Structure, match
-from porting.checkpoint.tflite_weights import Layer, shared_kernel
+from porting.checkpoint.tflite_flow import Mismatch
+from porting.checkpoint.tflite_graph import Graph, Operator, Tensor, _check_order, read_graph
+from porting.checkpoint.tflite_match import (
+    Convolution,
+    Head,
+    Structure,
+    _check_predictions,
+    _End,
+    _head,
+    match,
+)
+from porting.checkpoint.tflite_weights import Layer, _without_bn, check_layers, shared_kernel
 from porting.checkpoint.wire import Malformed
-from porting.errors import CheckpointError
+from porting.errors import CheckpointError, ConfigError
 
 INT8, FLOAT32 = golden("int8").read_bytes(), golden("float32").read_bytes()
 
@@ -380,7 +389,7 @@ def changed_graphs(graph: Graph) -> Iterator[Graph]:
 
 @pytest.mark.parametrize(
     ("kind", "every"),
-    [("float32", 31), ("int8", 37), slow("float32", 1), slow("int8", 3)],
+    [("float32", 31), ("int8", 37), slow("float32", 3), slow("int8", 7)],
 )
 def test_a_graph_with_one_thing_changed_opens_or_is_refused(
     kind: str, every: int, monkeypatch: pytest.MonkeyPatch
@@ -399,6 +408,81 @@ def test_a_graph_with_one_thing_changed_opens_or_is_refused(
             refused[re.sub("[0-9]+", "N", str(error))] += 1
     print(f"{refused.total()} refused for {len(refused)} reasons, {opened} opened")
     assert refused.total() > opened
+
+
+def layer_of(conv: Convolution) -> Layer:
+    return Layer(conv, "kernel", "bias", None)
+
+
+def test_layers_that_do_not_fit_each_other() -> None:
+    replace = dataclasses.replace
+    graph = read_graph(INT8)
+    conv = head_layer(INT8, 0)[1].depthwise
+    kernel, bias = conv.kernel, head_layer(INT8, 0)[1].pointwise.bias
+    with pytest.raises(Malformed, match=r"its convolutions use \d+ bytes of weights, \d+ times the file"):
+        check_layers([layer_of(conv)] * 100, graph, 10)
+    turned = replace(conv, kernel=replace(kernel, axis=0, scale=kernel.scale[:1].repeat(2)))
+    with pytest.raises(Malformed, match="is not quantised along its output channels"):
+        check_layers([layer_of(turned)], graph, len(INT8))
+    pointwise = head_layer(INT8, 0)[1].pointwise
+    tensors = [replace(tensor, scale=tensor.scale[:0]) for tensor in graph.tensors]
+    with pytest.raises(Malformed, match="has a quantised bias without a quantised input and kernel"):
+        check_layers([layer_of(pointwise)], replace(graph, tensors=tuple(tensors)), len(INT8))
+    assert bias is not None
+    other = replace(conv, kernel=replace(kernel, data=np.zeros_like(kernel.data)))
+    with pytest.raises(Malformed, match="kernel is one kernel in AutoML but differs from level to level"):
+        list(_without_bn([layer_of(conv), layer_of(other)]))
+
+
+def test_an_image_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = read_graph(INT8)
+    tensors = list(graph.tensors)
+    tensors[graph.inputs[0]] = dataclasses.replace(tensors[graph.inputs[0]], type=2)  # int32
+    changed = dataclasses.replace(graph, tensors=tuple(tensors))
+    monkeypatch.setattr(tflite, "read_graph", lambda data: changed)
+    with pytest.raises(CheckpointError, match="its input is neither float nor an 8-bit image"):
+        TFLiteCheckpoint(golden("int8"))
+
+
+def test_heads_that_do_not_go_together() -> None:
+    found = structure(FLOAT32)
+    class_chain, box_chain = found.class_net.levels[0], found.box_net.levels[0]
+    with pytest.raises(Mismatch, match="its class net differs from level to level"):
+        _head("class", [class_chain, class_chain[1:]], [_End(), _End()])
+    heads = Head((class_chain,), None), Head((box_chain[1:],), None)
+    with pytest.raises(Mismatch, match=r"its heads predict 45 and 36 values a location, after 3 and 2"):
+        _check_predictions(*heads)
+    with pytest.raises(Mismatch, match="it does not list its predictions anchor by anchor"):
+        _check_predictions(Head((class_chain,), 3), Head((box_chain,), None))
+
+
+def test_a_configuration_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(self: object) -> None:
+        raise ConfigError("fpn_cell_repeats is 0, must be at least 1")
+
+    monkeypatch.setattr(tflite_match._Matcher, "network", network)
+    with pytest.raises(Mismatch, match="fpn_cell_repeats is 0"):
+        match(read_graph(FLOAT32))
+
+
+def test_files_that_no_converter_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Malformed, match="does not begin as a TFLite file does"):
+        read_graph(bytes(100))
+    graph = read_graph(FLOAT32)
+    constant = next(tensor.index for tensor in graph.tensors if tensor.is_constant)
+    with pytest.raises(Malformed, match="one of the graph's inputs is a constant"):
+        _check_order(graph.tensors, graph.operators, (constant,))
+    with monkeypatch.context() as patch:
+        patch.setattr(tflite_graph, "_MOST_OPERATORS", 3)
+        with pytest.raises(Malformed, match=r"claims \d+ entries where no more than 3 are expected"):
+            read_graph(FLOAT32)
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "has", lambda self, field: True)
+        with pytest.raises(Malformed, match="tensor 0 is sparse, which is not supported"):
+            read_graph(FLOAT32)
+    monkeypatch.setattr(Table, "tables", lambda self, field, most: [])
+    with pytest.raises(Malformed, match="it holds 0 graphs where one is expected"):
+        read_graph(FLOAT32)
 
 
 # --- other networks ---------------------------------------------------------------------------------------
