@@ -68,7 +68,8 @@ def note() -> None:
             place = f"{frame.f_code.co_filename}:{frame.f_lineno}:{called}"
             if place not in seen:
                 seen.add(place)
-                with open(Path(os.environ[FOLDER]) / "places", "a") as file:
+                # A file for each process: tests limit how large a file their commands may write.
+                with open(Path(os.environ[FOLDER]) / f"{os.getpid()}.places", "a") as file:
                     file.write(place + "\n")
             # An error's own __init__ stands for the error; the caller of another function called that.
             called = called if frame.f_code.co_name == "__init__" else frame.f_code.co_name
@@ -93,9 +94,8 @@ def note() -> None:
 
 def brought_about(folder: Path) -> set[tuple[str, int, str]]:
     """(file, line, what was called there) of all that was noted in ``folder``."""
-    if not (folder / "places").exists():
-        return set()
-    rows = (line.rsplit(":", 2) for line in (folder / "places").read_text().splitlines())
+    lines = (line for file in folder.glob("*.places") for line in file.read_text().splitlines())
+    rows = (line.rsplit(":", 2) for line in lines)
     return {(os.path.realpath(path), int(line), called) for path, line, called in rows}
 
 
