@@ -10,7 +10,6 @@ import difflib
 import itertools
 import os
 import re
-import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pytorch_model.config import (
     BackboneConfig,
     backbone_config,
     model_config,
+    shown,
 )
 from pytorch_model.postprocess import NMSConfig
 
@@ -281,10 +281,7 @@ def _scaled_range(overrides: Mapping[str, Any]) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value if len(value) <= 80 else f"{value[:80]}…")
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not write numbers of thousands of digits
-        return "a number too long to show"
+    return shown(value)
 
 
 # Kinds of values

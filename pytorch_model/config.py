@@ -110,7 +110,7 @@ class BackboneConfig:
             raise ConfigError(f"backbone: it has {blocks} blocks, must have at most {MOST_BLOCKS}")
         ratio = self.se_ratio
         if not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
-            raise ConfigError(f"backbone: se_ratio is {_shown(ratio)}, must be from 0 (none) to 1")
+            raise ConfigError(f"backbone: se_ratio is {shown(ratio)}, must be from 0 (none) to 1")
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -303,7 +303,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and abs(value) < NUMBER_LIMIT
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """``value`` for a message: cut where it is long."""
     try:
         return reprlib.repr(value)
     except ValueError:  # Python does not write numbers of thousands of digits
@@ -314,15 +315,13 @@ def _check_whole(where: str, what: str, value: Any) -> None:
     """Raise :class:`ConfigError` unless ``value`` is within the :data:`BOUNDS` of the field ``what``."""
     least, most = BOUNDS[what]
     if type(value) is not int or not least <= value <= most:
-        raise ConfigError(
-            f"{where}: {what} is {_shown(value)}, must be a whole number from {least} to {most}"
-        )
+        raise ConfigError(f"{where}: {what} is {shown(value)}, must be a whole number from {least} to {most}")
 
 
 def _check_name(name: Any) -> None:
     """Messages begin with it."""
     if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
-        raise ConfigError(f"name is {_shown(name)}, must be one line of text")
+        raise ConfigError(f"name is {shown(name)}, must be one line of text")
 
 
 def _flat(values: Any) -> tuple[Any, ...]:
@@ -338,7 +337,7 @@ def _check(config: EfficientDetConfig) -> None:
     _check_name(config.name)
     pair = config.image_size
     require(
-        isinstance(pair, tuple) and len(pair) == 2, f"image_size is {_shown(pair)}, must be (height, width)"
+        isinstance(pair, tuple) and len(pair) == 2, f"image_size is {shown(pair)}, must be (height, width)"
     )
     for what in (name for name in BOUNDS if name in vars(config) and name != "image_size"):
         _check_whole(config.name, what, getattr(config, what))
@@ -351,7 +350,7 @@ def _check(config: EfficientDetConfig) -> None:
     }
     for what, values in positive.items():
         fine = isinstance(values, tuple) and all(_is_number(v) and v > 0 for v in values)
-        require(fine, f"{what} is {_shown(values)}, must be above 0 and below {NUMBER_LIMIT:g}")
+        require(fine, f"{what} is {shown(values)}, must be above 0 and below {NUMBER_LIMIT:g}")
     for what in ("mean_rgb", "stddev_rgb"):
         values = getattr(config, what)
         require(
@@ -360,7 +359,7 @@ def _check(config: EfficientDetConfig) -> None:
     survival = config.survival_prob
     require(
         survival is None or (isinstance(survival, (int, float)) and 0 <= survival <= 1),
-        f"survival_prob is {_shown(survival)}, must be a probability or None",
+        f"survival_prob is {shown(survival)}, must be a probability or None",
     )
     ratios = config.aspect_ratios
     require(len(ratios) >= 1, "aspect_ratios is empty")
@@ -370,7 +369,7 @@ def _check(config: EfficientDetConfig) -> None:
     )
     require(
         all(not isinstance(ratio, tuple) or len(ratio) == 2 for ratio in ratios),
-        f"aspect_ratios is {_shown(ratios)}, must be numbers or (width, height) pairs",
+        f"aspect_ratios is {shown(ratios)}, must be numbers or (width, height) pairs",
     )
     endpoints = config.backbone.reduction_blocks
     require(
@@ -383,7 +382,7 @@ def _check(config: EfficientDetConfig) -> None:
     )
     require(
         len(config.anchor_scales) == len(config.levels),
-        f"anchor_scale is {_shown(config.anchor_scale)}, must be one number or one for each of "
+        f"anchor_scale is {shown(config.anchor_scale)}, must be one number or one for each of "
         f"P{config.min_level}–P{config.max_level}",
     )
     require(
@@ -399,16 +398,15 @@ def _check(config: EfficientDetConfig) -> None:
             and tuple(config.backbone.block_levels[index] for index in given) == ENDPOINT_LEVELS
             and given[-1] == len(config.backbone.blocks) - 1
         ),
-        f"endpoints are {_shown(given)}, must be a block of stride 8, one of stride 16 and the last block",
+        f"endpoints are {shown(given)}, must be a block of stride 8, one of stride 16 and the last block",
     )
     require(
         config.fpn_weight_method in WEIGHT_METHODS,
-        f"fpn_weight_method is {_shown(config.fpn_weight_method)}, "
-        f"must be one of {', '.join(WEIGHT_METHODS)}",
+        f"fpn_weight_method is {shown(config.fpn_weight_method)}, must be one of {', '.join(WEIGHT_METHODS)}",
     )
     require(
         config.act_type in ACTIVATIONS,
-        f"act_type is {_shown(config.act_type)}, must be one of {', '.join(ACTIVATIONS)}",
+        f"act_type is {shown(config.act_type)}, must be one of {', '.join(ACTIVATIONS)}",
     )
 
 
