@@ -2,9 +2,10 @@
 
 Half of the kills fall on a random moment of the run, half on a call that changes a file: before it, after
 it, or with half of a write on disk. Those calls of an undisturbed run are listed first and taken in turn,
-each kind of call on each file once before any comes again. After the SIGKILL the target must be the complete
-old one or the complete new one; running the command again must then leave every file as an undisturbed run
-does. Beside these only hidden files may be left, which the killed process could not remove; they are counted.
+each kind of call on each file once, writes in the middle, before any comes again. After the SIGKILL the
+target must be the complete old one or the complete new one; running the command again must then leave every
+file as an undisturbed run does. Beside these only hidden files may be left, which the killed process could
+not remove; they are counted.
 
 ``convert``, ``eval again`` and ``download again`` begin with a complete old target; ``eval``, ``download``
 and ``release``, which replaces nothing, begin with none. The commands run in forks of this process, which has
@@ -39,7 +40,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from parity_tests.robustness import moments, named, targets
-from parity_tests.robustness.moments import Calls, Moment
+from parity_tests.robustness.moments import MIDDLE, Calls, Moment
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 EVAL = (
@@ -339,9 +340,9 @@ def _size(path: Path) -> int:
 
 
 def in_turn(found: list[Moment], rng: random.Random) -> list[Moment]:
-    """In random order, but one of each kind in turn: what is called once does not come last."""
+    """In random order, but one of each kind in turn, and halves first: what is written once comes early."""
     kinds: dict[str, list[Moment]] = {}
-    for moment in rng.sample(found, len(found)):
+    for moment in sorted(rng.sample(found, len(found)), key=lambda moment: moment.phase != MIDDLE):
         kinds.setdefault(moment.what, []).append(moment)
     rounds = itertools.zip_longest(*kinds.values())
     return [moment for each in rounds for moment in each if moment]
