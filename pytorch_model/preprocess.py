@@ -11,6 +11,7 @@ import importlib
 import io
 import os
 import stat
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 DECODERS = ("pillow", "fast-dct")
-MOST_PIXELS = 178_956_970  # Pillow refuses more than this too: it takes half a gigabyte to decode
+# Of a picture in a file. Reading and normalising take some 27 bytes a pixel: 1.8 GB. Panoramas of 20,000 x
+# 2,000 and all but the largest cameras' photographs have fewer; what is larger shows no more once resized.
+MOST_PIXELS = 1 << 26
+MOST_BYTES = 8 * MOST_PIXELS  # of such a file: four channels of 16 bits, uncompressed
 
 
 class ImageError(PortingError):
@@ -211,14 +215,7 @@ def _check_tensor(pixels: Tensor) -> Tensor:
 
 
 def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode) and not path.is_dir():  # reading may wait, or never end
-            raise ImageError("cannot read the file: it is a pipe or a device, not a file")
-        data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"cannot read the file: {error.strerror or error}") from None
-    except ValueError as error:  # a name that no file can have
-        raise ImageError(f"cannot read the file: {error}") from None
+    data = _read_file(path)
     if decoder == "fast-dct" and data.startswith(b"\xff\xd8\xff"):
         pixels = _fast_dct_pixels(data)
         if not upright:
@@ -227,13 +224,42 @@ def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
             return _turned(pixels, "fast-dct", header)
     pillow = _require("PIL.Image", "Pillow")
     try:
-        with pillow.open(io.BytesIO(data)) as image:
-            return _turned(_pillow_pixels(image), "pillow", image if upright else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # of more than is taken here
+            with pillow.open(io.BytesIO(data)) as image:
+                _check_size(*image.size)
+                return _turned(_pillow_pixels(image), "pillow", image if upright else None)
+    except pillow.DecompressionBombError:  # beyond twice its own limit Pillow does not say the size
+        raise _too_large("far") from None
     except pillow.UnidentifiedImageError:
         raise ImageError("not an image in any format that Pillow reads") from None
     # Pillow's decoders also raise SyntaxError, ValueError and others on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError, pillow.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(f"not a readable image: {error}") from None
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # it might never end
+            raise ImageError("cannot read the file: it is a pipe or a device, not a file")
+        if status.st_size > MOST_BYTES:
+            raise ImageError(f"the file has more than {MOST_BYTES:,} bytes; is it a picture?")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"cannot read the file: {error.strerror or error}") from None
+    except ValueError as error:  # a name that no file can have
+        raise ImageError(f"cannot read the file: {error}") from None
+
+
+def _check_size(width: int, height: int) -> None:
+    """Before anything is decoded: a few kilobytes may claim gigabytes of pixels."""
+    if width * height > MOST_PIXELS:
+        raise _too_large(f"{width} x {height},")
+
+
+def _too_large(claim: str) -> ImageError:
+    return ImageError(f"its header claims {claim} more than {MOST_PIXELS:,} pixels; make it smaller first")
 
 
 # EXIF orientation → the axes of [3, h, w] to swap, then those to flip.
@@ -271,10 +297,7 @@ def _fast_dct_pixels(jpeg: bytes) -> Tensor:
     simplejpeg: ModuleType = _require("simplejpeg", "simplejpeg")
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
-        if height * width > MOST_PIXELS:
-            raise ImageError(
-                f"its header claims {width} x {height} pixels, more than {MOST_PIXELS:,}: not a photograph"
-            )
+        _check_size(width, height)
         if colours not in ("CMYK", "YCCK"):
             return _channels_first(simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=True))
         inks = simplejpeg.decode_jpeg(jpeg, "CMYK", fastdct=True)
