@@ -412,6 +412,28 @@ def test_links_and_devices_are_not_followed(kind: bytes, folder: Path, tmp_path:
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("d.index", "d.index/e.index"), ("d.index/e.index", "d.index"), ("q" * 300 + ".index",)],
+    ids=["a file as folder", "a folder as file", "too long"],
+)
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_names_that_cannot_be_together(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:
+    """That is the archive's fault and not the disk's."""
+    path = tmp_path / f"m.{kind}"
+    if kind == "tar":
+        with tarfile.open(path, "w") as tar:
+            for name in names:
+                add(tar, name, b"x")
+    else:
+        with zipfile.ZipFile(path, "w") as out:
+            for name in names:
+                out.writestr(name, b"x")
+    message = r"m\.(tar|zip) holds '(d|q).*', which cannot be unpacked beside the rest .*; pack it under"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path)
+
+
 def test_a_linked_folder_is_not_written_through(folder: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()

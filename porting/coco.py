@@ -79,12 +79,12 @@ def read_dataset(
     the pictures; ``annotations`` and ``images`` override what is found there. ``limit`` takes the first so
     many pictures of the annotations' own order. Raises :class:`DatasetError` in one sentence.
     """
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not os.path.isdir(folder):  # Path.is_dir raises on a name that is too long
         raise DatasetError(f"--coco {folder} is no folder; give the one that holds annotations and pictures")
     file = annotations or _find_annotations(folder)
     content = _read_annotations(file)
     folder = images or _find_pictures(folder or file.parent, content["images"], file)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DatasetError(f"--images {folder} is no folder; give the one that holds the pictures")
     entries = content["images"][:limit]
     pictures = tuple(Picture(image["id"], folder / image["file_name"], _size(image)) for image in entries)

@@ -55,9 +55,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     :class:`OutputError` for what the disk refuses.
     """
     path = Path(path)
-    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
-        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    _refuse_other_than_files(path)
+    temporary = _temporary_beside(path, path.suffix)
     try:
         yield temporary
         with temporary.open("rb") as file:
@@ -81,7 +80,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     check_new_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _temporary_beside(path, "")
     try:
         temporary.mkdir()
         yield temporary
@@ -116,12 +115,13 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Fail before long work, not after it: raise :class:`OutputError` unless ``path`` can be created."""
     path = Path(path)
-    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
-        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+    _refuse_other_than_files(path)
     if not os.path.isdir(path.parent):
         raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    probe = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.probe")
+    probe = _temporary_beside(path, ".probe")
     try:
+        with suppress(FileNotFoundError):
+            os.lstat(path)  # refuses a name that is too long; the probe's is shorter
         probe.touch(exist_ok=False)
     except OSError as error:
         raise OutputError(
@@ -130,6 +130,19 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
+
+
+def _refuse_other_than_files(path: Path) -> None:
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+    if is_special(path):
+        raise OutputError(f"cannot write {path}: it is a pipe or a device, not a file; give a file name")
+
+
+def _temporary_beside(path: Path, suffix: str) -> Path:
+    """A name that nothing has, and that a file may have wherever one may be called as ``path`` is."""
+    start = path.name[:20]  # enough to see what it was for; in full it might exceed 255 bytes
+    return path.with_name(f".{start}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
 def lock(file: int, busy: Callable[[], object]) -> bool:

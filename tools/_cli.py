@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -28,8 +29,9 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 EXIT_FAILED = 1  # a check ran and failed
 EXIT_USAGE = 2  # bad usage or bad input
 EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, as shells report it: `| head` is no failed check
 
-EXIT_CODES = "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted"
+EXIT_CODES = "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted; 141 pipe closed"
 
 SIZE_HELP = "N, HxW or native: the picture to verify on (default: the model's own, at most 512)"
 
@@ -64,12 +66,33 @@ def run(main: Callable[[], int]) -> NoReturn:
             raise
         status = fail("out of memory; try a smaller --batch-size or --size")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = EXIT_FAILED
+        _silence_output()
+        status = EXIT_CLOSED_PIPE
+    except SystemExit as end:
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
+        status = EXIT_CLOSED_PIPE  # rich ends the process itself, with status 1
     except OSError as error:
-        status = fail(f"cannot print: {error.strerror or error}")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = fail(_of_the_system(error))
     sys.exit(status)
+
+
+def _of_the_system(error: OSError) -> str:
+    """What nobody closer to it has explained, in one sentence. Errors of printing name no file."""
+    reason = error.strerror or str(error)
+    if isinstance(error.filename, (str, bytes)):
+        return f"{os.fsdecode(error.filename)}: {reason}; check the path, its permissions and the disk"
+    try:
+        print(flush=True)
+    except OSError:
+        _silence_output()
+        return f"cannot print: {reason}; check where the output goes"
+    return f"{reason}; check the paths given, their permissions and the disk"
+
+
+def _silence_output() -> None:
+    """Python flushes standard output once more when it ends; that must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -99,5 +122,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    """Print ``message`` as one line, whatever names it quotes; the status of bad usage or input."""
+    plain = "".join(sign if sign.isprintable() else _escaped(sign) for sign in message)
+    with suppress(OSError):  # there is nobody left to tell
+        print(f"error: {plain}", file=sys.stderr)
     return EXIT_USAGE
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape").decode("ascii")

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from torch import Tensor
 from porting.coco import to_results
 from porting.errors import OutputError
 from porting.evaluation import nms_and_size
-from porting.files import replacing
+from porting.files import is_special, replacing
 from porting.hparams import read_hparams
 from porting.labels import load_names
 from pytorch_model import load_model
@@ -158,10 +159,11 @@ def main() -> int:
 
 def list_images(path: Path) -> list[Path]:
     """The pictures at ``path``, sorted by name. Raises :class:`ImageError` when there are none."""
-    if path.is_file():
+    if os.path.isfile(path):  # Path.is_file raises on a name that is too long
         return [path]
-    if not path.is_dir():
-        raise ImageError(f"--images {path} does not exist; give a picture or a folder of pictures")
+    if not os.path.isdir(path):
+        what = "is a pipe or a device" if is_special(path) else "does not exist"
+        raise ImageError(f"--images {path} {what}; give a picture or a folder of pictures")
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and not file.is_dir())
     if not files:
         raise ImageError(f"--images {path} holds no picture ({', '.join(SUFFIXES)})")
@@ -190,7 +192,9 @@ def prepare_folder(out: Path, files: Sequence[Path]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot create the folder {out}: {error.strerror or error}") from None
+        raise OutputError(
+            f"cannot create the folder {out}: {error.strerror or error}; choose another folder"
+        ) from None
     if any(file.parent.resolve() == out.resolve() for file in files):
         raise OutputError(
             f"--out {out} is where the pictures are and would overwrite them; choose another folder"

@@ -211,7 +211,9 @@ def alone_in(out: Path) -> Iterator[None]:
         (out / "shards").mkdir(parents=True, exist_ok=True)
         file = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)
     except OSError as error:
-        raise OutputError(f"cannot create the folder {out}: {error.strerror or error}") from None
+        raise OutputError(
+            f"cannot create the folder {out}: {error.strerror or error}; choose another folder"
+        ) from None
     try:
         lock(file, refuse)
         yield
@@ -239,7 +241,7 @@ def forget(out: Path) -> None:
         for file in (*files, *out.glob("detections_test-dev2017_*_results.json")):
             file.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot remove {error.filename}: {error.strerror}") from None
+        raise OutputError(f"cannot remove {error.filename}: {error.strerror}; choose another --out") from None
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -12,14 +13,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from parity_tests.robustness import kills, targets
 from porting.errors import OutputError
-from porting.files import replacing
+from porting.files import check_writable, new_folder, replacing
 from pytorch_model import load_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+
+import _cli
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SLOWLY = ("--hparams", "image_size=512x512")
@@ -133,6 +140,34 @@ def test_a_folder_that_may_not_be_written(work: Path) -> None:
     assert done.returncode == 2
     assert "error: " in done.stderr
     assert not list((work / "locked").iterdir())
+
+
+@pytest.mark.parametrize("check", [check_writable, replacing], ids=["before", "after"])
+def test_what_is_no_file_is_not_replaced(check: Callable[[Path], Any], pipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link", Path("/dev/null")):
+        message = "it is a pipe or a device, not a file; give a file name"
+        with pytest.raises(OutputError, match=message), check(path) or nullcontext():
+            raise AssertionError("it was not refused")
+        assert not path.is_file()
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "link", pipe]
+
+
+@pytest.mark.parametrize("sign", ["q", "é", "日"])
+def test_names_as_long_as_can_be(sign: str, tmp_path: Path) -> None:
+    """255 bytes, which the temporary name must not exceed."""
+    bytes_left = 255 - len(".safetensors")
+    path = tmp_path / f"{sign * (bytes_left // len(sign.encode()))}.safetensors"
+    check_writable(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert path.read_bytes() == b"new"
+    folder = tmp_path / (sign * (255 // len(sign.encode())))
+    with new_folder(folder) as temporary:
+        (temporary / "a").write_bytes(b"new")
+    assert sorted(tmp_path.iterdir()) == sorted([path, folder])
+    with pytest.raises(OutputError, match=r"cannot write .*: File name too long; choose"):
+        check_writable(path.with_name(f"{sign * 3}{path.name}"))
 
 
 def test_two_at_once(work: Path) -> None:
@@ -277,3 +312,66 @@ def _cpu_seconds(pid: int) -> float:
     except OSError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+LONG = "q" * 300
+
+LONG_NAMES = {
+    "weights": ("detect.py", "--weights", LONG, "--images", "picture.png", "--out", "found"),
+    "images": ("detect.py", "--weights", "model.safetensors", "--images", LONG, "--out", "found"),
+    "coco": ("eval_coco.py", "--weights", "model.safetensors", "--coco", LONG, "--out", "found"),
+    "release": ("release.py", "--verify-release", LONG),
+    "cache": ("inspect_checkpoint.py", "--ckpt", "efficientdet-d0", "--cache-dir", LONG),
+    "labels": (
+        *("detect.py", "--weights", "model.safetensors", "--images", "picture.png", "--out", "found"),
+        *("--labels", LONG),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LONG_NAMES)
+def test_a_name_too_long_is_the_names_fault(work: Path, name: str) -> None:
+    done = run(work, LONG_NAMES[name])
+    assert done.returncode == 2, done.stderr
+    error = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: .*q{300}.*", error), error
+    assert not re.search(r"cannot print|Traceback|Errno", done.stderr)
+
+
+def test_a_closed_pipe_is_no_failed_check(work: Path) -> None:
+    """The status is what a shell reports of a program that a closed pipe ended: 128 + SIGPIPE."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(TOOLS / "inspect_checkpoint.py"), "--ckpt", "ckpt"]
+    done = subprocess.run(command, cwd=work, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_names_do_not_steer_the_terminal(work: Path) -> None:
+    name = "a\x1b[31m\nb\x9b\u202ec\udcff"
+    done = run(work, ("inspect_checkpoint.py", "--ckpt", name), PYTHONUTF8="1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert r"a\x1b[31m\nb\x9b\u202ec\udcff" in done.stderr
+    assert done.stderr.strip().isprintable()
+
+
+def test_other_faults_of_the_system_are_not_called_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    """A last resort, for faults that nothing closer to them explains."""
+
+    def end(error: OSError) -> str:
+        def main() -> int:
+            raise error
+
+        with pytest.raises(SystemExit) as ended:
+            _cli.run(main)
+        assert ended.value.code == 2
+        return capsys.readouterr().err.strip()
+
+    assert end(OSError(errno.EIO, "I/O error", "/x/y")) == (
+        "error: /x/y: I/O error; check the path, its permissions and the disk"
+    )
+    assert end(OSError(errno.ENOSPC, "No space left on device")) == (
+        "error: No space left on device; check the paths given, their permissions and the disk"
+    )

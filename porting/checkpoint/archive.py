@@ -78,6 +78,10 @@ _DAMAGE = (
 )
 
 
+# What the system says of a name that is too long, or of one thing that is a file and also a folder.
+_NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+
 class _Refused(Reason):
     """What is wrong with the archive, and what to do; the path is put before it."""
 
@@ -231,7 +235,8 @@ def _unpack(archive: Path, folder: Path) -> list[PurePosixPath]:
                 place = _place(member)
                 if place is not None and member.data is not None:
                     found[place] = None
-                    _copy(member, member.data, folder / place)
+                    with _own_faults(member):
+                        _copy(member, member.data, folder / place)
     except _Refused as refusal:
         raise CheckpointError(f"{archive} {refusal}") from None
     except _DAMAGE as error:
@@ -241,6 +246,20 @@ def _unpack(archive: Path, folder: Path) -> list[PurePosixPath]:
             _damaged(archive, error)
         _no_room(archive, error)
     return list(found)
+
+
+@contextmanager
+def _own_faults(member: _Member) -> Iterator[None]:
+    """Of what the system may refuse, that which is due to the member's name."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NAME_FAULTS:
+            raise
+        raise _Refused(
+            f"holds {_shown(member.name)}, which cannot be unpacked beside the rest of it "
+            f"({error.strerror}); pack it under another name"
+        ) from None
 
 
 def _members(file: BinaryIO, limit: int) -> Iterator[_Member]:
