@@ -77,7 +77,6 @@ _DAMAGE = (
     KeyError,
 )
 
-
 # What the system says of a name that is too long, or of one thing that is a file and also a folder.
 _NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
