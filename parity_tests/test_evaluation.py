@@ -939,6 +939,9 @@ def test_an_output_that_cannot_be(
     (tmp_path / "file").touch()
     assert run(small_weights, coco, tmp_path / "file/out") == 2
     assert "cannot create the folder" in capsys.readouterr().err
+    (tmp_path / "out/.lock").mkdir(parents=True)
+    assert run(small_weights, coco, tmp_path / "out") == 2
+    assert "out: Is a directory; choose another folder" in capsys.readouterr().err
 
 
 def test_no_picture_at_all(

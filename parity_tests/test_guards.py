@@ -144,7 +144,7 @@ def test_a_report_that_cannot_be_put_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(tool), "--ckpt", "synthetic:efficientdet-lite0", "--report", "file/out"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: cannot create file/out: Not a directory; choose another --report" in done.stderr
+    assert "error: cannot create the folder file/out: Not a directory; choose another folder" in done.stderr
 
 
 def test_a_string_of_an_impossible_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,17 +108,47 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
         raise OutputError(f"cannot write {path}: the folder would be replaced under your feet; give a name")
     if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"cannot write {path}: there is a file of that name; choose another folder")
-    if not os.path.isdir(path.parent):
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    _check_place(path)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Fail before long work, not after it: raise :class:`OutputError` unless ``path`` can be created."""
     path = Path(path)
     _refuse_other_than_files(path)
+    _check_place(path)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Create a folder to write into, and those above it.
+
+    Raises :class:`OutputError` where that fails, or where nothing may be written in it.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"cannot create the folder {path}: {error.strerror or error}; choose another folder"
+        ) from None
+    _probe(path, path)
+
+
+def _refuse_other_than_files(path: Path) -> None:
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
+    if is_special(path):
+        raise OutputError(f"cannot write {path}: it is a pipe or a device, not a file; give a file name")
+
+
+def _check_place(path: Path) -> None:
     if not os.path.isdir(path.parent):
         raise OutputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    probe = _temporary_beside(path, ".probe")
+    _probe(path.parent, path)
+
+
+def _probe(folder: Path, path: Path) -> None:
+    """Write in ``folder``. Raises :class:`OutputError`, which says so of ``path``."""
+    probe = _temporary_beside(folder / "probe", "")
     try:
         with suppress(FileNotFoundError):
             os.lstat(path)  # refuses a name that is too long; the probe's is shorter
@@ -130,13 +160,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-
-
-def _refuse_other_than_files(path: Path) -> None:
-    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
-        raise OutputError(f"cannot write {path}: it is a folder; give a file name")
-    if is_special(path):
-        raise OutputError(f"cannot write {path}: it is a pipe or a device, not a file; give a file name")
 
 
 def _temporary_beside(path: Path, suffix: str) -> Path:

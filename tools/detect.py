@@ -31,7 +31,7 @@ from torch import Tensor
 from porting.coco import to_results
 from porting.errors import OutputError
 from porting.evaluation import nms_and_size
-from porting.files import is_special, replacing
+from porting.files import is_special, make_folder, replacing
 from porting.hparams import read_hparams
 from porting.labels import load_names
 from pytorch_model import load_model
@@ -188,13 +188,8 @@ def image_id(file: Path) -> int | str:
 
 
 def prepare_folder(out: Path, files: Sequence[Path]) -> None:
-    """Create ``out``. Raises :class:`OutputError` where that fails, or would overwrite the pictures."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"cannot create the folder {out}: {error.strerror or error}; choose another folder"
-        ) from None
+    """Create ``out``. Raises :class:`OutputError` where that fails, or it would overwrite the pictures."""
+    make_folder(out)
     if any(file.parent.resolve() == out.resolve() for file in files):
         raise OutputError(
             f"--out {out} is where the pictures are and would overwrite them; choose another folder"

@@ -34,7 +34,7 @@ from porting.coco import (
 from porting.convert import convert
 from porting.errors import ConfigError, OutputError
 from porting.evaluation import Outcome, Stream, detect_dataset, nms_and_size, settings
-from porting.files import lock, replacing
+from porting.files import lock, make_folder, replacing
 from porting.hparams import read_hparams
 from porting.parity.detections import DetectionParity, compare_detections
 from porting.processes import Processes, joined
@@ -207,12 +207,13 @@ def alone_in(out: Path) -> Iterator[None]:
     def refuse() -> None:
         raise OutputError(f"another evaluation is at work in {out}; let it end, or choose another --out")
 
+    make_folder(out)
+    make_folder(out / "shards")
     try:
-        (out / "shards").mkdir(parents=True, exist_ok=True)
         file = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)
     except OSError as error:
         raise OutputError(
-            f"cannot create the folder {out}: {error.strerror or error}; choose another folder"
+            f"cannot write in {out}: {error.strerror or error}; choose another folder"
         ) from None
     try:
         lock(file, refuse)

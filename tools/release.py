@@ -22,8 +22,8 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
-from porting.errors import CheckFailedError, OutputError, PortingError
-from porting.files import check_new_folder, new_folder
+from porting.errors import CheckFailedError, PortingError
+from porting.files import check_new_folder, make_folder, new_folder
 from porting.release import Check, check_name, check_passed, holds_raw, origin, verify_release, write_release
 from porting.releases import release_named
 from porting.sources import SYNTHETIC
@@ -181,13 +181,6 @@ def read_metrics(path: Path | None) -> bytes | None:
         raise PortingError(
             f"cannot read {path}: {error.strerror}; give metrics.json of tools/eval_coco.py"
         ) from None
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot create {folder}: {error.strerror}; choose another --out") from None
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from rich.table import Table
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, choose_variables, convert
 from porting.errors import PortingError
+from porting.files import make_folder
 from porting.parity.references import OPS
 from porting.parity.weights import (
     CheckpointComparison,
@@ -233,13 +234,6 @@ def print_comparison(console: Console, comparison: WeightComparison) -> None:
         )
     for note in comparison.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PortingError(f"cannot create {folder}: {error.strerror}; choose another --report") from None
 
 
 def check_device(device: str) -> None:

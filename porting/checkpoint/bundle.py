@@ -215,6 +215,8 @@ def _parse_usual_entry(message: bytes) -> Entry | None:
         return None
     if size is None or stop != len(offset_field) or start + stop + len(size_field) + 5 != len(message):
         return None
+    if (size | offset) >> 63:  # the other way reads these as below zero
+        return None
     crc32c = int.from_bytes(message[-4:], "little")
     return Entry(dtype, shape, 0, offset, size, crc32c, partitioned=False)
 
