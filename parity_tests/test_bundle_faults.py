@@ -470,7 +470,7 @@ def test_usual_entries_read_as_any_other(
     mutations = [message[:i] + bytes([byte]) + message[i + 1 :] for i in range(len(message))]
     for entry in (message, message + more, *mutations):
         assert read_or_refused(_parse_usual_entry, entry) in (None, read_or_refused(_parse_any_entry, entry))
-    usual = size == fits < 1 << 63 and not shard and offset < 1 << 63
+    usual = size == fits and size < 1 << 63 and not shard and offset < 1 << 63
     assert (_parse_usual_entry(message) is not None) == usual
 
 
