@@ -454,6 +454,8 @@ AGAINST = ("--weights", "a", "--against", "b")
             "there is no --reference",
         ),
         ("verify.py", [*AGAINST, "--variants"], "so there are no --variants"),
+        ("verify.py", [], "give --ckpt, or --weights and --against"),
+        ("eval_coco.py", ["--weights", "x", "--out", "y"], "give --coco or --annotations"),
         ("verify.py", ["--ckpt", "x", "--reference", "keras"], "invalid choice: 'keras'"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
+import subprocess
 import sys
 import wave
 from fractions import Fraction
@@ -27,6 +29,7 @@ import detect
 pytest.importorskip("PIL.Image", reason="needs Pillow")
 av = pytest.importorskip("av", reason="needs PyAV: pip install -e '.[video]'")
 
+ROOT = Path(__file__).resolve().parents[1]
 RATE = Fraction(10)
 COUNT = 7
 
@@ -198,8 +201,27 @@ def test_no_frame_is_no_video(
 
 
 def test_a_video_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot write the video out\.mp4"):
+    message = r"cannot write the video (out|clip)\.mp4: .*; free some space or choose another --out"
+    with pytest.raises(OutputError, match=message):
         write_to(tmp_path / "nowhere/out.mp4")
+    clip = tmp_path / "clip.mp4"
+    write_to(clip)
+    code = (
+        "import resource, sys; from pathlib import Path; from parity_tests.test_video import write_to\n"
+        "limit = int(sys.argv[2]); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "write_to(Path(sys.argv[1]))"
+    )
+    for lacking in (1, clip.stat().st_size // 2):  # the end of the file, written when it is closed; frames
+        command = [sys.executable, "-c", code, str(clip), str(clip.stat().st_size - lacking)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert re.search(f"OutputError: {message}", done.stderr), done.stderr
+
+
+def test_a_codec_that_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_video, "CODECS", ("betamax",))
+    with pytest.raises(OutputError, match=r"cannot write the video out\.mp4: no codec betamax; install PyAV"):
+        write_to(tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_no_video_and_no_pyav(

@@ -36,7 +36,7 @@ class VideoReader:
         self._av = _pyav()
         self.path = path
         try:
-            self._container = self._av.open(str(path))
+            self._container = self._av.open(str(path), metadata_errors="replace")  # titles are not used
         except (self._av.FFmpegError, OSError) as error:
             raise ImageError(f"{path} is not a readable video: {error.strerror or error}") from None
         if not self._container.streams.video:
@@ -82,8 +82,10 @@ class VideoWriter:
         try:
             self._container = self._av.open(str(path), "w")
             self._stream = self._container.add_stream(codec, rate=rate)
-        except (self._av.FFmpegError, OSError) as error:
-            raise self._refused(error) from None
+        except ValueError as error:  # PyAV's word for a codec that its FFmpeg lacks
+            raise OutputError(
+                f"cannot write the video {path.name}: no codec {error}; install PyAV by `pip install av`"
+            ) from None
         self._stream.pix_fmt = "yuv420p"
         self._stream.codec_context.time_base = time_base
         self._size: tuple[int, int] | None = None
@@ -115,7 +117,10 @@ class VideoWriter:
             raise self._refused(error) from None
 
     def _refused(self, error: Any) -> OutputError:
-        return OutputError(f"cannot write the video {self.path.name}: {error.strerror or error}")
+        return OutputError(
+            f"cannot write the video {self.path.name}: {error.strerror or error}; free some space or choose "
+            "another --out"
+        )
 
 
 def is_video(path: Path) -> bool:

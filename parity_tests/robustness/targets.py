@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -17,6 +18,8 @@ import numpy as np
 from parity_tests.object_trees import VALUE, automl_graph, automl_paths
 from parity_tests.tflite_files import TINY, golden, tiny_variables
 from pytorch_model.config import EfficientDetConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,19 @@ def decode_fast(path: Path) -> str:
 
     batch = preprocess([path], CONFIG, (64, 64), "fast-dct")
     return hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
+
+
+def read_video(path: Path) -> str:
+    """Its frames and their times."""
+    from _video import VideoReader
+
+    frames = hashlib.sha256()
+    with VideoReader(path) as reader:
+        for frame in reader:
+            frames.update(f"{frame.number} {frame.time} {tuple(frame.pixels.shape)}".encode())
+            frames.update(frame.pixels.numpy().tobytes())
+        frames.update(f"{reader.rate} {reader.time_base}".encode())
+    return frames.hexdigest()
 
 
 def digest(config: EfficientDetConfig, arrays: Mapping[str, np.ndarray]) -> str:
@@ -315,6 +331,24 @@ def image(name: str) -> Callable[[Path], Path]:
     return make
 
 
+def video(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        import av
+
+        from tf_reference.synthetic import synthetic_image
+
+        with av.open(str(folder / name), "w") as container:
+            stream = container.add_stream("mpeg4", rate=10)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            for number in range(4):
+                picture = np.roll(synthetic_image(48, 64), number, axis=1)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+            container.mux(stream.encode(None))
+        return folder / name
+
+    return make
+
+
 TARGETS = {
     target.name: target
     for target in (
@@ -339,5 +373,7 @@ TARGETS = {
         Target("JPEG", image("picture.jpg"), decode_image, vouched=False),
         Target("JPEG by the fast DCT", image("picture.jpg"), decode_fast, vouched=False),
         Target("PNG", image("picture.png"), decode_image, vouched=False),
+        Target("MP4", video("clip.mp4"), read_video, vouched=False),
+        Target("Matroska", video("clip.mkv"), read_video, vouched=False),
     )
 }
