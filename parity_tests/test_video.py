@@ -174,6 +174,15 @@ def test_a_frame_that_cannot_be_decoded(tmp_path: Path) -> None:
             next(frames)
 
 
+def test_frames_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_video, "MOST_PIXELS", 64 * 96 - 1)
+    with (
+        _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader,
+        pytest.raises(ImageError, match="frame 0 has 96×64, more than 6,143 pixels; make the video smaller"),
+    ):
+        next(iter(reader))
+
+
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))

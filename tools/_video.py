@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from porting.errors import OutputError
-from pytorch_model.preprocess import ImageError
+from pytorch_model.preprocess import MOST_PIXELS, ImageError
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg can write
@@ -52,6 +52,11 @@ class VideoReader:
         number = 0
         try:
             for frame in self._container.decode(self._stream):
+                if frame.width * frame.height > MOST_PIXELS:
+                    raise ImageError(
+                        f"frame {number} has {frame.width}×{frame.height}, more than {MOST_PIXELS:,} pixels; "
+                        "make the video smaller first"
+                    )
                 pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
                 time = frame.time if frame.time is not None else float(number / self.rate)
                 yield Frame(number, time, torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
