@@ -617,6 +617,20 @@ def test_an_encrypted_zip(folder: Path, tmp_path: Path) -> None:
 # Damage: refused, or nothing was lost
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_stream_of_any_method_is_damage(folder: Path, tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "m.zip", "w", method) as out:
+        out.write(folder / "model.data-00000-of-00001", "model.index")
+        size = out.getinfo("model.index").compress_size
+    data = bytearray((tmp_path / "m.zip").read_bytes())
+    start = data.index(b"model.index") + len("model.index") + 9  # behind what LZMA puts first
+    assert start + 48 < size
+    data[start + 3 : start + 40] = b"\xff" * 37
+    (tmp_path / "m.zip").write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"m\.zip is damaged: .*; fetch or make the archive again"):
+        open_checkpoint(tmp_path / "m.zip")
+
+
 def read_or_refuse(path: Path) -> bool:
     try:
         check(path)

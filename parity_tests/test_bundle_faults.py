@@ -557,6 +557,35 @@ def test_state_file_as_tensorflow_escapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        (r"mo\tdel", "mo\tdel"),  # what TensorFlow writes for a tab
+        (r"a\nb\rc\'d\\e", "a\nb\rc'd\\e"),
+        (r"\x41\X4a\1018\7\a\b\f\v\?", "AJA8\7\a\b\f\v?"),
+        (r"\x41\40z", "A z"),
+    ],
+)
+def test_every_escape_of_the_text_format(tmp_path: Path, written: str, name: str) -> None:
+    touch(tmp_path, "other", name, state=f'model_checkpoint_path: "{written}"')
+    assert located(tmp_path) == name
+
+
+@pytest.mark.parametrize("escape", [r"\q", r"\xg", r"\0", r"\x00", r"\400", r"\u0041", r"\N"])
+def test_escapes_that_stand_for_nothing(tmp_path: Path, escape: str) -> None:
+    touch(tmp_path, "model", "mdel", state=f'model_checkpoint_path: "m{escape}del"')
+    text = message(locate, tmp_path, None)
+    assert "stands for no character of a path; correct the file" in text
+
+
+def test_state_file_as_tensorflow_itself_escapes(tmp_path: Path) -> None:
+    management = pytest.importorskip("tensorflow.python.checkpoint.checkpoint_management")
+    for name in ("mo\tdel", "a\nb", 'it\'s "x"', "\x01\x7f8", "m\\odel", "è1"):
+        touch(tmp_path, name, "other")
+        management.update_checkpoint_state(str(tmp_path), str(tmp_path / name))
+        assert located(tmp_path) == name
+
+
+@pytest.mark.parametrize(
     "state", ["", "garbage\0\xff", "model_checkpoint_path: model", 'model_checkpoint_path: "']
 )
 def test_state_file_that_is_none(tmp_path: Path, state: str) -> None:

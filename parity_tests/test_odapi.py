@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -484,6 +485,35 @@ def test_without_pipeline(tmp_path: Path) -> None:
     (tmp_path / "pipeline.config").write_text(pipeline_text())  # too far up to be this model's
     with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
         open_checkpoint(tmp_path / "a" / "b" / "c")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("inner", ["", "model", "variables"])
+def test_a_pipeline_above_the_model_is_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str, pack: bool
+) -> None:
+    """An archive is unpacked where others may write too; nor does a plain folder's neighbour decide."""
+    folder = tmp_path / "shared" / "model"
+    write_bundle(folder / inner / "ckpt-0", stored(d0()))
+    path = folder / inner
+    for above in {path.parent, folder.parent}:
+        (above / "pipeline.config").write_text(pipeline_text(anchor_scale=3.0, size=896))
+    if pack:
+        monkeypatch.setattr(tempfile, "tempdir", str(folder.parent))
+        path = tmp_path / "model.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(folder / inner, inner or ".")
+    with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
+        open_checkpoint(path)
+
+
+def test_a_pipeline_beside_the_checkpoint(tmp_path: Path) -> None:
+    """As training leaves it: it goes before one above."""
+    model_folder(tmp_path, stored(d0()), pipeline_text(anchor_scale=3.0))
+    (tmp_path / "checkpoint" / "pipeline.config").write_text(pipeline_text(anchor_scale=3.5))
+    with open_checkpoint(tmp_path / "checkpoint") as checkpoint:
+        assert checkpoint.settings["anchor_scale"] == 3.5
+        assert any(str(tmp_path / "checkpoint/pipeline.config") in note for note in checkpoint.notes)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from pytorch_model.config import (
 from pytorch_model.postprocess import NMSConfig
 
 _YAML_SUFFIXES = (".yaml", ".yml")
-_MOST_BYTES = 1 << 20  # of a yaml file; AutoML's have two kilobytes
+_MOST_BYTES = 24 << 10  # of a yaml file; AutoML's have 2 kB, and PyYAML takes 300 bytes for each of a list
 
 #: Hyper-parameters of training, data and evaluation. No weight and no activation depends on them.
 IGNORED = frozenset(

@@ -61,8 +61,18 @@ _MOST_DEPTH = 32  # folders in folders
 _HEADER_ROOM = 1 << 20  # what tar may spend on one member's headers (long names, extended attributes)
 _CHUNK = 1 << 18
 
+
+def _lzma_errors() -> tuple[type[Exception], ...]:
+    try:
+        from lzma import LZMAError
+    except ImportError:  # a Python built without it reads no such archive either
+        return ()
+    return (LZMAError,)
+
+
 # Everything the standard library raises on a damaged or hostile archive.
-_DAMAGE = (
+_DAMAGE: tuple[type[Exception], ...] = (
+    *_lzma_errors(),
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,
@@ -241,7 +251,8 @@ def _unpack(archive: Path, folder: Path) -> list[PurePosixPath]:
     except _DAMAGE as error:
         _damaged(archive, error)
     except OSError as error:
-        if error.errno == errno.EINVAL:  # zipfile seeks to wherever the archive says
+        # zipfile seeks to wherever the archive says, and bz2 has no number for what is no bzip2 stream.
+        if error.errno in (errno.EINVAL, None):
             _damaged(archive, error)
         _no_room(archive, error)
     return list(found)

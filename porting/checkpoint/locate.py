@@ -13,10 +13,11 @@ STATE_FILE = "checkpoint"
 
 _FILE_SUFFIX = re.compile(r"\.(index|meta|data-\d{5,}-of-\d{5,})$")
 _STATE_LINE = re.compile(
-    rb"""^\s*model_checkpoint_path\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)')""", re.M
+    rb"""^[ \t]*model_checkpoint_path\s*:\s*(?:"((?:[^"\\\n]|\\.)*)"|'((?:[^'\\\n]|\\.)*)')""", re.M
 )
-_ESCAPE = re.compile(rb"\\(?:([0-3][0-7]{2})|(.))")
-_STATE_LIMIT = 1 << 20  # bytes; a state file is a few lines
+_ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|(.))")
+_ESCAPED = dict(zip(b"abfnrtv?\"'\\", b"\a\b\f\n\r\t\v?\"'\\", strict=True))
+_STATE_LIMIT = 1 << 20  # bytes; the path asked for is in the first line, older ones follow
 _MOST_LISTED = 10
 
 
@@ -103,7 +104,7 @@ def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
             f"{state} is not a checkpoint state file: it has no model_checkpoint_path; "
             "remove it, or name the prefix you mean"
         )
-    named = _unescape(match[1] or match[2] or b"")
+    named = _unescape(state, match[1] or match[2] or b"")
     # The folder may have been copied: what lies here goes before what an absolute path points to.
     basename = PureWindowsPath(PurePosixPath(named).name).name
     candidates = (
@@ -140,9 +141,20 @@ def _stem_of(prefix: str) -> str:
     return re.sub(r"-[0-9]{1,18}$", "", prefix)
 
 
-def _unescape(text: bytes) -> str:
+def _unescape(state: Path, text: bytes) -> str:
     """The path that a protocol buffer text string stands for; whatever is not ASCII is in octal there."""
-    return os.fsdecode(_ESCAPE.sub(lambda match: bytes([int(match[1], 8)]) if match[1] else match[2], text))
+
+    def character(match: re.Match[bytes]) -> bytes:
+        octal, hexadecimal, other = match.groups()
+        value = int(octal, 8) if octal else int(hexadecimal, 16) if hexadecimal else _ESCAPED.get(other[0])
+        if not value or value > 0xFF:  # no path holds a zero
+            raise CheckpointError(
+                f"{state} names a path with {os.fsdecode(match[0])!r}, which stands for no character of a "
+                "path; correct the file, or name the prefix you mean"
+            )
+        return bytes([value])
+
+    return os.fsdecode(_ESCAPE.sub(character, text))
 
 
 def _listing(prefixes: Iterable[str]) -> str:

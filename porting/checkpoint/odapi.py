@@ -20,6 +20,7 @@ Source: TensorFlow Models: ``research/object_detection``, in it
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -71,14 +72,15 @@ _HEADS = {  # AutoML's scope → its layers' prefix, the API's BNs, convolutions
     ),
 }
 _LAYERS_PER_REPEAT = 3  # convolution, batch norm, activation
-_SEARCHED_FOLDERS = 3  # checkpoint/ckpt-0 and saved_model/variables/variables lie that deep
+_INNER_FOLDERS = ("checkpoint", "saved_model")  # in an exported model; its pipeline.config lies beside them
 
 
 def read(tree: ObjectTree, root: int) -> Checkpoint:
     """The detector at ``root``, an object that has all of :data:`PARTS`, under AutoML's names.
 
-    Needs the model's ``pipeline.config``, in the checkpoint's folder or above. Raises CheckpointError
-    without it, and for anything that AutoML's network cannot do.
+    Needs the model's ``pipeline.config``: in the checkpoint's folder, as training leaves it, or beside the
+    folder ``checkpoint`` or ``saved_model``, as the API exports it. Raises CheckpointError without it, and
+    for anything that AutoML's network cannot do.
     """
     source = tree.bundle.source
     variables = tree.variables(root)
@@ -353,12 +355,17 @@ def _settings(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str, 
 
 
 def _find_pipeline(source: str) -> Path:
-    for folder in list(Path(source).absolute().parents)[:_SEARCHED_FOLDERS]:
-        if (folder / PIPELINE).is_file():
-            return folder / PIPELINE
+    prefix = Path(os.path.abspath(source))
+    folder = prefix.parent
+    if prefix.name == folder.name == "variables":  # of a SavedModel
+        folder = folder.parent
+    # Further up, also above the folder an archive is unpacked into, whatever lies there is not this model's.
+    for place in (folder, folder.parent) if folder.name in _INNER_FOLDERS else (folder,):
+        if (place / PIPELINE).is_file():
+            return place / PIPELINE
     raise CheckpointError(
         f"{source} is an Object Detection API checkpoint, and only its {PIPELINE} tells the box coding, the "
-        "anchors and the background class; put that file, which comes with the model, into the folder above"
+        f"anchors and the background class; put that file, which comes with the model, into {folder}"
     )
 
 
