@@ -321,6 +321,17 @@ def test_names_of_files(tmp_path: Path, target: str) -> None:
         TARGETS[target].write(Weights({}, model_config("efficientdet-d0")), tmp_path / "network.bin")
 
 
+@needs_onnx
+def test_an_exporter_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch 2.4's does, which takes no dynamic shapes."""
+    monkeypatch.setattr(torch.onnx, "export", lambda module, arguments, dynamo: None)
+    model = EfficientDet(model_config("efficientdet-lite0").replace(image_size=(64, 64)))
+    message = r"cannot write .*: the ONNX exporter of PyTorch .* fails \(TypeError\); take a newer PyTorch"
+    with pytest.raises(OutputError, match=message):
+        TARGETS["onnx"].write(Weights(model.state_dict(), model.config), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_onnx_packages_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(

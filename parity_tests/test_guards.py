@@ -30,7 +30,7 @@ from porting.export import Weights, h5, onnx_detector
 from porting.files import check_new_folder, check_writable, new_folder, replacing
 from porting.parity.lockstep import _Stream
 from pytorch_model import ConfigError, WeightsError
-from pytorch_model.config import backbone_config
+from pytorch_model.config import backbone_config, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.weights import load_variant, read_weights, write_weights
 from tf_reference.variables import variable_shapes
@@ -134,8 +134,13 @@ def test_an_address_of_something_else(tmp_path: Path, monkeypatch: pytest.Monkey
     torch.save([1, 2], tmp_path / "list.pth")
     digest = hashlib.sha256((tmp_path / "list.pth").read_bytes()).hexdigest()
     file = (tmp_path / "list.pth").rename(tmp_path / f"list-{digest[:8]}.pth")
-    with pytest.raises(WeightsError, match=r"list-.*\.pth is no state dict; give the address of a \.pth"):
+    with pytest.raises(WeightsError, match=r"list-.*\.pth holds no state_dict entry"):
         load_variant("efficientdet-lite0", file.as_uri())
+    write_weights(tmp_path / "whole.pth", {}, model_config("efficientdet-lite0"), {})
+    with pytest.raises(
+        WeightsError, match=r"whole\.pth is more than a state dict; give the address of one that"
+    ):
+        load_variant("efficientdet-lite0", (tmp_path / "whole.pth").as_uri())
 
 
 def test_a_report_that_cannot_be_put_anywhere(tmp_path: Path) -> None:

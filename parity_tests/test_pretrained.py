@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -151,6 +152,12 @@ def test_metadata_that_is_not_text_becomes_text(tmp_path: Path, network: Efficie
     content = {"state_dict": network.state_dict(), "config": config, "metadata": {"step": 5, 1: None}}
     torch.save(content, tmp_path / "w.pth")
     assert read_weights(tmp_path / "w.pth")[2] == {"step": "5", "1": "null"}
+    nested: list[Any] = []
+    for _ in range(60):  # written out, 2**60 brackets
+        nested = [nested, nested]
+    torch.save({**content, "metadata": {"step": nested}}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="has metadata that is more than text"):
+        read_weights(tmp_path / "w.pth")
 
 
 def named_by_hash(folder: Path, network: EfficientDet) -> Path:
@@ -297,6 +304,12 @@ def test_hub_fetches_an_address_and_checks_its_hash(
     assert same(hub(MODEL, weights=good.as_uri()), full)
     good.unlink()
     assert same(hub(MODEL, weights=good.as_uri()), full)  # kept from the first time
+    (kept,) = (tmp_path / "home/hub/checkpoints").iterdir()
+    data = bytearray(kept.read_bytes())
+    data[bytes(data).index(full.state_dict()[CLASS_PREDICTOR[0]].numpy().tobytes()) + 5] ^= 1
+    kept.write_bytes(data)
+    with pytest.raises(WeightsError, match=rf"{kept.name} is damaged or misnamed: its SHA-256"):
+        hub(MODEL, weights=good.as_uri())
     bad = tmp_path / "efficientdet_lite0-00000000.pth"
     shutil.copy(tmp_path / "bare.pth", bad)
     with pytest.raises(WeightsError, match="invalid hash value"):

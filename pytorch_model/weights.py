@@ -15,6 +15,7 @@ import pickle
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, WeightsError
+from pytorch_model.pickles import check_pickles
 
 SUFFIXES = (".safetensors", ".pth")
 DIGEST = "content_sha256"  # the metadata entry that vouches for all others and for the tensors
@@ -300,8 +302,9 @@ def load_pth(path: Path) -> Any:
     """What ``torch.save`` wrote at ``path``. Code in it is not run.
 
     Tensors alone carry no digest; where the file is called ``NAME-xxxxxxxx.pth``, as releases and torch.hub
-    call them, the digits are held against its SHA-256. Raises :class:`WeightsError` on code, on what unpacks
-    to more than the file, and on another hash; torch's own errors on damage.
+    call them, the digits are held against its SHA-256. Raises :class:`WeightsError` on code and all else
+    that tensors do not need, on what unpacks to more than the file, and on another hash; torch's own errors
+    on damage.
     """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -310,6 +313,7 @@ def load_pth(path: Path) -> Any:
             raise WeightsError(
                 f"{path} unpacks to more than it is, which torch.save never writes; fetch it again"
             )
+    _check_pickles(path)
     try:
         with warnings.catch_warnings():  # of a foreign file, before its refusal
             warnings.simplefilter("ignore")
@@ -317,7 +321,7 @@ def load_pth(path: Path) -> Any:
     except Exception as error:
         if not _advises_danger(error):
             raise
-        raise WeightsError(f"{path} {_NOT_TENSORS}") from None
+        raise _not_tensors(path, "its pickle holds more than tensors, such as code, or is broken") from None
     named = _NAMED_BY_HASH.fullmatch(path.name)
     if named and not _has_digest(content) and not _sha256(path).startswith(named[1]):
         raise WeightsError(
@@ -327,11 +331,19 @@ def load_pth(path: Path) -> Any:
     return content
 
 
-#: Said in place of PyTorch's text, which goes on to explain how to run the code.
-_NOT_TENSORS = (
-    "is damaged or not a weight file (its pickle holds more than tensors, such as code, or is broken; "
-    "nothing in it was run); fetch it from where it was published, or convert it again"
-)
+def _check_pickles(path: Path) -> None:
+    try:
+        check_pickles(path)
+    except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise _not_tensors(path, _reason(error)) from None
+
+
+def _not_tensors(path: Path, reason: str) -> WeightsError:
+    """In place of PyTorch's text, which goes on to explain how to run the code."""
+    return WeightsError(
+        f"{path} is damaged or not a weight file ({reason}; nothing in it was run); fetch it from where it "
+        "was published, or convert it again"
+    )
 
 
 def _advises_danger(error: Exception) -> bool:
@@ -358,6 +370,10 @@ def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise WeightsError(f"{path} holds no state_dict entry; it was not written by this project")
     stored = dict(content.get("metadata") or {})
+    if not all(
+        isinstance(value, (str, int, float, type(None))) for entry in stored.items() for value in entry
+    ):
+        raise WeightsError(f"{path} has metadata that is more than text; it was not written by this project")
     metadata = {str(k): v if isinstance(v, str) else json.dumps(v) for k, v in stored.items()}
     if "config" in content:
         metadata["config"] = content["config"]
@@ -404,24 +420,23 @@ def load_variant(
 
 
 def _fetch(url: str) -> dict[str, Tensor]:
-    try:
-        content = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
-    except Exception as error:  # from the network, the disk, or a damaged file
-        if _advises_danger(error):
-            raise WeightsError(f"{url} {_NOT_TENSORS}") from None
+    """From torch.hub's folder, by its ways; but what was kept there is read as critically as any file."""
+    file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
+    named = _NAMED_BY_HASH.fullmatch(file.name)
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), named and named[1], progress=False)
+        except Exception as error:  # from the network or the disk
+            raise WeightsError(
+                f"cannot get weights from {url}: {_reason(error)}; fetch the file by hand"
+            ) from None
+    state_dict, metadata = read_tensors(file)
+    if metadata:
         raise WeightsError(
-            f"cannot get weights from {url}: {_reason(error)}; fetch the file by hand"
-        ) from None
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise WeightsError(f"{url} is no state dict; give the address of a .pth that tools/release.py wrote")
-    return plain_tensors(content, url, _fetched(url).stat().st_size)
-
-
-def _fetched(url: str) -> Path:
-    """Where torch.hub keeps what it fetched."""
-    return Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
+            f"{url} is more than a state dict; give the address of one that tools/release.py wrote"
+        )
+    return state_dict
 
 
 def build(

@@ -34,20 +34,29 @@ def check_onnx(out: Path) -> None:
 def export_onnx(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, about: dict[str, str]
 ) -> None:
-    """Trace ``module`` on ``inputs`` (name → example, batch first) and write it; the batch stays free."""
+    """Trace ``module`` on ``inputs`` (name → example, batch first) and write it; the batch stays free.
+
+    Raises :class:`OutputError` where this PyTorch's exporter fails.
+    """
     import onnx
 
     batch = torch.export.Dim("batch", min=1)
-    with quiet(), _silent("torch.onnx"):
-        program = torch.onnx.export(
-            module,
-            tuple(inputs.values()),
-            dynamo=True,
-            dynamic_shapes=tuple({0: batch} for _ in inputs),
-            input_names=list(inputs),
-            output_names=list(outputs),
-            verbose=False,
-        )
+    try:
+        with quiet(), _silent("torch.onnx"):
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                verbose=False,
+            )
+    except Exception as error:  # of many types; the exporters of PyTorch 2.4 and 2.5 do not get through
+        raise OutputError(
+            f"cannot write {path.name}: the ONNX exporter of PyTorch {torch.__version__} fails "
+            f"({type(error).__name__}); take a newer PyTorch, or another --to"
+        ) from error
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, about)

@@ -175,7 +175,9 @@ def pytorch_backward(model: EfficientDet, images: np.ndarray, loss_gradient: Los
             [torch.from_numpy(g).to(x).permute(0, 3, 1, 2) for g in class_gradients + box_gradients],
             materialize_grads=True,  # blocks above max_level reach no output: zeros
         )
-    gradients = {name: gradient.cpu().numpy() for name, gradient in zip(parameters, found[1:], strict=True)}
+    gradients = {
+        name: gradient.detach().cpu().numpy() for name, gradient in zip(parameters, found[1:], strict=True)
+    }
     gradients[IMAGES] = found[0].permute(0, 2, 3, 1).cpu().numpy()
     statistics = {name: buffer.cpu().numpy().copy() for name, buffer in model.named_buffers()}
     magnitudes = {name: total.cpu().numpy() for name, total in summed.items()}

@@ -1,0 +1,128 @@
+"""Pickles that PyTorch would follow into endless work are refused; those that hold tensors pass."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+import pickletools
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from pytorch_model import WeightsError
+from pytorch_model.pickles import MOST_BYTES, MOST_VALUES, check_pickles
+from pytorch_model.weights import read_weights
+
+MANY = b"\x8a\x08" + struct.pack("<q", 5_000_000_000)
+# (1,) is kept as number 0, a pair of number n as number n + 1: at the end 2**40 values, hashed as a key.
+PAIRS = b"K\x01\x85q\x00" + b"".join(b"h%c\x86q%c" % (i, i + 1) for i in range(40))
+DOUBLED = b"K\x01\x85" + b"2\x86" * 40
+FOREVER = {
+    "a key of endless tuples": (b"\x80\x02}(" + PAIRS + b"K\x01u.", "a tuple in its pickle holds too many"),
+    "by doubling": (b"\x80\x02}" + DOUBLED + b"K\x01s.", "a tuple in its pickle holds too many"),
+    "bytes": (
+        b"\x80\x02}X\x01\x00\x00\x00acbuiltins\nbytearray\n" + MANY + b"\x85Rs.",
+        "its pickle asks for builtins bytearray, which no tensor needs",
+    ),
+    "a count": (b"\x80\x02ccollections\nCounter\n(X\x01\x00\x00\x00atR.", "asks for collections Counter"),
+    "a name from the stack": (b"\x80\x04\x8c\x05torch\x8c\x04Size\x93.", "asks for what a string names"),
+    "a module like torch": (b"\x80\x02ctorchvision\nx\n.", "asks for torchvision x"),
+    "nothing on the stack": (b"\x80\x02\x85.", "its pickle is broken"),
+    "nothing in the memory": (b"\x80\x02h\x07.", "its pickle is broken"),
+    "no end": (b"\x80\x02}", "pickle exhausted before seeing STOP"),
+}
+
+
+def with_pickle(path: Path, data: bytes, times: int = 1) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for number in range(times):
+            archive.writestr(f"w{number or ''}/data.pkl", data)
+        archive.writestr("w/version", b"3\n")
+        archive.writestr("w/padding", bytes(len(data)))
+    return path
+
+
+@pytest.mark.parametrize("name", FOREVER)
+def test_what_tensors_do_not_need_is_refused(name: str, tmp_path: Path) -> None:
+    data, message = FOREVER[name]
+    with pytest.raises(WeightsError, match=f"{message}.*nothing in it was run"):
+        read_weights(with_pickle(tmp_path / "w.pth", data))
+
+
+def test_the_form_of_before_pytorch_1_6_is_looked_through_too(tmp_path: Path) -> None:
+    torch.save({"x": torch.ones(3)}, tmp_path / "w.pth", _use_new_zipfile_serialization=False)
+    check_pickles(tmp_path / "w.pth")
+    data = (tmp_path / "w.pth").read_bytes()
+    file = io.BytesIO(data)
+    for _ in range(3):  # what stands before the content
+        list(pickletools.genops(file))
+    (tmp_path / "w.pth").write_bytes(data[: file.tell()] + FOREVER["by doubling"][0] + data)
+    with pytest.raises(WeightsError, match="a tuple in its pickle holds too many values"):
+        read_weights(tmp_path / "w.pth")
+
+
+def test_long_and_doubled_pickles_are_refused(tmp_path: Path) -> None:
+    plain = pickle.dumps({}, 2)
+    with pytest.raises(ValueError, match="it has 2 pickles"):
+        check_pickles(with_pickle(tmp_path / "w.pth", plain, times=2))
+    long = plain[:-1] + b"0}" * (MOST_BYTES // 2) + b"."
+    with pytest.raises(ValueError, match=re.escape(f"its pickle has more than {MOST_BYTES:,} bytes")):
+        check_pickles(with_pickle(tmp_path / "w.pth", long))
+
+
+def test_what_holds_tensors_passes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    contents: dict[str, Any] = {
+        "state dict": model.state_dict(),
+        "training": {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "epoch": 3,
+            "best": None,
+        },
+        "parameters": dict(model.named_parameters()),
+        "other types": {
+            "a": torch.ones(3).to_sparse(),
+            "b": torch.ones(2, dtype=torch.bfloat16),
+            "c": torch.Size([1]),
+        },
+        "many in a tuple": tuple(range(MOST_VALUES)),
+        "an ordered dict": collections.OrderedDict((str(i), i) for i in range(3 * MOST_VALUES)),
+    }
+    for zipped in (True, False):
+        for content in contents.values():
+            torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+            check_pickles(tmp_path / "w.pth")
+            torch.load(tmp_path / "w.pth", weights_only=True)
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(PLAIN, st.integers(0, 3), st.lists(st.tuples(st.integers(0), st.integers(0, 255)), max_size=3))
+def test_any_pickle_passes_or_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, value: object, protocol: int, damage: list[tuple[int, int]]
+) -> None:
+    data = bytearray(pickle.dumps(value, protocol))
+    for place, byte in damage:
+        data[place % len(data)] = byte
+    path = with_pickle(tmp_path_factory.getbasetemp() / "any.pth", bytes(data))
+    try:
+        check_pickles(path)
+    except ValueError:
+        assert damage
