@@ -312,4 +312,7 @@ def test_help_has_examples(tmp_path: Path) -> None:
     done = convert("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "examples:" in done.stdout
-    assert "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted; 141 " in done.stdout
+    assert (
+        "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted; 141 pipe closed"
+        in done.stdout
+    )

@@ -31,9 +31,21 @@ EXIT_USAGE = 2  # bad usage or bad input
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, as shells report it: `| head` is no failed check
 
-EXIT_CODES = "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted; 141 pipe closed"
+EXIT_CODES = (
+    "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted; 141 pipe closed;\n"
+    "143 ended by SIGTERM (129 SIGHUP), nothing left half-written"
+)
 
 SIZE_HELP = "N, HxW or native: the picture to verify on (default: the model's own, at most 512)"
+
+
+# Where a stream was closed (`>&-`), Python has none, and the next file opened would get its number.
+sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
+class Ended(BaseException):
+    """A signal asks for the end; the argument is its number. As KeyboardInterrupt, it unwinds what runs."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -50,6 +62,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the rest
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        _unwind_on("SIGTERM", "SIGHUP")
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; an interrupt could only hide that
         sys.stdout.flush()
@@ -61,6 +74,9 @@ def run(main: Callable[[], int]) -> NoReturn:
     except KeyboardInterrupt:
         fail("interrupted; nothing was left half-written")
         status = EXIT_INTERRUPTED
+    except Ended as end:
+        fail(f"ended by {signal.Signals(end.args[0]).name}; nothing was left half-written")
+        status = 128 + end.args[0]
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -75,6 +91,19 @@ def run(main: Callable[[], int]) -> NoReturn:
     except OSError as error:
         status = fail(_of_the_system(error))
     sys.exit(status)
+
+
+def _unwind_on(*names: str) -> None:
+    """Have these signals raise :class:`Ended`, where nobody has had them ignored, as nohup does."""
+
+    def end(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the tidying up
+        raise Ended(number)
+
+    for name in names:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _of_the_system(error: OSError) -> str:

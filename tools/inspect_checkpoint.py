@@ -34,7 +34,7 @@ examples:
   python tools/inspect_checkpoint.py --ckpt run/ --json | jq .model
 
 exit status: 0 nothing odd; 1 something unexpected is in it; 2 it cannot be read; 130 interrupted; 141 pipe
-closed
+closed; 143 ended by SIGTERM
 """
 
 

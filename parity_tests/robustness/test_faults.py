@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -316,6 +317,60 @@ def test_the_clock_goes_backwards(work: Path, coco: Path, tmp_path: Path, name: 
     done = run(odd, command, PYTHONPATH=str(tmp_path / "clock"))
     assert done.returncode == 0, done.stderr
     assert kills.digest(odd / target) == kills.digest(work / target)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) -> None:
+    (work / "tmp").mkdir()
+    with tarfile.open(work / "big.tar", "w") as tar:
+        for path in sorted((work / "ckpt").iterdir()):
+            tar.add(path, f"model/{path.name}")
+        (work / "zeros").write_bytes(bytes(1 << 28))
+        tar.add(work / "zeros", "model/more.data-00000-of-00001")
+    command = [sys.executable, str(TOOLS / "inspect_checkpoint.py"), "--ckpt", "big.tar"]
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        env={**os.environ, "TMPDIR": str(work / "tmp")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list((work / "tmp").glob("*/model/*")):
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == status, errors
+    assert re.fullmatch("error: (ended by SIG[A-Z]+|interrupted); nothing was left half-written\n", errors)
+    assert not list((work / "tmp").iterdir())
+
+
+def test_hangups_that_are_ignored_stay_ignored(work: Path) -> None:
+    """As nohup has it."""
+    command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
+    process = subprocess.Popen(
+        command,
+        cwd=work,
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    while process.poll() is None:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.05)
+    assert process.wait() == 0
+
+
+@pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)
+def test_closed_streams(work: Path, closed: tuple[int, ...]) -> None:
+    """Nothing can be said, and no file gets the number of a stream and what is printed."""
+    command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
+    plain = subprocess.run(command, cwd=work, capture_output=True)
+    whole = kills.digest(work / "out.safetensors")
+    done = subprocess.run(command, cwd=work, capture_output=True, preexec_fn=lambda: [*map(os.close, closed)])
+    assert (plain.returncode, done.returncode) == (0, 0), done.stderr
+    assert kills.digest(work / "out.safetensors") == whole
 
 
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.0])
