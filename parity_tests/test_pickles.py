@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pytorch_model import WeightsError
+from pytorch_model.errors import Reason
 from pytorch_model.pickles import MOST_BYTES, MOST_VALUES, check_pickles
 from pytorch_model.weights import read_weights
 
@@ -72,10 +73,10 @@ def test_the_form_of_before_pytorch_1_6_is_looked_through_too(tmp_path: Path) ->
 
 def test_long_and_doubled_pickles_are_refused(tmp_path: Path) -> None:
     plain = pickle.dumps({}, 2)
-    with pytest.raises(ValueError, match="it has 2 pickles"):
+    with pytest.raises(Reason, match="it has 2 pickles"):
         check_pickles(with_pickle(tmp_path / "w.pth", plain, times=2))
     long = plain[:-1] + b"0}" * (MOST_BYTES // 2) + b"."
-    with pytest.raises(ValueError, match=re.escape(f"its pickle has more than {MOST_BYTES:,} bytes")):
+    with pytest.raises(Reason, match=re.escape(f"its pickle has more than {MOST_BYTES:,} bytes")):
         check_pickles(with_pickle(tmp_path / "w.pth", long))
 
 
@@ -124,5 +125,13 @@ def test_any_pickle_passes_or_is_refused(
     path = with_pickle(tmp_path_factory.getbasetemp() / "any.pth", bytes(data))
     try:
         check_pickles(path)
-    except ValueError:
+    except (Reason, ValueError):  # pickletools has its own
         assert damage
+
+
+def test_code_of_pytorchs_own_is_code(tmp_path: Path) -> None:
+    path = with_pickle(tmp_path / "w.pth", b"\x80\x02ctorch.hub\nload\n(X\x01\x00\x00\x00xtR.")
+    check_pickles(path)
+    message = "its pickle holds more than tensors, such as code.*nothing in it was run"
+    with pytest.raises(WeightsError, match=message):
+        read_weights(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pytorch_model.errors import ConfigError, PortingError, WeightsError
+from pytorch_model.errors import ConfigError, PortingError, Reason, WeightsError
 
 __all__ = [
     "CheckFailedError",
@@ -30,7 +30,3 @@ class CheckFailedError(ConversionError):
 
 class OutputError(PortingError):
     """A result could not be written. Nothing half-written is left behind."""
-
-
-class Reason(Exception):  # noqa: N818
-    """What is wrong, on its way to the one who knows where: it becomes part of a :class:`PortingError`."""

@@ -1,4 +1,4 @@
-"""The root of the one family of errors a user may meet, and the two that need no TensorFlow file to happen.
+"""The root of the one family of errors a user may meet, and those that need no TensorFlow file to happen.
 
 Every message says what is wrong, where, and what to do. ``porting.errors`` adds the rest of the family.
 """
@@ -16,3 +16,7 @@ class ConfigError(PortingError):
 
 class WeightsError(PortingError):
     """A PyTorch weight file is missing, damaged, or does not fit the model."""
+
+
+class Reason(Exception):  # noqa: N818
+    """What is wrong, on its way to the one who knows where: it becomes part of a :class:`PortingError`."""

@@ -15,6 +15,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from pytorch_model.errors import Reason
+
 #: Of the pickle alone, tensors lie beside it. D7x's has 0.3 MB; reading takes seconds a megabyte.
 MOST_BYTES = 1 << 21
 #: Values in one tuple, those of tuples in it counted each time they are met, as hashing meets them.
@@ -26,9 +28,9 @@ _MARK = pickletools.markobject
 
 
 def check_pickles(path: Path) -> None:
-    """Raise :class:`ValueError`, with the reason, for a ``.pth`` whose pickle does what tensors do not need.
+    """Raise :class:`Reason` for a ``.pth`` whose pickle does what tensors do not need.
 
-    Also raises OSError, and what zipfile raises of a damaged archive.
+    Also raises OSError, and what pickletools and zipfile raise on damage.
     """
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
@@ -39,9 +41,9 @@ def check_pickles(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
         if len(names) != 1:
-            raise ValueError(f"it has {len(names)} pickles")
+            raise Reason(f"it has {len(names)} pickles")
         if archive.getinfo(names[0]).file_size > MOST_BYTES:
-            raise ValueError(f"its pickle has more than {MOST_BYTES:,} bytes")
+            raise Reason(f"its pickle has more than {MOST_BYTES:,} bytes")
         _check(BytesIO(archive.read(names[0])))
 
 
@@ -50,7 +52,7 @@ def _check(data: BytesIO) -> None:
     try:
         _follow(data)
     except (IndexError, KeyError, TypeError):  # of a stack or a memory that lacks what is asked of it
-        raise ValueError("its pickle is broken") from None
+        raise Reason("its pickle is broken") from None
 
 
 def _follow(data: BytesIO) -> None:
@@ -75,7 +77,7 @@ def _follow(data: BytesIO) -> None:
             # What is hashed is a tuple, or made of one; a dict or list stands for itself, whatever is in it.
             holds = taken if name.startswith("TUPLE") or name == "REDUCE" else 0
             if holds > MOST_VALUES:
-                raise ValueError("a tuple in its pickle holds too many values")
+                raise Reason("a tuple in its pickle holds too many values")
             stack += [1 + holds] * len(opcode.stack_after)
 
 
@@ -95,4 +97,4 @@ def _check_global(instruction: str, argument: Any) -> None:
     module, _, name = str(argument).partition(" ")
     known = module.split(".")[0] == "torch" or (module, name) == ("collections", "OrderedDict")
     if instruction != "GLOBAL" or not known:
-        raise ValueError(f"its pickle asks for {argument or 'what a string names'}, which no tensor needs")
+        raise Reason(f"its pickle asks for {argument or 'what a string names'}, which no tensor needs")

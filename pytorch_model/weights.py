@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.errors import ConfigError, WeightsError
+from pytorch_model.errors import ConfigError, Reason, WeightsError
 from pytorch_model.pickles import check_pickles
 
 SUFFIXES = (".safetensors", ".pth")
@@ -220,7 +220,7 @@ def _check_digest(state_dict: Mapping[str, Tensor], metadata: dict[str, str]) ->
     stated = metadata.pop(DIGEST, None)
     about = {key: text for key, text in metadata.items() if key != "format"}
     if stated is not None and stated != content_digest(state_dict, about):
-        raise ValueError(f"its {DIGEST} does not fit its contents, which were changed after it was written")
+        raise Reason(f"its {DIGEST} does not fit its contents, which were changed after it was written")
 
 
 def weight_file(path: Path) -> Path:
@@ -334,7 +334,15 @@ def load_pth(path: Path) -> Any:
 def _check_pickles(path: Path) -> None:
     try:
         check_pickles(path)
-    except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+    except (
+        Reason,
+        ValueError,
+        zipfile.BadZipFile,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    ) as error:
         raise _not_tensors(path, _reason(error)) from None
 
 

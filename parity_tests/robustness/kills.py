@@ -7,9 +7,9 @@ target must be the complete old one or the complete new one; running the command
 file as an undisturbed run does. Beside these only hidden files may be left, which the killed process could
 not remove; they are counted.
 
-``convert``, ``eval again`` and ``download again`` begin with a complete old target; ``eval``, ``download``
-and ``release``, which replaces nothing, begin with none. The commands run in forks of this process, which has
-loaded PyTorch already, so that most of their time is work.
+``convert``, ``export to h5``, ``eval again`` and ``download again`` begin with a complete old target;
+``eval``, ``download``, and ``export`` and ``release``, which replace nothing, begin with none. The commands
+run in forks of this process, which has loaded PyTorch already, so that most of their time is work.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ def prepare_convert(folder: Path) -> None:
     targets.bundle(folder / "ckpt")
     for name in ("out.safetensors", "out.pth"):
         (folder / name).write_bytes(b"the old weights")
+
+
+def prepare_export(folder: Path) -> None:
+    targets.weights(".safetensors")(folder)
+    (folder / "back.h5").write_bytes(b"the old weights")
 
 
 def prepare_release(folder: Path) -> None:
@@ -208,6 +213,19 @@ COMMANDS = {
             prepare_convert,
             tool("convert.py", "--ckpt", "ckpt", "--out", "out.pth"),
             "out.pth",
+        ),
+        Command(
+            "export",
+            prepare_export,
+            tool("export.py", "--weights", "model.safetensors", "--to", "tf-checkpoint", "--out", "back"),
+            "back",
+            once=True,
+        ),
+        Command(
+            "export to h5",
+            prepare_export,
+            tool("export.py", "--weights", "model.safetensors", "--to", "h5", "--out", "back.h5"),
+            "back.h5",
         ),
         Command("eval", prepare_eval, tool(*EVAL), "eval/metrics.json"),
         Command("eval again", prepare_eval_again, tool(*EVAL), "eval/metrics.json"),
