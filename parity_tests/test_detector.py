@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ from pytorch_model.detector import Detector
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, PortingError, WeightsError
 from pytorch_model.postprocess import NMSConfig, postprocess_global
-from pytorch_model.preprocess import ImageError, preprocess
+from pytorch_model.preprocess import FORMATS, ImageError, preprocess
 from pytorch_model.weights import write_weights
 from tf_reference.variables import variable_shapes
 
@@ -445,6 +446,59 @@ def test_detect_passes_over_unreadable_pictures(
     assert len(summary["images"]) == 3
     assert list(summary["unreadable"]) == [str(album / name) for name in ("broken.jpg", "gone.jpg")]
     assert "broken.jpg" in capsys.readouterr().out
+
+
+def test_detect_goes_on_after_a_format_that_is_not_read(weights: Path, album: Path, tmp_path: Path) -> None:
+    """EPS content, by which Pillow would start Ghostscript, under a picture's name."""
+    Image.new("RGB", (64, 48)).save(album / "a.eps")
+    (album / "a.eps").rename(album / "a.jpg")
+    assert run_detect(weights, album, tmp_path / "out") == 1
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert len(summary["images"]) == 3
+    assert "convert it to JPEG or PNG" in summary["unreadable"][str(album / "a.jpg")]
+
+
+def test_detect_takes_the_suffixes_of_the_formats(tmp_path: Path) -> None:
+    for suffixes in FORMATS.values():
+        for suffix in suffixes:
+            (tmp_path / f"{suffix[1:]}{suffix.upper()}").touch()
+    (tmp_path / "a.eps").touch()
+    listed = [file.suffix.lower() for file in detect.list_images(tmp_path)]
+    assert sorted(listed) == sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+
+def link(to: Path, path: Path) -> None:
+    path.symlink_to(to)
+
+
+def hard_link(to: Path, path: Path) -> None:
+    os.link(to, path)
+
+
+@pytest.mark.parametrize("make", [link, hard_link])
+@pytest.mark.parametrize("name", ["b.png", "other.png"])
+def test_detect_does_not_overwrite_through_a_link(
+    weights: Path, album: Path, tmp_path: Path, make: Any, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "links").mkdir()
+    make(album / "b.png", tmp_path / "links" / name)
+    link(tmp_path / "links/loop.png", tmp_path / "links/loop.png")
+    before = (album / "b.png").stat()
+    status = run_detect(weights, tmp_path / "links", album)
+    after = (album / "b.png").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    # Under another name, a second name of the file's is not in the way.
+    if make is hard_link and name == "other.png":
+        assert status == 1  # for the loop
+        return
+    assert status == 2
+    assert "would overwrite them; choose another folder" in capsys.readouterr().err
+    assert {file.name for file in album.iterdir()} == {"000000000139.jpg", "b.png", "c.bmp", "notes.txt"}
+
+
+def test_detect_writes_over_its_own_results(weights: Path, album: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run_detect(weights, album, tmp_path / "out") == 0
 
 
 def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -19,6 +20,7 @@ from parity_tests.conftest import GOLDENS
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.preprocess import (
     DECODERS,
+    FORMATS,
     ImageError,
     ImageSource,
     load_image,
@@ -381,6 +383,108 @@ def test_damaged_files_are_refused(decoder: str, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nul\0.jpg", tmp_path / "\ud800.jpg"):
         with pytest.raises(ImageError, match="cannot read the file"):
             load_image(path, decoder)
+
+
+def saved(kind: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    if kind == "MPO":
+        options |= {"save_all": True, "append_images": [Image.new("RGB", (56, 40))]}
+    Image.fromarray(picture(40, 56)).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_format_is_read(kind: str, decoder: str, tmp_path: Path) -> None:
+    needs(decoder)
+    (tmp_path / "picture").write_bytes(saved(kind, lossless=True))
+    found = load_image(tmp_path / "picture", decoder, upright=True)
+    with Image.open(tmp_path / "picture") as image:
+        assert image.format == kind
+        expected = np.asarray(image.convert("RGB"))
+    if found.decoder == "pillow":
+        np.testing.assert_array_equal(found.pixels.permute(1, 2, 0).numpy(), expected)
+    assert found.decoder == (decoder if kind in ("JPEG", "MPO") else "pillow")
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_other_formats_are_refused(decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what Pillow reads: some of it by starting another program."""
+    needs(decoder)
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    tried = 0
+    for kind in ("EPS", "PCX", "PPM", "TGA", "ICO", "DDS", "SGI", "JPEG2000", "AVIF", "PDF", "MSP"):
+        try:
+            content = saved(kind)
+        except (KeyError, OSError):  # not in this Pillow
+            continue
+        tried += 1
+        (tmp_path / "a.jpg").write_bytes(content)
+        message = r"not a picture in a format that is read \(JPEG, PNG, .*\); convert it to JPEG or PNG"
+        with pytest.raises(ImageError, match=message):
+            load_image(tmp_path / "a.jpg", decoder, upright=True)
+    assert tried > 8
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [NotImplementedError("BC8"), RuntimeError("avif\nfailed"), TypeError(), KeyError(3)]
+)
+@pytest.mark.parametrize("place", ["PIL.Image.Image.convert", "PIL.Image.Image.getexif"])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_whatever_pillow_raises_is_of_the_picture(
+    error: Exception, place: str, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    needs(decoder)
+    (tmp_path / "a.jpg").write_bytes(saved("JPEG" if place.endswith("getexif") else "PNG"))
+    monkeypatch.setattr(place, fail)
+    message = r"not a readable image: (BC8|avif failed|TypeError|3); fetch the file again, or save it anew"
+    with pytest.raises(ImageError, match=message):
+        load_image(tmp_path / "a.jpg", decoder, upright=True)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_lack_of_memory_is_not_the_pictures_fault(
+    decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    needs(decoder)
+    (tmp_path / "a.jpg").write_bytes(saved("JPEG"))
+    monkeypatch.setattr("PIL.Image.Image.convert", fail)
+    if decoder == "fast-dct":
+        monkeypatch.setattr("simplejpeg.decode_jpeg", fail)
+    with pytest.raises(MemoryError):
+        load_image(tmp_path / "a.jpg", decoder)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("turbo"), TypeError("turbo")])
+def test_whatever_the_fast_decoder_raises_is_of_the_picture(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    needs("fast-dct")
+    (tmp_path / "a.jpg").write_bytes(saved("JPEG"))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", fail)
+    with pytest.raises(ImageError, match="not a readable JPEG file: turbo; fetch the file again"):
+        load_image(tmp_path / "a.jpg", "fast-dct")
+
+
+def test_a_tiff_files_orientation_is_its_formats(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    (tmp_path / "a.tif").write_bytes(saved("TIFF", exif=exif))
+    for upright in (False, True):
+        found = load_image(tmp_path / "a.tif", upright=upright)
+        assert (found.pixels.shape, found.orientation) == ((3, 56, 40), 1)
 
 
 def test_wrong_calls_are_refused() -> None:

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import wave
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -184,11 +183,113 @@ def test_frames_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_sound_alone_is_no_video(tmp_path: Path) -> None:
-    with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
-        sound.setparams((1, 2, 8000, 0, "NONE", ""))
-        sound.writeframes(bytes(16000))
-    with pytest.raises(ImageError, match="has no video stream"):
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(ImageError, match="has no video stream, only sound or text; give a video"):
         _video.VideoReader(tmp_path / "sound.mp4")
+
+
+SAMPLES = [
+    *(("clip" + suffix, "mpeg4", "mov") for suffix in (".mp4", ".mov", ".m4v")),
+    ("clip.avi", "mpeg4", "avi"),
+    ("clip.mkv", "mpeg4", "matroska"),
+    ("clip.webm", "libvpx", "matroska"),
+    *(("clip" + suffix, "mpeg2video", "mpeg") for suffix in (".mpg", ".mpeg")),
+    ("clip.ts", "mpeg2video", "mpegts"),
+    ("clip.m2v", "mpeg2video", "mpegvideo"),
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "container"), SAMPLES)
+def test_every_container_is_read(tmp_path: Path, name: str, codec: str, container: str) -> None:
+    if codec not in av.codecs_available:
+        pytest.skip(f"this FFmpeg cannot write {codec}")
+    with av.open(str(tmp_path / name), "w") as written:
+        stream = written.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for _ in range(COUNT):
+            written.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), np.uint8), "rgb24")))
+        written.mux(stream.encode(None))
+    with _video.VideoReader(tmp_path / name) as reader:
+        assert len(list(reader)) == COUNT
+        assert container in reader._container.format.name.split(",")
+
+
+def test_every_container_and_suffix_is_tried() -> None:
+    assert {container for _, _, container in SAMPLES} == set(_video.CONTAINERS)
+    assert {Path(name).suffix for name, _, _ in SAMPLES} >= set(_video.SUFFIXES)
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "concat:clip.mp4", "a%03d.mp4"])
+def test_a_name_is_no_address(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Read from and written into the working folder, where nothing before the name says it is one."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "12:30").mkdir()
+    write_clip(tmp_path / "in/clip.mp4").rename(tmp_path / "in" / name)
+    monkeypatch.chdir(tmp_path / "in")
+    assert run(small_weights, Path(name), Path("..")) == 0
+    monkeypatch.chdir(tmp_path)
+    assert run(small_weights, Path("in") / name, Path("12:30")) == 0
+    for folder in (tmp_path, tmp_path / "12:30"):
+        with av.open(f"file:{folder / name}") as container:
+            assert container.streams.video[0].frames == COUNT
+
+
+PLAYLISTS = [
+    "ffconcat version 1.0\nfile clip.mp4\n",
+    "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nclip.mp4\n#EXT-X-ENDLIST\n",
+]
+
+
+@pytest.mark.parametrize("content", PLAYLISTS)
+def test_no_playlist_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    write_clip(tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    Path("list.mp4").write_text(content)
+    with pytest.raises(ImageError, match=r"list\.mp4 is no.* video.*; fetch the file again"):
+        _video.VideoReader(Path("list.mp4"))
+    # Were play lists among the containers, what they name would still not be opened.
+    monkeypatch.setattr(_video, "CONTAINERS", (*_video.CONTAINERS, "concat", "hls"))
+    with pytest.raises(ImageError, match=r"list\.mp4 is no.* video.*; fetch the file again"):
+        _video.VideoReader(Path("list.mp4"))
+
+
+def test_a_pipe_or_a_folder_is_no_video(small_weights: Path, tmp_path: Path, pipe: Path) -> None:
+    (tmp_path / "link.mp4").symlink_to(pipe)
+    with pytest.raises(ImageError, match=r"link\.mp4 is not a readable video: it is a pipe or a device"):
+        _video.VideoReader(tmp_path / "link.mp4")
+    (tmp_path / "clips.mp4").mkdir()
+    write_picture(tmp_path / "clips.mp4/1.png")
+    assert run(small_weights, tmp_path / "clips.mp4", tmp_path / "out") == 0
+    assert (tmp_path / "out/1.png").exists()
+
+
+def write_picture(path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(synthetic_image(40, 50)).save(path)
+
+
+@pytest.mark.parametrize("readable", [0, 3])
+def test_a_disk_that_fails(tmp_path: Path, readable: int) -> None:
+    """What cannot be read of the file is told as what cannot be decoded is."""
+
+    class Failing:
+        def decode(self, stream: Any) -> Any:
+            yield from itertools.islice(container.decode(stream), readable)
+            raise OSError(5, "Input/output error")
+
+    with _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
+        container, reader._container = reader._container, Failing()
+        message = f"not readable after frame {readable - 1}" if readable else "no frame is readable"
+        with pytest.raises(ImageError, match=f"{message}: Input/output error; fetch the file again"):
+            list(reader)
 
 
 def write_to(path: Path) -> None:
@@ -205,7 +306,7 @@ def test_no_frame_is_no_video(
 ) -> None:
     monkeypatch.setattr(_video.VideoReader, "__iter__", lambda self: iter(()))
     assert run(small_weights, write_clip(tmp_path / "clip.mp4"), tmp_path / "out") == 2
-    assert "clip.mp4 has no frames" in capsys.readouterr().err
+    assert "clip.mp4 has no frames; fetch the file again" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -238,7 +339,7 @@ def test_no_video_and_no_pyav(
 ) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)
     assert run(small_weights, tmp_path / "noise.mp4", tmp_path / "out") == 2
-    assert "noise.mp4 is not a readable video" in capsys.readouterr().err
+    assert "noise.mp4 is not a readable video: Invalid data found" in capsys.readouterr().err
     video = write_clip(tmp_path / "clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
     assert run(small_weights, video, tmp_path / "out") == 2

@@ -12,7 +12,8 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -30,6 +31,17 @@ if TYPE_CHECKING:
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 DECODERS = ("pillow", "fast-dct")
+# Pillow's names of the formats that are read, and the suffixes of such files: what cameras, phones and
+# browsers write, and what tests and fuzzing cover. Pillow knows three dozen more; one of them (EPS) starts
+# another program, others fail in ways of their own. JPEG includes MPO, several pictures in a file.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+}
 # Of a picture in a file. Reading and normalising take some 27 bytes a pixel: 1.8 GB. Panoramas of 20,000 x
 # 2,000 and all but the largest cameras' photographs have fewer; what is larger shows no more once resized.
 MOST_PIXELS = 1 << 26
@@ -176,8 +188,10 @@ def load_image(image: ImageSource, decoder: str = "pillow", upright: bool = Fals
     """Read one image. As with ``tf.io.decode_image``, EXIF orientation and alpha are ignored.
 
     ``upright`` turns the picture of a file or of Pillow as its EXIF orientation says it should be looked at.
+    The orientation of a TIFF file belongs to the format: Pillow always undoes it, and 1 is what remains.
 
-    ``decoder="pillow"`` reads every format with Pillow, whose JPEG arithmetic is accurate and equals
+    A file must be in one of :data:`FORMATS`, whatever its name; of several pictures in it the first is taken.
+    ``decoder="pillow"`` reads all of them with Pillow, whose JPEG arithmetic is accurate and equals
     TensorFlow's ``dct_method="INTEGER_ACCURATE"``. ``decoder="fast-dct"`` reads JPEG files with the fast DCT
     of libjpeg-turbo (package ``simplejpeg``), which equals the default of ``tf.io.decode_jpeg`` and so what
     AutoML's evaluation sees; other formats go to Pillow. Greyscale becomes three equal channels.
@@ -195,7 +209,8 @@ def load_image(image: ImageSource, decoder: str = "pillow", upright: bool = Fals
             raise ImageError(f"pixels must be uint8, 0 to 255, not {image.dtype}")
         return DecodedImage(_check_tensor(_channels_first(image)), "none")
     if type(image).__module__.startswith("PIL."):
-        return _turned(_pillow_pixels(image), "pillow", image if upright else None)
+        pixels = _channels_first(_pillow_array(image))
+        return _turned(pixels, "pillow", _orientation(image) if upright else 1)
     raise ImageError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor")
 
 
@@ -220,22 +235,43 @@ def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
         pixels = _fast_dct_pixels(data)
         if not upright:
             return DecodedImage(pixels, "fast-dct")
-        with _require("PIL.Image", "Pillow").open(io.BytesIO(data)) as header:
-            return _turned(pixels, "fast-dct", header)
+        with _opened(data) as header:
+            orientation = _orientation(header)
+        return _turned(pixels, "fast-dct", orientation)
+    with _opened(data) as image:
+        array = _pillow_array(image)
+        orientation = _orientation(image) if upright else 1
+    return _turned(_channels_first(array), "pillow", orientation)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """``data`` as Pillow opens it. Errors inside become :class:`ImageError`, except for a lack of memory.
+
+    Only what Pillow does belongs inside: on damaged files its decoders raise anything.
+    """
     pillow = _require("PIL.Image", "Pillow")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # of more than is taken here
-            with pillow.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")  # of metadata, and of more pixels than are taken here
+            with pillow.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
                 _check_size(*image.size)
-                return _turned(_pillow_pixels(image), "pillow", image if upright else None)
+                yield image
+    except (ImageError, MemoryError):
+        raise
     except pillow.DecompressionBombError:  # beyond twice its own limit Pillow does not say the size
         raise _too_large("far") from None
     except pillow.UnidentifiedImageError:
-        raise ImageError("not an image in any format that Pillow reads") from None
-    # Pillow's decoders also raise SyntaxError, ValueError and others on damaged files.
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"not a readable image: {error}") from None
+        raise ImageError(
+            f"not a picture in a format that is read ({', '.join(FORMATS)}); convert it to JPEG or PNG"
+        ) from None
+    except Exception as error:
+        raise _unreadable("image", error) from None
+
+
+def _unreadable(what: str, error: Exception) -> ImageError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ImageError(f"not a readable {what}: {reason}; fetch the file again, or save it anew from a viewer")
 
 
 def _read_file(path: Path) -> bytes:
@@ -275,10 +311,15 @@ _ORIENTATIONS: dict[int, tuple[bool, tuple[int, ...]]] = {
 _EXIF_ORIENTATION = 0x0112
 
 
-def _turned(pixels: Tensor, decoder: str, header: Image.Image | None) -> DecodedImage:
-    """``pixels`` turned as the EXIF orientation of ``header`` says; as they are without one."""
-    orientation = header.getexif().get(_EXIF_ORIENTATION, 1) if header else 1
-    if orientation not in _ORIENTATIONS:
+def _orientation(header: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none or another value."""
+    orientation = header.getexif().get(_EXIF_ORIENTATION)
+    return int(orientation) if orientation in _ORIENTATIONS else 1
+
+
+def _turned(pixels: Tensor, decoder: str, orientation: int) -> DecodedImage:
+    """``pixels`` turned as the EXIF ``orientation`` says."""
+    if orientation == 1:
         return DecodedImage(pixels, decoder)
     swapped, flipped = _ORIENTATIONS[orientation]
     turned = pixels.transpose(1, 2) if swapped else pixels
@@ -298,27 +339,31 @@ def _fast_dct_pixels(jpeg: bytes) -> Tensor:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(jpeg)
         _check_size(width, height)
-        if colours not in ("CMYK", "YCCK"):
-            return _channels_first(simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=True))
-        inks = simplejpeg.decode_jpeg(jpeg, "CMYK", fastdct=True)
-    except ValueError as error:
-        raise ImageError(f"not a readable JPEG file: {error}") from None
-    with _require("PIL.Image", "Pillow").open(io.BytesIO(jpeg)) as header:
-        return _channels_first(_cmyk_to_rgb(inks, inverted="adobe" in header.info))
+        inks = colours in ("CMYK", "YCCK")
+        array = simplejpeg.decode_jpeg(jpeg, "CMYK" if inks else "RGB", fastdct=True)
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        raise _unreadable("JPEG file", error) from None
+    if inks:
+        with _opened(jpeg) as header:
+            inverted = "adobe" in header.info
+        array = _cmyk_to_rgb(array, inverted)
+    return _channels_first(array)
 
 
-def _pillow_pixels(image: Image.Image) -> Tensor:
-    """A Pillow image of any 8- or 16-bit mode → uint8 [3, h, w]."""
+def _pillow_array(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any 8- or 16-bit mode → uint8 [h, w, 3]."""
     if image.mode == "CMYK":
         # Pillow inverts the inks of every CMYK JPEG; only files with an Adobe marker store them inverted.
-        inverted = image.format == "JPEG" and "adobe" not in image.info
-        return _channels_first(_cmyk_to_rgb(np.asarray(image), inverted))
+        inverted = image.format in ("JPEG", "MPO") and "adobe" not in image.info
+        return _cmyk_to_rgb(np.asarray(image), inverted)
     if image.mode.startswith("I;16"):
         grey = (np.asarray(image) >> 8).astype(np.uint8)  # the high byte, as TensorFlow reads 16-bit PNG
-        return _channels_first(np.repeat(grey[..., None], 3, axis=2))
+        return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ImageError(f"Pillow mode {image.mode} (32 bits) has no known value range; convert to RGB")
-    return _channels_first(np.asarray(image.convert("RGB")))
+    return np.asarray(image.convert("RGB"))
 
 
 def _cmyk_to_rgb(inks: np.ndarray, inverted: bool) -> np.ndarray:

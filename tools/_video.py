@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -13,9 +15,13 @@ import torch
 from torch import Tensor
 
 from porting.errors import OutputError
+from porting.files import check_regular
 from pytorch_model.preprocess import MOST_PIXELS, ImageError
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
+# FFmpeg's names of the containers with these suffixes. It also knows play lists, which open other files.
+CONTAINERS = ("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo")
+CURE = "fetch the file again, or convert it to MP4"
 CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg can write
 
 
@@ -35,13 +41,27 @@ class VideoReader:
     def __init__(self, path: Path) -> None:
         self._av = _pyav()
         self.path = path
-        try:
-            self._container = self._av.open(str(path), metadata_errors="replace")  # titles are not used
-        except (self._av.FFmpegError, OSError) as error:
-            raise ImageError(f"{path} is not a readable video: {error.strerror or error}") from None
-        if not self._container.streams.video:
-            self._container.close()
-            raise ImageError(f"{path} has no video stream")
+        with ExitStack() as opened:
+            try:
+                check_regular(path)
+                # FFmpeg is given the opened file, not its name: that it might take for an address.
+                file = opened.enter_context(path.open("rb"))
+                self._container = opened.enter_context(
+                    self._av.open(
+                        file,
+                        metadata_errors="replace",  # titles are not used
+                        options={"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"},
+                    )
+                )
+            except self._av.ArgumentError:  # the words for what is not on the list are: invalid argument
+                raise ImageError(
+                    f"{path} is no video in an MP4, MOV, AVI, Matroska, WebM or MPEG file; {CURE}"
+                ) from None
+            except (self._av.FFmpegError, OSError) as error:
+                raise ImageError(f"{path} is not a readable video: {_reason(error)}; {CURE}") from None
+            if not self._container.streams.video:
+                raise ImageError(f"{path} has no video stream, only sound or text; give a video")
+            self._opened = opened.pop_all()
         self._stream = self._container.streams.video[0]
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or Fraction(25)
@@ -61,8 +81,9 @@ class VideoReader:
                 time = frame.time if frame.time is not None else float(number / self.rate)
                 yield Frame(number, time, torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous())
                 number += 1
-        except self._av.FFmpegError as error:
-            raise ImageError(f"not readable after frame {number - 1}: {error.strerror or error}") from None
+        except (self._av.FFmpegError, OSError) as error:
+            where = f"not readable after frame {number - 1}" if number else "no frame is readable"
+            raise ImageError(f"{where}: {_reason(error)}; {CURE}") from None
 
     def __enter__(self) -> VideoReader:
         return self
@@ -70,7 +91,7 @@ class VideoReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._container.close()
+        self._opened.close()
 
 
 class VideoWriter:
@@ -85,7 +106,7 @@ class VideoWriter:
         self.time_base = time_base
         codec = next((name for name in CODECS if name in self._av.codecs_available), CODECS[-1])
         try:
-            self._container = self._av.open(str(path), "w")
+            self._container = self._av.open(f"file:{path}", "w")  # else 12:30.mp4 is an address
             self._stream = self._container.add_stream(codec, rate=rate)
         except ValueError as error:  # PyAV's word for a codec that its FFmpeg lacks
             raise OutputError(
@@ -123,13 +144,18 @@ class VideoWriter:
 
     def _refused(self, error: Any) -> OutputError:
         return OutputError(
-            f"cannot write the video {self.path.name}: {error.strerror or error}; free some space or choose "
+            f"cannot write the video {self.path.name}: {_reason(error)}; free some space or choose "
             "another --out"
         )
 
 
 def is_video(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES
+    """By its name; a folder is none."""
+    return path.suffix.lower() in SUFFIXES and not os.path.isdir(path)
+
+
+def _reason(error: Any) -> str:
+    return " ".join(str(error.strerror or error).split())
 
 
 def _pyav() -> Any:

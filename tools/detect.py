@@ -36,7 +36,7 @@ from porting.hparams import read_hparams
 from porting.labels import load_names
 from pytorch_model import load_model
 from pytorch_model.detector import Detector
-from pytorch_model.preprocess import DECODERS, DecodedImage, ImageError
+from pytorch_model.preprocess import DECODERS, FORMATS, DecodedImage, ImageError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,7 +60,7 @@ and time in seconds, in place of image_id.
 
 {_cli.EXIT_CODES}
 """
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 DRAWN_SUFFIXES = (".jpg", ".jpeg", ".png")  # others are drawn as PNG beside their full name
 
 
@@ -190,10 +190,24 @@ def image_id(file: Path) -> int | str:
 def prepare_folder(out: Path, files: Sequence[Path]) -> None:
     """Create ``out``. Raises :class:`OutputError` where that fails, or it would overwrite the pictures."""
     make_folder(out)
-    if any(file.parent.resolve() == out.resolve() for file in files):
-        raise OutputError(
-            f"--out {out} is where the pictures are and would overwrite them; choose another folder"
-        )
+    folder = os.path.realpath(out)
+    pictures = {identity for file in files if (identity := _identity(file))}
+    for file in files:
+        # Of a link, and of what it leads to; Path.resolve raises on a link that leads to itself.
+        places = (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file)))
+        if folder in places or _identity(out / drawn_name(file)) in pictures:
+            raise OutputError(
+                f"--out {out} is where the pictures are and would overwrite them; choose another folder"
+            )
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """The same for all names and links of one file; None where there is none."""
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 # --- detection ----------------------------------------------------------------------------------------
@@ -235,7 +249,7 @@ def detect_video(
     with (
         _video.VideoReader(path) as reader,
         Progress(*columns, console=console) as progress,
-        replacing(out / f"{path.stem}.mp4") as temporary,
+        replacing(out / drawn_name(path)) as temporary,
     ):
         task = progress.add_task("detecting", total=reader.count)
         writer = _video.VideoWriter(temporary, reader.rate, reader.time_base)
@@ -261,10 +275,10 @@ def _until_broken(reader: _video.VideoReader, unreadable: dict[str, str]) -> Ite
             yield frame
     except ImageError as error:
         if not count:
-            raise
+            raise ImageError(f"{reader.path}: {error}") from None
         unreadable[str(reader.path)] = str(error)
     if not count:
-        raise ImageError(f"{reader.path} has no frames")
+        raise ImageError(f"{reader.path} has no frames; {_video.CURE}")
 
 
 def _batched(frames: Iterator[_video.Frame], size: int) -> Iterator[list[_video.Frame]]:
@@ -318,6 +332,9 @@ def save_drawing(out: Path, found: Found, names: dict[int, str]) -> None:
 
 
 def drawn_name(file: Path) -> str:
+    """What a picture or a video is called in ``--out``."""
+    if _video.is_video(file):
+        return f"{file.stem}.mp4"
     return file.name if file.suffix.lower() in DRAWN_SUFFIXES else f"{file.name}.png"
 
 

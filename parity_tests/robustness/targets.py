@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,8 @@ class Target:
     """``make(folder)`` writes the sample and returns what the reader is pointed at; ``use(path)`` reads it
     as a command would and digests the result. ``vouched``: the format has checksums over all of its bytes
     that matter, so damage that is not refused must change nothing. ``text``: half of the damage is done to
-    whole words, which gets deeper than a stray byte."""
+    whole words, which gets deeper than a stray byte. ``unpacked(path)``: the bytes that the file, as damaged,
+    says it holds."""
 
     name: str
     make: Callable[[Path], Path]
@@ -35,6 +37,7 @@ class Target:
     vouched: bool
     text: bool = False
     damaged: str = "*"  # which of the files
+    unpacked: Callable[[Path], int] = lambda path: 0
 
 
 CONFIG = TINY.replace(fpn_cell_repeats=1, box_class_repeats=1)
@@ -104,6 +107,19 @@ def read_coco(path: Path) -> str:
     return repr((sorted(mapping.items()), evaluation))
 
 
+def pixel_bytes(path: Path) -> int:
+    """Of RGB pixels, as many as the header says, where a picture of so many is read."""
+    from PIL import Image
+
+    from pytorch_model.preprocess import MOST_PIXELS
+
+    try:
+        with Image.open(path) as picture:
+            return 3 * min(picture.width * picture.height, MOST_PIXELS)
+    except Exception:  # damaged; then nothing is worth more than the file
+        return 0
+
+
 def decode_image(path: Path) -> str:
     from pytorch_model.preprocess import preprocess
 
@@ -116,6 +132,23 @@ def decode_fast(path: Path) -> str:
 
     batch = preprocess([path], CONFIG, (64, 64), "fast-dct")
     return hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
+
+
+def decode_upright(path: Path) -> str:
+    """As for detecting: turned as the EXIF orientation says."""
+    return _upright(path, "pillow")
+
+
+def decode_upright_fast(path: Path) -> str:
+    return _upright(path, "fast-dct")
+
+
+def _upright(path: Path, decoder: str) -> str:
+    from pytorch_model.preprocess import load_image
+
+    image = load_image(path, decoder, upright=True)
+    content = f"{image.orientation} {tuple(image.pixels.shape)}".encode() + image.pixels.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_video(path: Path) -> str:
@@ -319,13 +352,18 @@ def coco(folder: Path) -> Path:
     return folder
 
 
-def image(name: str) -> Callable[[Path], Path]:
+def image(name: str, turned: bool = False, **options: Any) -> Callable[[Path], Path]:
+    """``turned``: with an EXIF orientation. ``options``: Pillow's for the format."""
+
     def make(folder: Path) -> Path:
         from PIL import Image
 
         from tf_reference.synthetic import synthetic_image
 
-        Image.fromarray(synthetic_image(48, 40)).save(folder / name)
+        exif = Image.Exif()
+        if turned:
+            exif[0x0112] = 6
+        Image.fromarray(synthetic_image(48, 40)).save(folder / name, exif=exif, **options)
         return folder / name
 
     return make
@@ -370,9 +408,22 @@ TARGETS = {
         Target("hparams yaml", text("hparams.yaml", YAML), read_yaml, vouched=False, text=True),
         Target("pipeline.config", pipeline, read_pipeline, vouched=False, text=True),
         Target("COCO json", coco, read_coco, vouched=False, text=True, damaged="*.json"),
-        Target("JPEG", image("picture.jpg"), decode_image, vouched=False),
-        Target("JPEG by the fast DCT", image("picture.jpg"), decode_fast, vouched=False),
-        Target("PNG", image("picture.png"), decode_image, vouched=False),
+        *(
+            Target(name, make, use, vouched=False, unpacked=pixel_bytes)
+            for name, make, use in (
+                ("JPEG", image("picture.jpg"), decode_image),
+                ("JPEG by the fast DCT", image("picture.jpg"), decode_fast),
+                ("PNG", image("picture.png"), decode_image),
+                ("JPEG upright", image("picture.jpg", turned=True), decode_upright),
+                ("JPEG by the fast DCT upright", image("picture.jpg", turned=True), decode_upright_fast),
+                ("PNG upright", image("picture.png", turned=True), decode_upright),
+                ("WebP", image("picture.webp", turned=True), decode_upright),
+                ("TIFF", image("picture.tif", turned=True), decode_upright),
+                ("TIFF by LZW", image("picture.tif", turned=True, compression="tiff_lzw"), decode_upright),
+                ("BMP", image("picture.bmp"), decode_upright),
+                ("GIF", image("picture.gif"), decode_upright),
+            )
+        ),
         Target("MP4", video("clip.mp4"), read_video, vouched=False),
         Target("Matroska", video("clip.mkv"), read_video, vouched=False),
     )
