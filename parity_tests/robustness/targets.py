@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -114,8 +115,10 @@ def pixel_bytes(path: Path) -> int:
     from pytorch_model.preprocess import MOST_PIXELS
 
     try:
-        with Image.open(path) as picture:
-            return 3 * min(picture.width * picture.height, MOST_PIXELS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as picture:
+                return 3 * min(picture.width * picture.height, MOST_PIXELS)
     except Exception:  # damaged; then nothing is worth more than the file
         return 0
 
