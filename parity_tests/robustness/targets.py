@@ -196,6 +196,10 @@ def sharded(folder: Path) -> Path:
 
 
 def object_based(folder: Path) -> Path:
+    return with_graph(folder, automl_graph(CONFIG))
+
+
+def with_graph(folder: Path, graph: bytes) -> Path:
     """An object graph is a string, which the project never writes: the entry is put together by hand."""
     import google_crc32c
 
@@ -204,7 +208,7 @@ def object_based(folder: Path) -> Path:
     from porting.checkpoint.table import mask_crc, write_table
     from porting.checkpoint.writer import _entry, _header
 
-    paths, graph = automl_paths(CONFIG), automl_graph(CONFIG)
+    paths = automl_paths(CONFIG)
     length = len(graph).to_bytes(4, "little")
     length_crc = mask_crc(google_crc32c.value(length)).to_bytes(4, "little")
     raw = wire.write_varint(len(graph)) + length_crc + graph

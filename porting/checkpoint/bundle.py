@@ -25,7 +25,7 @@ import numpy as np
 from porting.errors import CheckpointError
 
 from . import wire
-from .base import Checkpoint
+from .base import MOST_VARIABLES, Checkpoint
 from .table import FOOTER_SIZE, is_table, mask_crc, read_table
 from .wire import Malformed
 
@@ -54,6 +54,8 @@ _OTHER_DTYPES = {DT_STRING: "string", 8: "complex64", 18: "complex128", 20: "res
 DTYPE_NUMBERS = {dtype: number for number, (_, dtype) in _DTYPES.items() if number != DT_BFLOAT16}
 
 _MAX_DIMENSIONS = 32  # NumPy 1's limit
+_MOST_INDEX_BYTES = 16 << 20  # of an index file; D4's, averages included, has 100 kB
+_MOST_NAME_BYTES = 8 << 20  # keys share what they begin with: those of a small file may be long without end
 _LONGEST_SHOWN = 200  # characters of a name; AutoML's reach about 100, damaged ones anything
 
 
@@ -125,6 +127,11 @@ def read_index(path: str | os.PathLike[str]) -> BundleIndex:
                     f"{path} is not the index of a TensorFlow checkpoint, or is cut short: its last "
                     f"{FOOTER_SIZE} bytes (of {size}) are not a table's footer; fetch the file again"
                 )
+            if size > _MOST_INDEX_BYTES:
+                raise CheckpointError(
+                    f"{path} has {size} bytes, more than the index of any EfficientDet "
+                    f"({_MOST_INDEX_BYTES}); is it the right file?"
+                )
             file.seek(0)
             data = file.read()
     except OSError as error:
@@ -138,6 +145,7 @@ def read_index(path: str | os.PathLike[str]) -> BundleIndex:
 def _parse_index(path: Path, data: bytes) -> BundleIndex:
     num_shards: int | None = None
     entries: dict[str, Entry] = {}
+    name_bytes = 0
     for key, value in read_table(data):
         if num_shards is None:
             if key != HEADER_KEY:
@@ -151,6 +159,12 @@ def _parse_index(path: Path, data: bytes) -> BundleIndex:
         except UnicodeDecodeError:
             raise Malformed(f"the variable name {reprlib.repr(key)} is not UTF-8") from None
         entries[name] = _parse_entry(name, value, num_shards)
+        name_bytes += len(key)
+        if len(entries) > MOST_VARIABLES or name_bytes > _MOST_NAME_BYTES:
+            raise Malformed(
+                f"it lists more than {MOST_VARIABLES} variables, or {_MOST_NAME_BYTES} bytes of their names, "
+                "which no EfficientDet has"
+            )
     if num_shards is None:
         raise Malformed("it holds no header")
     return BundleIndex(path, num_shards, entries)
@@ -264,10 +278,10 @@ def _parse_shape(message: bytes) -> tuple[int, ...]:
             if length < 0:
                 raise Malformed(f"dimension {len(shape)} is {length}")
             shape.append(length)
+            if len(shape) > _MAX_DIMENSIONS:
+                raise Malformed(f"it has more than {_MAX_DIMENSIONS} dimensions")
         elif number == 3 and value:
             raise Malformed("its rank is unknown")
-    if len(shape) > _MAX_DIMENSIONS:
-        raise Malformed(f"it has {len(shape)} dimensions")
     return tuple(shape)
 
 

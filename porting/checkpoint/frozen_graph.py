@@ -21,7 +21,7 @@ import numpy as np
 from porting.errors import CheckpointError
 
 from . import wire
-from .base import Checkpoint
+from .base import MOST_VARIABLES, Checkpoint
 from .wire import Malformed
 
 FORMAT = "frozen TensorFlow graph"
@@ -52,7 +52,7 @@ def open_frozen_graph(path: str | os.PathLike[str], step: int | None = None) -> 
 
 class _Constant(NamedTuple):
     shape: tuple[int, ...]
-    content: bytes  # the values, float32 little-endian …
+    content: memoryview | bytearray  # the values, float32 little-endian …
     repeats_last: bool  # … of which the last stands for all that are not there
 
 
@@ -65,7 +65,7 @@ class FrozenGraph(Checkpoint):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         try:
-            data = self._path.read_bytes()
+            data = memoryview(self._path.read_bytes())
         except OSError as error:
             raise CheckpointError(
                 f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
@@ -108,8 +108,8 @@ def _why_nothing(kinds: Counter[str]) -> str:
     )
 
 
-def _read_graph(data: bytes) -> tuple[dict[str, _Constant], Counter[str]]:
-    """The variables among a ``GraphDef``'s constants, and a count of operations and of telling names."""
+def _read_graph(data: memoryview) -> tuple[dict[str, _Constant], Counter[str]]:
+    """The variables among a ``GraphDef``'s constants, and a count of telling operations and names."""
     constants: dict[str, _Constant] = {}
     kinds: Counter[str] = Counter()
     for number, wire_type, value in wire.read_fields(data):
@@ -118,39 +118,43 @@ def _read_graph(data: bytes) -> tuple[dict[str, _Constant], Counter[str]]:
         if wire_type != wire.BYTES:
             raise Malformed("it is a SavedModel's saved_model.pb under another name; give its folder")
         name, op, tensor = _read_node(wire.expect_bytes(number, value))
-        kinds[op] += 1
+        if op in _UNFROZEN:
+            kinds[op] += 1
         kinds[_FROZEN_BY_TF2] += name.endswith(_FROZEN_BY_TF2)
         if op == "Const" and _VARIABLE.fullmatch(name):
             if name in constants:
                 raise Malformed(f"the constant {name} is in it twice")
             constants[name] = _read_tensor(name, tensor, len(data))
+            if len(constants) > MOST_VARIABLES:
+                raise Malformed(f"it has more than {MOST_VARIABLES} constants, which no EfficientDet has")
     return constants, kinds
 
 
-def _read_node(message: bytes) -> tuple[str, str, bytes]:
+def _read_node(message: memoryview) -> tuple[str, str, memoryview]:
     """(name, operation, the ``TensorProto`` of the attribute ``value``) of a ``NodeDef``."""
-    name = op = tensor = b""
+    name = op = b""
+    tensor = nothing = memoryview(b"")
     for number, _, value in wire.read_fields(message):
         if number == 1:
-            name = wire.expect_bytes(number, value)
+            name = bytes(wire.expect_bytes(number, value))
         elif number == 2:
-            op = wire.expect_bytes(number, value)
+            op = bytes(wire.expect_bytes(number, value))
         elif number == 5:
-            entry = {n: v for n, _, v in wire.read_fields(wire.expect_bytes(number, value))}
-            if entry.get(1) == b"value":
-                attribute = {n: v for n, _, v in wire.read_fields(wire.expect_bytes(2, entry.get(2, b"")))}
-                tensor = wire.expect_bytes(8, attribute.get(8, b""))
+            entry = wire.last_values(wire.expect_bytes(number, value), 1, 2)
+            if bytes(wire.expect_bytes(1, entry.get(1, nothing))) == b"value":
+                attribute = wire.last_values(wire.expect_bytes(2, entry.get(2, nothing)), 8)
+                tensor = wire.expect_bytes(8, attribute.get(8, nothing))
     try:
         return name.decode(), op.decode(), tensor
     except UnicodeDecodeError:
         raise Malformed("the name of a node is not UTF-8") from None
 
 
-def _read_tensor(name: str, message: bytes, most_bytes: int) -> _Constant:
+def _read_tensor(name: str, message: memoryview, most_bytes: int) -> _Constant:
     """A float32 ``TensorProto``: raw bytes, or a list of values whose last one repeats."""
     dtype, listed = 0, bytearray()
     shape: tuple[int, ...] = ()
-    raw: bytes | None = None
+    raw: memoryview | None = None
     for number, wire_type, value in wire.read_fields(message):
         if number == 1:
             dtype = wire.expect_int(number, value)
@@ -167,13 +171,13 @@ def _read_tensor(name: str, message: bytes, most_bytes: int) -> _Constant:
         raise Malformed(f"the constant {name} is of type number {dtype}, where weights are float32")
     if size > most_bytes:
         raise Malformed(f"the constant {name} claims {size} bytes, more than the file has")
-    content = bytes(listed) if raw is None else raw
+    content = listed if raw is None else raw
     if len(content) % 4 or len(content) > size or (raw is not None and len(raw) != size):
         raise Malformed(f"the constant {name} of shape {list(shape)} holds {len(content)} bytes")
     return _Constant(shape, content, raw is None)
 
 
-def _read_shape(name: str, message: bytes) -> tuple[int, ...]:
+def _read_shape(name: str, message: memoryview) -> tuple[int, ...]:
     """A ``TensorShapeProto`` without unknown dimensions."""
     shape: list[int] = []
     for number, _, value in wire.read_fields(message):

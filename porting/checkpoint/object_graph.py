@@ -43,6 +43,9 @@ _BOOKKEEPING = frozenset(
 _TRAINING = frozenset(
     {"optimizer", "_optimizer", "save_counter", "step", "epoch", "global_step", "keras_api", "metrics"}
 )
+_MOST_NODES = 1 << 15  # objects of a graph; Lite0's has 1,176. Each takes some 500 bytes
+_LONGEST_PATH = 1000  # characters of the attributes that lead to a variable; an EfficientDet's have about 100
+_NOTHING = memoryview(b"")
 _STEP_KEY = re.compile(r"(.*/)?\w*optimizer/(iter|_iterations)|step|global_step")
 
 
@@ -88,7 +91,7 @@ def open_object_checkpoint(bundle: TensorBundle) -> Checkpoint:
     hub = tree.root(keras_tree.HUB_PARTS)
     if hub is not None:
         return keras_tree.read_hub(tree, hub)
-    parts = ", ".join(list(tree.nodes[0].children)[:8]) or "no attributes"
+    parts = ", ".join(_shown(name) for name in list(tree.nodes[0].children)[:8]) or "no attributes"
     raise CheckpointError(
         f"{bundle.source} is an object-based checkpoint, but no EfficientDet's: nothing in it has the parts "
         f"{', '.join(keras_tree.PARTS)}; at its top are {parts}"
@@ -113,7 +116,7 @@ class ObjectTree:
 
     def root(self, parts: Collection[str]) -> int | None:
         """The one object that has all of ``parts`` as attributes; None without one."""
-        found = [node for node, _ in self._walk(0) if set(parts) <= self.nodes[node].children.keys()]
+        found = [node for node in self._walk(0) if set(parts) <= self.nodes[node].children.keys()]
         bodies = {self.nodes[node].children[part] for node in found for part in parts}
         if len(bodies) > len(parts):
             raise CheckpointError(f"{self.bundle.source} holds {len(found)} models; save one of them alone")
@@ -122,9 +125,11 @@ class ObjectTree:
     def variables(self, root: int) -> dict[str, Variable]:
         """Path from ``root`` → variable, along the shortest path of attributes."""
         found = {}
-        for node, path in self._walk(root):
+        came_from = self._walk(root)
+        for node in came_from:
             _, key, full_name = self.nodes[node]
             if key:
+                path = self._path(came_from, node)
                 if key + _VALUE not in self.bundle:
                     raise CheckpointError(
                         f"the object graph in {self.bundle.source} lists {path} as {key}, which the index "
@@ -138,52 +143,74 @@ class ObjectTree:
         child = self.nodes[root].children.get(part)
         return len(self.nodes[child].children) if self.is_whole and child is not None else None
 
-    def _walk(self, start: int) -> Iterator[tuple[int, str]]:
-        """Every object once, breadth first, and the path to it; attributes may lead in circles."""
-        queue, seen = deque([(start, "")]), {start}
+    def _walk(self, start: int) -> dict[int, tuple[int, str]]:
+        """Every object once, breadth first: which one led to it, by what name; they may lead in circles."""
+        queue, came_from = deque([start]), {start: (start, "")}
         while queue:
-            node, path = queue.popleft()
-            yield node, path
+            node = queue.popleft()
             for name, child in self.nodes[node].children.items():
-                if child not in seen and name not in _BOOKKEEPING:
-                    seen.add(child)
-                    queue.append((child, f"{path}/{name}" if path else name))
+                if child not in came_from and name not in _BOOKKEEPING:
+                    came_from[child] = (node, name)
+                    queue.append(child)
+        return came_from
+
+    def _path(self, came_from: Mapping[int, tuple[int, str]], node: int) -> str:
+        """The attributes that lead to ``node``, where :meth:`_walk` began."""
+        names: list[str] = []
+        length = 0
+        while came_from[node][0] != node:
+            node, name = came_from[node]
+            names.append(name)
+            length += len(name) + 1
+            if length > _LONGEST_PATH:
+                raise CheckpointError(
+                    f"the object graph in {self.bundle.source} has a variable more than {_LONGEST_PATH} "
+                    "characters of attributes deep, which no EfficientDet has; is it the right file?"
+                )
+        return "/".join(reversed(names))
 
 
 def _parse_graph(message: bytes) -> list[Node]:
     """A ``TrackableObjectGraph``."""
-    nodes = [
-        _parse_node(wire.expect_bytes(number, value))
-        for number, _, value in wire.read_fields(message)
-        if number == 1
-    ]
+    nodes: list[Node] = []
+    references = 0
+    for number, _, value in wire.read_fields(memoryview(message)):
+        if number == 1:
+            nodes.append(_parse_node(wire.expect_bytes(number, value)))
+            references += len(nodes[-1].children)
+            if max(len(nodes), references // 4) > _MOST_NODES:
+                raise Malformed(f"it holds more than {_MOST_NODES} objects, or references to four times that")
     for node in nodes:
         for name, child in node.children.items():
             if not 0 <= child < len(nodes):
-                raise Malformed(f"attribute {name!r} is object {child} of {len(nodes)}")
+                raise Malformed(f"attribute {_shown(name)!r} is object {child} of {len(nodes)}")
     if not nodes:
         raise Malformed("it holds no object")
     return nodes
 
 
-def _parse_node(message: bytes) -> Node:
+def _parse_node(message: memoryview) -> Node:
     children: dict[str, int] = {}
     key = full_name = ""
     for number, _, value in wire.read_fields(message):
         if number == 1:  # ObjectReference: 1 node, 2 attribute
-            reference = {n: v for n, _, v in wire.read_fields(wire.expect_bytes(number, value))}
-            children[_text(2, reference.get(2, b""))] = wire.expect_int(1, reference.get(1, 0))
+            reference = wire.last_values(wire.expect_bytes(number, value), 1, 2)
+            children[_text(2, reference.get(2, _NOTHING))] = wire.expect_int(1, reference.get(1, 0))
         elif number == 2:  # SerializedTensor: 1 kind, 2 the variable's name, 3 key
-            attribute = {n: v for n, _, v in wire.read_fields(wire.expect_bytes(number, value))}
-            if attribute.get(1) == b"VARIABLE_VALUE":
-                full_name = _text(2, attribute.get(2, b""))
-                key = _text(3, attribute.get(3, b"")).removesuffix(_VALUE)
+            attribute = wire.last_values(wire.expect_bytes(number, value), 1, 2, 3)
+            if _text(1, attribute.get(1, _NOTHING)) == "VARIABLE_VALUE":
+                full_name = _text(2, attribute.get(2, _NOTHING))
+                key = _text(3, attribute.get(3, _NOTHING)).removesuffix(_VALUE)
     return Node(children, key, full_name)
 
 
-def _text(number: int, value: int | bytes) -> str:
+def _shown(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:100]}…"
+
+
+def _text(number: int, value: int | memoryview) -> str:
     try:
-        return wire.expect_bytes(number, value).decode()
+        return str(wire.expect_bytes(number, value), "utf-8")
     except UnicodeDecodeError:
         raise Malformed("a name in it is not UTF-8") from None
 

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 from .wire import Malformed, read_varint
 
+#: Of one block. TensorFlow ends a block with the entry that takes it beyond 256 kB.
+MOST_BYTES = 1 << 20
+
 
 def decompress(data: bytes) -> bytes:
     """The bytes that raw snappy ``data`` stands for.
 
-    At most 22 times as many, whatever ``data`` claims: the densest element is 3 bytes that stand for 64.
-    Raises :class:`~porting.checkpoint.wire.Malformed` on anything but a well-formed stream.
+    At most :data:`MOST_BYTES`: 3 bytes may stand for 64. Raises
+    :class:`~porting.checkpoint.wire.Malformed` on anything but a well-formed stream.
     """
     length, position = read_varint(data, 0)
+    if length > MOST_BYTES:
+        raise Malformed(f"snappy data claims {length} bytes, more than any block has ({MOST_BYTES})")
     output = bytearray()
-    while position < len(data):
+    while position < len(data) and len(output) <= length:
         if data[position] & 3 == 0:
             start, size = _literal(data, position)
             position = start + size

@@ -9,7 +9,6 @@ Sources: google/leveldb ``doc/table_format.md``; TensorFlow ``core/lib/io/{table
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Iterable, Iterator
 
@@ -111,10 +110,12 @@ def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
     try:
         restarts, end = _restarts(block)
         key = b""
-        position = restarts_met = 0
+        position = 0
+        restart = next(restarts)
         while position < end:
-            is_restart = position in restarts
-            restarts_met += is_restart
+            is_restart = position == restart
+            if is_restart:
+                restart = next(restarts, end)
             shared, unshared, size = block[position : position + 3].ljust(3, b"\xff")
             if shared | unshared | size < 0x80:  # one byte each, as nearly always
                 position += 3
@@ -128,26 +129,33 @@ def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
             key = key[:shared] + block[position:value_start]
             position = value_start + size
             yield key, block[value_start:position]
-        if restarts_met != len(restarts) and end:
+        if restart != end and end:
             raise Malformed("a restart point is not the start of an entry")
     except Malformed as error:
         raise Malformed(f"the block at byte {offset} is damaged: {error}") from None
 
 
-def _restarts(block: bytes) -> tuple[set[int], int]:
-    """(offsets at which a key is whole, where the entries end)."""
+def _restarts(block: bytes) -> tuple[Iterator[int], int]:
+    """(offsets at which a key is whole, ascending; where the entries end)."""
     if len(block) < 8:
         raise Malformed(f"it is {len(block)} bytes long")
     (count,) = struct.unpack_from("<I", block, len(block) - 4)
     end = len(block) - 4 - 4 * count
     if count < 1 or end < 0:
         raise Malformed(f"it claims {count} restart points")
-    offsets = struct.unpack_from(f"<{count}I", block, end)
-    if offsets[0] != 0 or any(a >= b for a, b in itertools.pairwise(offsets)):
-        raise Malformed("its restart points are out of order")
-    if offsets[-1] >= max(end, 1):
+    last = -1
+    for offset in _numbers(block, end, count):
+        if offset <= last or (last < 0 and offset):
+            raise Malformed("its restart points are out of order")
+        last = offset
+    if last >= max(end, 1):
         raise Malformed("a restart point lies outside it")
-    return set(offsets), end
+    return _numbers(block, end, count), end
+
+
+def _numbers(block: bytes, start: int, count: int) -> Iterator[int]:
+    for (number,) in struct.iter_unpack("<I", memoryview(block)[start : start + 4 * count]):
+        yield number
 
 
 def write_table(items: Iterable[tuple[bytes, bytes]], block_size: int = _BLOCK_SIZE) -> bytes:
@@ -172,10 +180,10 @@ def write_table(items: Iterable[tuple[bytes, bytes]], block_size: int = _BLOCK_S
     return bytes(output)
 
 
-def _append_block(output: bytearray, contents: bytes) -> bytes:
+def _append_block(output: bytearray, contents: bytes, compression: int = _UNCOMPRESSED) -> bytes:
     """Add a block and its trailer to a table; the result is its handle (offset and size)."""
     handle = write_varint(len(output)) + write_varint(len(contents))
-    checked = contents + bytes([_UNCOMPRESSED])
+    checked = contents + bytes([compression])
     output += checked + mask_crc(google_crc32c.value(checked)).to_bytes(4, "little")
     return handle
 

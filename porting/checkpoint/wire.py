@@ -6,7 +6,8 @@ garbage costs no more than its own size.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import NoReturn, TypeVar
 
 from porting.errors import Reason
 
@@ -14,12 +15,14 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are
 
 _MAX_FIELD_NUMBER = (1 << 29) - 1
 
+Data = TypeVar("Data", bytes, memoryview)
+
 
 class Malformed(Reason):
     """Bytes that break their format. Caught where file and place are known, and told as a CheckpointError."""
 
 
-def read_varint(data: bytes, position: int) -> tuple[int, int]:
+def read_varint(data: Data, position: int) -> tuple[int, int]:
     """(value in 0…2**64-1, position after it). Raises :class:`Malformed`."""
     value = shift = 0
     try:
@@ -51,12 +54,12 @@ def write_varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-def read_fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
-    """Every (field number, wire type, value) in file order.
+def read_fields(message: Data) -> Iterator[tuple[int, int, int | Data]]:
+    """Every (field number, wire type, value) in file order, one at a time: a field may take two bytes.
 
-    The value is an unsigned int for VARINT, FIXED32 and FIXED64, bytes for BYTES. Raises :class:`Malformed`.
+    The value is an unsigned int for VARINT, FIXED32 and FIXED64; for BYTES what ``message`` is: bytes, which
+    are a copy, or a memoryview, which is none. Raises :class:`Malformed`.
     """
-    fields: list[tuple[int, int, int | bytes]] = []
     position, end = 0, len(message)
     while position < end:
         tag = message[position]
@@ -69,7 +72,7 @@ def read_fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
             _fail(f"field number {number} is not allowed")
         if wire_type == VARINT:
             value, position = read_varint(message, position)
-            fields.append((number, wire_type, value))
+            yield number, wire_type, value
             continue
         if wire_type == BYTES:
             size, position = read_varint(message, position)
@@ -81,20 +84,27 @@ def read_fields(message: bytes) -> list[tuple[int, int, int | bytes]]:
             _fail(f"field {number} runs past the end of its message")
         chunk = message[position : position + size]
         position += size
-        fields.append((number, wire_type, chunk if wire_type == BYTES else int.from_bytes(chunk, "little")))
-    return fields
+        yield number, wire_type, chunk if wire_type == BYTES else int.from_bytes(chunk, "little")
 
 
-def expect_int(number: int, value: int | bytes) -> int:
+def last_values(message: Data, *numbers: int) -> dict[int, int | Data]:
+    """The fields ``numbers`` of ``message``, those that are there; of several of a number the last.
+
+    Raises :class:`Malformed`, as for anything wrong in the fields beside them.
+    """
+    return {number: value for number, _, value in read_fields(message) if number in numbers}
+
+
+def expect_int(number: int, value: int | Data) -> int:
     """An integer field as int64. Raises :class:`Malformed` when the field holds bytes."""
     if not isinstance(value, int):
         _fail(f"field {number} holds bytes where a number belongs")
     return value - (1 << 64) if value >> 63 else value
 
 
-def expect_bytes(number: int, value: int | bytes) -> bytes:
+def expect_bytes(number: int, value: int | Data) -> Data:
     """A bytes, string or message field. Raises :class:`Malformed` when the field holds a number."""
-    if not isinstance(value, bytes):
+    if isinstance(value, int):
         _fail(f"field {number} holds a number where bytes belong")
     return value
 
