@@ -238,10 +238,14 @@ def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
         with _opened(data) as header:
             orientation = _orientation(header)
         return _turned(pixels, "fast-dct", orientation)
-    with _opened(data) as image:
-        array = _pillow_array(image)
-        orientation = _orientation(image) if upright else 1
+    array, orientation = _pillow_decoded(data, upright)
     return _turned(_channels_first(array), "pillow", orientation)
+
+
+def _pillow_decoded(data: bytes, upright: bool) -> tuple[np.ndarray, int]:
+    """(uint8 [h, w, 3], EXIF orientation). On return Pillow's own pixels, four bytes each, are gone."""
+    with _opened(data) as image:
+        return _pillow_array(image), _orientation(image) if upright else 1
 
 
 @contextmanager
@@ -354,6 +358,7 @@ def _fast_dct_pixels(jpeg: bytes) -> Tensor:
 
 def _pillow_array(image: Image.Image) -> np.ndarray:
     """A Pillow image of any 8- or 16-bit mode → uint8 [h, w, 3]."""
+    image.load()  # errors of decoding here: not every NumPy lets those out that it meets
     if image.mode == "CMYK":
         # Pillow inverts the inks of every CMYK JPEG; only files with an Adobe marker store them inverted.
         inverted = image.format in ("JPEG", "MPO") and "adobe" not in image.info
@@ -363,7 +368,7 @@ def _pillow_array(image: Image.Image) -> np.ndarray:
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise ImageError(f"Pillow mode {image.mode} (32 bits) has no known value range; convert to RGB")
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _cmyk_to_rgb(inks: np.ndarray, inverted: bool) -> np.ndarray:
@@ -374,4 +379,4 @@ def _cmyk_to_rgb(inks: np.ndarray, inverted: bool) -> np.ndarray:
 
 def _channels_first(pixels: np.ndarray) -> Tensor:
     # Copied first: Pillow's arrays are read-only, a caller's may have negative strides, tensors have neither.
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))

@@ -4,7 +4,7 @@ Each input must be refused with the project's own error, or give exactly what th
 that do not vouch for their bytes (a digit in a YAML file, a pixel) may also give another valid result; that
 is counted apart. Anything else is a fault: another exception, a result that differs where the format has
 checksums, more than 10 seconds, more memory than twice the file (of a picture: than twice its
-pixels, three bytes each, where that is more: formats compress), a dead process.
+pixels as the network is given them, where that is more: formats compress), a dead process.
 
 Memory is measured twice: what Python's own allocators gave (tracemalloc), which is exact, and the peak of the
 process's resident memory, which also counts what PyTorch, Pillow, HDF5 and zlib take, but only what they

@@ -109,7 +109,7 @@ def read_coco(path: Path) -> str:
 
 
 def pixel_bytes(path: Path) -> int:
-    """Of RGB pixels, as many as the header says, where a picture of so many is read."""
+    """Of float32 RGB, which the network is given, of as many pixels as the header says and are read."""
     from PIL import Image
 
     from pytorch_model.preprocess import MOST_PIXELS
@@ -118,7 +118,7 @@ def pixel_bytes(path: Path) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path) as picture:
-                return 3 * min(picture.width * picture.height, MOST_PIXELS)
+                return 12 * min(picture.width * picture.height, MOST_PIXELS)
     except Exception:  # damaged; then nothing is worth more than the file
         return 0
 
@@ -150,8 +150,9 @@ def _upright(path: Path, decoder: str) -> str:
     from pytorch_model.preprocess import load_image
 
     image = load_image(path, decoder, upright=True)
-    content = f"{image.orientation} {tuple(image.pixels.shape)}".encode() + image.pixels.numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()
+    content = hashlib.sha256(f"{image.orientation} {tuple(image.pixels.shape)}".encode())
+    content.update(image.pixels.numpy().tobytes())
+    return content.hexdigest()
 
 
 def read_video(path: Path) -> str:
