@@ -496,6 +496,16 @@ def test_detect_does_not_overwrite_through_a_link(
     assert {file.name for file in album.iterdir()} == {"000000000139.jpg", "b.png", "c.bmp", "notes.txt"}
 
 
+def test_detect_does_not_write_among_links(
+    weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where the drawing would be called otherwise: c.bmp.png."""
+    (tmp_path / "links").mkdir()
+    link(album / "c.bmp", tmp_path / "links/c.bmp")
+    assert run_detect(weights, tmp_path / "links", tmp_path / "links") == 2
+    assert "would overwrite them; choose another folder" in capsys.readouterr().err
+
+
 def test_detect_writes_over_its_own_results(weights: Path, album: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run_detect(weights, album, tmp_path / "out") == 0

@@ -260,6 +260,17 @@ def test_no_playlist_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         _video.VideoReader(Path("list.mp4"))
 
 
+def test_other_formats_are_no_video(tmp_path: Path) -> None:
+    """FFmpeg knows hundreds, moving GIFs among them."""
+    from PIL import Image
+
+    frames = [Image.fromarray(synthetic_image(40, 50)), Image.new("RGB", (50, 40))]
+    frames[0].save(tmp_path / "a.mp4", "GIF", save_all=True, append_images=frames[1:])
+    message = r"a\.mp4 is no video in an MP4, MOV, AVI, Matroska, WebM or MPEG file; fetch the file again"
+    with pytest.raises(ImageError, match=message):
+        _video.VideoReader(tmp_path / "a.mp4")
+
+
 def test_a_pipe_or_a_folder_is_no_video(small_weights: Path, tmp_path: Path, pipe: Path) -> None:
     (tmp_path / "link.mp4").symlink_to(pipe)
     with pytest.raises(ImageError, match=r"link\.mp4 is not a readable video: it is a pipe or a device"):
@@ -307,6 +318,15 @@ def test_no_frame_is_no_video(
     monkeypatch.setattr(_video.VideoReader, "__iter__", lambda self: iter(()))
     assert run(small_weights, write_clip(tmp_path / "clip.mp4"), tmp_path / "out") == 2
     assert "clip.mp4 has no frames; fetch the file again" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_first_frame_that_cannot_be_used(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_video, "MOST_PIXELS", 64 * 96 - 1)
+    assert run(small_weights, write_clip(tmp_path / "clip.mp4"), tmp_path / "out") == 2
+    assert "clip.mp4: frame 0 has 96×64, more than 6,143 pixels; make the" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
 
 
