@@ -580,31 +580,77 @@ LABEL_FILES = [
     pytest.param('["cat", "dog"]', {1: "cat", 2: "dog", 3: "class 3"}, id="list"),
     pytest.param('{"2": "dog"}', {1: "class 1", 2: "dog"}, id="object"),
     pytest.param('{"categories": [{"id": 3, "name": "bird"}]}', {2: "class 2", 3: "bird"}, id="COCO"),
+    pytest.param("0\n1\n2\n", {1: "0", 2: "1", 3: "2"}, id="digits"),
+    pytest.param("person\n", {1: "person", 2: "class 2"}, id="one"),
+    pytest.param("cat: big\ndog: small\n", {1: "cat: big", 2: "dog: small"}, id="colons"),
 ]
 
 
 @pytest.mark.parametrize(("text", "expected"), LABEL_FILES)
-def test_label_files(tmp_path: Path, text: str, expected: dict[int, str]) -> None:
-    (tmp_path / "labels").write_text(text)
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte-order mark"])
+def test_label_files(tmp_path: Path, text: str, expected: dict[int, str], mark: str) -> None:
+    (tmp_path / "labels").write_text(mark + text, encoding="utf-8")
     names = load_names(tmp_path / "labels", 5)
     assert len(names) == 5
     assert {index: names[index] for index in expected} == expected
 
 
-@pytest.mark.parametrize("text", ['{"a": "b"}', '{"categories": [{"id": 1}]}', "[1, 2", "0: nothing\n"])
-def test_bad_label_files(tmp_path: Path, text: str) -> None:
-    (tmp_path / "labels").write_text(text)
-    with pytest.raises(PortingError, match="labels"):
+BAD_LABEL_FILES = [
+    ("1: person\n1: cat\n", "it names class 1 twice"),
+    ('{"1": "a", "1": "b"}', "an object in it has the key '1' twice"),
+    ('{"1": "a", "01": "b"}', "it names class 1 twice"),
+    ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "it names class 1 twice"),
+    ('["a", null]', "the name of class 2 is None, not one line of text"),
+    ('[["x"]]', "the name of class 1 is .'x'., not one line of text"),
+    ('["a\\nb"]', "the name of class 1 is .*, not one line of text"),
+    ('["\\ud800"]', "the name of class 1 is .*, not one line of text"),
+    ("a\tb\n", "the name of class 1 is .*, not one line of text"),
+    ("null", "'null' is JSON of another form"),
+    ("5", "'5' is JSON of another form"),
+    ('"x"\n', ".* is JSON of another form"),
+    ('{"a": "b"}', "'a' is no class id"),
+    ('{"1_0": "b"}', "'1_0' is no class id"),
+    ("9" * 6000 + ": cat", "'9+.*9+' is no class id"),
+    ("[" + "9" * 6000 + "]", "it holds a number of thousands of digits"),
+    ('{"categories": [{"id": 1}]}', "a category lacks 'name'"),
+    ('{"categories": {"1": "x"}}', "its categories are no list of objects with id and name"),
+    ('{"categories": 1}', "its categories are no list of objects with id and name"),
+    ('{"categories": [{"id": 1.5, "name": "x"}]}', "the category id 1.5 is no whole number"),
+    ("[1, 2", "it is not JSON: Expecting"),
+    ("[" * 100_000, "it is nested too deep"),
+    ("1: cat\ndog\n", "some lines begin with an id ..1.:., others do not"),
+    ("\n\n", "it names no class"),
+    ("", "it names no class"),
+    ("[]", "it names no class"),
+    (b"cat\ndog \xff\n", "byte 8 is not UTF-8 text"),
+    ("cat\n".encode("utf-16"), "byte 0 is not UTF-8 text"),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), BAD_LABEL_FILES, ids=[str(case[0])[:20] for case in BAD_LABEL_FILES]
+)
+def test_bad_label_files(tmp_path: Path, text: str | bytes, reason: str) -> None:
+    (tmp_path / "labels").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(PortingError, match=rf"labels is not a label file: {reason}.*; give one name a line"):
         load_names(tmp_path / "labels", 5)
+
+
+def test_labels_of_another_model(tmp_path: Path) -> None:
+    for text in ("0: nothing\n", "a\nb\n"):
+        (tmp_path / "labels").write_text(text)
+        with pytest.raises(PortingError, match=r"has classes 1 to 1; give the names of this model's classes"):
+            load_names(tmp_path / "labels", 1)
 
 
 def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (pipe, Path("/dev/zero")):
-        with pytest.raises(PortingError, match="it is a pipe or a device, not a file"):
+        with pytest.raises(PortingError, match="it is a pipe or a device, not a file; give a file of class"):
             load_names(path, 5)
-    (tmp_path / "labels").write_text("[" * 100_000)
-    with pytest.raises(PortingError, match=r"labels is not a label file: .*recursion"):
-        load_names(tmp_path / "labels", 5)
+    for name in ("absent", "no\0name"):
+        with pytest.raises(PortingError, match=r"cannot be read: .*; give a file of class names"):
+            load_names(tmp_path / name, 5)
+    (tmp_path / "labels").write_text("cat\n" * 30)
     monkeypatch.setattr(labels, "MOST_BYTES", 100)
     with pytest.raises(PortingError, match="it has more than 100 bytes"):
         load_names(tmp_path / "labels", 5)

@@ -79,8 +79,11 @@ def content(count: int = COUNT) -> dict[str, Any]:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
+    return make_coco(tmp_path / "coco")
+
+
+def make_coco(folder: Path) -> Path:
     """A folder as COCO's are: annotations/instances_val2017.json and val2017/."""
-    folder = tmp_path / "coco"
     (folder / "annotations").mkdir(parents=True)
     (folder / "val2017").mkdir()
     (folder / "annotations/instances_val2017.json").write_text(json.dumps(content()))
@@ -295,21 +298,39 @@ def test_what_belongs_to_nothing_is_left_out_and_counted(coco: Path) -> None:
 
 
 BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "no images": (lambda data: data.pop("images"), "lacks 'images'"),
-    "no pictures": (lambda data: data["images"].clear(), "has no image"),
-    "no categories": (lambda data: data["categories"].clear(), "has no category"),
-    "no file name": (lambda data: data["images"][0].pop("file_name"), "lacks 'file_name'"),
-    "two alike": (lambda data: data["images"][1].update(id=0), "two entries for image 0"),
+    "no images": (lambda data: data.pop("images"), "it lacks 'images'"),
+    "no pictures": (lambda data: data["images"].clear(), "its images are an empty list"),
+    "no categories": (lambda data: data["categories"].clear(), "its categories are an empty list"),
+    "images by name": (lambda data: data.update(images={"a": 1}), "its images are no list of objects"),
+    "categories by id": (lambda data: data.update(categories={"1": "x"}), "its categories are no list"),
+    "category names": (lambda data: data.update(categories=["x"]), "its categories are no list of objects"),
+    "annotations by id": (lambda data: data.update(annotations={}), "its annotations are no list"),
+    "annotations in words": (lambda data: data.update(annotations=""), "its annotations are no list"),
+    "null annotations": (lambda data: data.update(annotations=None), "its annotations are no list"),
+    "image id": (lambda data: data["images"][0].update(id=1.5), "the image id 1.5 is neither"),
+    "no file name": (lambda data: data["images"][0].pop("file_name"), "an entry lacks 'file_name'"),
+    "file name": (
+        lambda data: data["images"][1].update(file_name=7),
+        "the file_name of image 10 is not text",
+    ),
+    "two alike": (lambda data: data["images"][1].update(id=0), "it has two entries for image 0"),
+    "category id": (lambda data: data["categories"][0].update(id="1"), "the category id '1' is no whole"),
     "category twice": (lambda data: data["categories"].append(CATEGORIES[0]), "two entries for category 1"),
-    "no name": (lambda data: data["categories"][0].update(name=""), "category 1 has no name"),
+    "no name": (lambda data: data["categories"][0].update(name=""), "category 1 has no name but ''"),
+    "a number for a name": (
+        lambda data: data["categories"][0].update(name=7),
+        "category 1 has no name but 7",
+    ),
     "half a box": (lambda data: data["annotations"][0].update(bbox=[1, 2]), "the bbox of annotation 1"),
     "text for a side": (lambda data: data["annotations"][0].update(bbox=[1, 2, "3", 4]), "four numbers"),
+    "an endless side": (lambda data: data["annotations"][0].update(bbox=[1, 2, 10**400, 4]), "four numbers"),
     "no crowd": (lambda data: data["annotations"][0].update(iscrowd=None), "the iscrowd of annotation 1"),
     "no area": (lambda data: data["annotations"][0].update(area="3"), "the area of annotation 1 is '3'"),
-    "no category": (lambda data: data["annotations"][4].pop("category_id"), "lacks 'category_id'"),
-    "other pictures": (
-        lambda data: [image.update(file_name="x" + image["file_name"]) for image in data["images"]],
-        "holds no picture of instances_val2017.json",
+    "an endless area": (lambda data: data["annotations"][0].update(area=10**400), "the area of annotation 1"),
+    "no category": (lambda data: data["annotations"][4].pop("category_id"), "an entry lacks 'category_id'"),
+    "image ids": (
+        lambda data: data["annotations"][0].update(image_id=[0]),
+        "image_id of annotation 1 is .0.",
     ),
 }
 
@@ -318,8 +339,48 @@ BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_bad_annotations(coco: Path, case: str) -> None:
     change, message = BAD_ANNOTATIONS[case]
     rewrite(coco, change)
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(DatasetError, match=rf"is not in COCO's format: .*{message}.*; correct it, or give"):
         read_dataset(coco)
+
+
+def test_pictures_of_another_data_set(coco: Path) -> None:
+    rewrite(coco, lambda data: [image.update(file_name="x" + image["file_name"]) for image in data["images"]])
+    with pytest.raises(DatasetError, match=r"no picture of instances_val2017.json .*; give --images"):
+        read_dataset(coco)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "it is not JSON: Expecting property name"),
+        ("[" * 100_000, "it is nested too deep"),
+        ("[1]", "it holds no object"),
+        ('{"images": ' + "9" * 6000 + "}", "it holds a number of thousands of digits"),
+        ('{"annotations": [], "annotations": []}', "an object in it has the key 'annotations' twice"),
+        ('{"images": [{"id": 1, "id": 2}]}', "an object in it has the key 'id' twice"),
+        (b"{\xff}", "it is not JSON: byte 1 is no text"),
+    ],
+    ids=["cut", "deep", "list", "digits", "two lists", "two ids", "bytes"],
+)
+def test_annotations_that_are_no_json(tmp_path: Path, text: str | bytes, reason: str) -> None:
+    (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(
+        DatasetError, match=rf"a\.json is not in COCO's format: {reason}.*; correct it, or give"
+    ):
+        read_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_annotations_in_unicode(coco: Path, encoding: str) -> None:
+    file = rewrite(coco, lambda data: data["categories"][0].update(name="人"))
+    file.write_text(json.dumps(read(file), ensure_ascii=False), encoding=encoding)
+    assert read_dataset(coco).categories[1] == "人"
+
+
+def test_a_box_beyond_64_bits_matches_nothing(coco: Path) -> None:
+    rewrite(coco, lambda data: data["annotations"][0].update(bbox=[0, 0, 2**70, 2**70], area=2**140))
+    dataset = read_dataset(coco)
+    assert evaluate(dataset.content, [box(0, 0, image=10, score=0.5)], [10]).figures["AP"] == 0
 
 
 def test_bad_places(coco: Path, tmp_path: Path) -> None:
@@ -328,11 +389,9 @@ def test_bad_places(coco: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="holds no annotation file"):
         read_dataset(tmp_path / "empty")
-    with pytest.raises(DatasetError, match="cannot read"):
-        read_dataset(None, tmp_path / "missing.json")
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DatasetError, match="not JSON"):
-        read_dataset(None, tmp_path / "broken.json")
+    for name in ("missing.json", "no\0name"):
+        with pytest.raises(DatasetError, match=r"cannot read the annotations .*; give a JSON file"):
+            read_dataset(None, tmp_path / name)
     for name in ("a", "b"):
         (tmp_path / f"empty/instances_{name}.json").write_text("{}")
     with pytest.raises(DatasetError, match=r"instances_a.json, instances_b.json.*give --annotations"):
@@ -380,7 +439,9 @@ def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="does not name 'dog'"):
         class_to_category(dataset, 3, labels)
     labels.write_text("cat\ndog\ndog\n")
-    with pytest.raises(DatasetError, match="two classes alike"):
+    with pytest.raises(
+        DatasetError, match=r"names two classes alike; have it name each category of .*json, once"
+    ):
         class_to_category(dataset, 3, labels)
     labels.write_text("cat\nbird\ndog\n")
     rewrite(coco, lambda data: data.update(categories=[{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}]))
@@ -404,7 +465,7 @@ def test_results_take_the_categories_ids() -> None:
 def test_test_dev_files() -> None:
     assert server_file_name("efficientdet-d7") == "detections_test-dev2017_efficientdet-d7_results.json"
     for name in ("", "a_b", "a/b", "a b"):
-        with pytest.raises(DatasetError, match="--test-dev"):
+        with pytest.raises(DatasetError, match=r"--test-dev .*; give letters"):
             server_file_name(name)
     (row,) = server_results([box(0.123456, 7.0, score=0.98765)])
     assert (row["bbox"][0], row["score"]) == (0.12, 0.988)
@@ -466,14 +527,112 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert other.read() == {}
 
 
-def test_a_damaged_line_is_no_result(tmp_path: Path) -> None:
-    shards = Shards(tmp_path / "s", "ours", {})
-    shards.append(0, 0, 1)
-    shards.append(0, 1, 1)
+def test_any_changed_bit_of_kept_results_is_refused(tmp_path: Path) -> None:
+    """All of a file's bits. Without its end the last line counts as cut short."""
+    shards = Shards(tmp_path / "s", "ours", {"decoder": "pillow"})
+    for batch in range(2):
+        shards.append(0, batch, [0.5, "a", 7])
     (file,) = shards.files()
-    file.write_bytes(file.read_bytes().replace(b'{"batch": 0', b'{"batch" 0'))
-    with pytest.raises(ShardError, match="damaged"):
+    whole, kept = file.read_bytes(), shards.read()
+    accepted, messages = [], set()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(changed)
+        try:
+            found = shards.read()
+        except ShardError as error:
+            messages.add(str(error))
+        else:
+            accepted.append(bit // 8)
+            assert found == {0: kept[0]}
+    print(f"{8 * len(whole)} bits; accepted as cut short: {len(accepted)}")
+    assert accepted == [len(whole) - 1] * 8
+    (message,) = messages
+    assert "ours-0.jsonl is damaged" in message
+    assert "--restart" in message
+
+
+def test_lines_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+    mine, other = (Shards(tmp_path / name, "ours", {"tta": name}) for name in ("none", "flip"))
+    for shards in (mine, other):
+        shards.append(0, 0, shards.folder.name)
+    (file,), (another,) = mine.files(), other.files()
+    file.write_bytes(file.read_bytes() + another.read_bytes().splitlines(keepends=True)[1])
+    with pytest.raises(ShardError, match=r"ours-0\.jsonl is damaged"):
+        mine.read()
+
+
+def test_results_without_checksums_are_refused(tmp_path: Path) -> None:
+    """As versions before wrote them."""
+    shards = Shards(tmp_path, "ours", {})
+    (tmp_path / "ours-0.jsonl").write_text('{"settings": {}}\n{"batch": 0, "content": 1}\n')
+    with pytest.raises(ShardError, match=r"an older version of this tool wrote it; --restart"):
         shards.read()
+
+
+def first_picture(kept: dict[str, Any]) -> dict[str, Any]:
+    picture: dict[str, Any] = kept["content"]["pictures"][0]
+    return picture
+
+
+FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a batch too many": lambda kept: kept.update(batch=77),
+    "a batch before the first": lambda kept: kept.update(batch=-1),
+    "a batch of no number": lambda kept: kept.update(batch=[0]),
+    "another batch": lambda kept: kept.update(batch=1),
+    "nothing": lambda kept: kept.update(content={}),
+    "no object": lambda kept: kept.update(content=None),
+    "a picture gone": lambda kept: kept["content"]["pictures"].pop(),
+    "a picture twice": lambda kept: kept["content"]["pictures"].append(first_picture(kept)),
+    "another picture": lambda kept: first_picture(kept).update(id=20),
+    "half a detection": lambda kept: first_picture(kept).update(detections=[[1]]),
+    "text for a score": lambda kept: first_picture(kept)["detections"][0].append("1"),
+    "a box in words": lambda kept: first_picture(kept).update(detections=[[1, "2", 3, 4, 5, 6]]),
+    "no decoder": lambda kept: first_picture(kept).update(decoder=None),
+    "no reason": lambda kept: kept["content"].update(unreadable=[[0, None]]),
+}
+
+
+@pytest.fixture(scope="module")
+def four_batches(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with coco/ and out/, a whole evaluation of it."""
+    folder = tmp_path_factory.mktemp("kept")
+    make_coco(folder / "coco")
+    assert run(small_weights, folder / "coco", folder / "out") == 0
+    return folder
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_kept_results_are_those_of_the_pictures(
+    four_batches: Path, small_weights: Path, case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Also where the checksum is right."""
+    out = Path(shutil.copytree(four_batches / "out", tmp_path / "out"))
+    (file,) = (out / "shards").iterdir()
+    first, line = [json.loads(line) for line in file.read_text().splitlines()[:2]]
+    FORGED[case](line)
+    file.unlink()
+    Shards(out / "shards", "ours", first["settings"]).append(0, line["batch"], line["content"])
+    before = (out / "metrics.json").read_bytes()
+    assert run(small_weights, four_batches / "coco", out) == 2
+    assert "is damaged, or an older version of this tool wrote it; --restart" in capsys.readouterr().err
+    assert (out / "metrics.json").read_bytes() == before
+
+
+def test_a_changed_coordinate_is_refused_until_restart(
+    four_batches: Path, small_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(four_batches / "out", tmp_path / "out"))
+    (file,) = (out / "shards").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[1]["content"]["pictures"][0]["detections"][0][1] += 200
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(small_weights, four_batches / "coco", out) == 2
+    assert "ours-0.jsonl is damaged" in capsys.readouterr().err
+    assert run(small_weights, four_batches / "coco", out, "--restart") == 0
+    for name in ("detections.json", "metrics.json"):
+        assert (out / name).read_bytes() == (four_batches / "out" / name).read_bytes()
 
 
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
@@ -482,10 +641,16 @@ def test_a_disk_that_refuses(tmp_path: Path) -> None:
         Shards(tmp_path / "s", "ours", {}).append(0, 0, 1)
     (tmp_path / "t/ours-0.jsonl").mkdir(parents=True)
     shards = Shards(tmp_path / "t", "ours", {})
-    with pytest.raises(OutputError, match=r"cannot remove .*ours-0\.jsonl"):
+    with pytest.raises(OutputError, match=r"cannot remove .*ours-0\.jsonl: .*; remove it, or choose"):
         shards.clear()
-    with pytest.raises(ShardError, match=r"cannot read .*ours-0\.jsonl"):
+    with pytest.raises(ShardError, match=r"cannot read .*ours-0\.jsonl: .*; choose another --out"):
         shards.read()
+
+
+def test_kept_results_are_files(tmp_path: Path, pipe: Path) -> None:
+    pipe.rename(tmp_path / "ours-0.jsonl")
+    with pytest.raises(ShardError, match="it is a pipe or a device, not a file; choose another --out"):
+        Shards(tmp_path, "ours", {}).read()
 
 
 # --- the command --------------------------------------------------------------------------------------

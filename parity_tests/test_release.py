@@ -46,6 +46,11 @@ from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE, read_weights, write_weights
 from tf_reference.synthetic import synthetic_checkpoint
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import release as release_tool
+from release import read_metrics
+
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -556,6 +561,66 @@ def test_metrics_of_other_weights_are_not_released(checkpoint: Path, built: Path
     assert done.returncode == 2, done.stderr
     assert "error: the COCO metrics are of another weight file" in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
+
+
+FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "no figures": (lambda m: m.pop("ours"), "it lacks 'ours'"),
+    "no AP": (lambda m: m["ours"].pop("AP"), "it lacks 'AP'"),
+    "figures in a list": (
+        lambda m: m.update(ours=["AP"]),
+        "its figures, pictures or settings are no objects",
+    ),
+    "AP in percent": (lambda m: m["ours"].update(AP=31.59), "its AP is 31.59, neither between 0.0 and 1.0"),
+    "AP of NaN": (lambda m: m["ours"].update(AP=float("nan")), "its AP is nan, neither"),
+    "APl in words": (lambda m: m["ours"].update(APl="1"), "its APl is '1', neither"),
+    "half a picture": (lambda m: m.update(pictures=3.5), "its number of pictures is 3.5"),
+    "pictures in words": (lambda m: m.update(pictures="158"), "its number of pictures is '158'"),
+    "a short digest": (
+        lambda m: m["settings"]["ours"].update(weights="ab"),
+        "SHA-256 of its weights is 'ab'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FORMS)
+def test_metrics_are_of_the_form_that_an_evaluation_writes(fault: str, tmp_path: Path) -> None:
+    (tmp_path / "weights").touch()
+    metrics = metrics_of(tmp_path / "weights")
+    (tmp_path / "m.json").write_text(json.dumps(metrics))
+    assert read_metrics(tmp_path / "m.json") == (tmp_path / "m.json").read_bytes()
+    change, reason = FORMS[fault]
+    change(metrics)
+    (tmp_path / "m.json").write_text(json.dumps(metrics))
+    with pytest.raises(PortingError, match=rf"m\.json is no metrics\.json: .*{reason}.*; give the one that"):
+        read_metrics(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"{", "is no metrics.json: it is not JSON"),
+        (b'{"ours": {}, "ours": {}}', "is no metrics.json: an object in it has the key 'ours' twice"),
+        (b"\xef\xbb\xbf{}", "is no metrics.json: it is not JSON: Unexpected UTF-8 BOM"),
+        (b'{"\xff": 1}', "cannot read .*m.json: 'utf-8' codec"),
+    ],
+)
+def test_metrics_are_json(data: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_bytes(data)
+    with pytest.raises(PortingError, match=rf"{reason}.*; give .*tools/eval_coco\.py"):
+        read_metrics(tmp_path / "m.json")
+
+
+def test_metrics_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_metrics(None) is None
+    for path in (pipe, Path("/dev/zero")):
+        with pytest.raises(
+            PortingError, match=r"it is a pipe or a device, not a file; give metrics\.json of"
+        ):
+            read_metrics(path)
+    (tmp_path / "m.json").write_bytes(b" " * 101)
+    monkeypatch.setattr(release_tool, "MOST_METRICS", 100)
+    with pytest.raises(PortingError, match="it has more than 100 bytes"):
+        read_metrics(tmp_path / "m.json")
 
 
 def test_a_release_that_fails_its_own_check_is_not_left(checkpoint: Path, tmp_path: Path) -> None:

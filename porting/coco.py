@@ -10,19 +10,21 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from porting.errors import PortingError
+from porting.errors import PortingError, Reason
 from porting.files import check_regular, read_bounded
+from porting.json_text import parse_json
 from porting.labels import given_names
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
@@ -130,54 +132,96 @@ def _find_pictures(folder: Path, entries: Sequence[Mapping[str, Any]], annotatio
     names = [entry["file_name"] for entry in entries[:20]]
     counts = [sum(os.path.isfile(place / name) for name in names) for place in candidates]
     if not any(counts):
-        raise DatasetError(f"{folder} holds no picture of {annotations.name} ({names[0]}, …); give --images")
+        raise DatasetError(
+            f"{folder} holds no picture of {annotations.name} ({reprlib.repr(names[0])}, …); give --images"
+        )
     return candidates[counts.index(max(counts))]
 
 
 def _read_annotations(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(read_bounded(file, MOST_BYTES))
-    except OSError as error:
-        raise DatasetError(f"cannot read the annotations {file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{file} is not JSON: {error}") from None
+        data = read_bounded(file, MOST_BYTES)
+    except (OSError, ValueError) as error:  # a ValueError: no name that a file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(
+            f"cannot read the annotations {file}: {reason}; give a JSON file in COCO's format"
+        ) from None
     try:
-        ids = [image["id"] for image in content["images"]]
-        if not all(isinstance(image["file_name"], str) for image in content["images"]):
-            raise TypeError("a file_name is not text")
-        if not all(type(id_) in (int, str) for id_ in ids):
-            raise TypeError("an image's id is neither a number nor text")
+        content = parse_json(data)
+        _check_form(content)
+    except Reason as reason:
+        raise DatasetError(
+            f"{file} is not in COCO's format: {reason}; correct it, or give another --annotations"
+        ) from None
+    return dict(content)
+
+
+def _check_form(content: Any) -> None:
+    """Raises :class:`Reason` unless ``content`` is a data set in COCO's format."""
+    if not isinstance(content, dict):
+        raise Reason("it holds no object")
+    for key, required in (("images", True), ("categories", True), ("annotations", False)):
+        if key not in content and required:
+            raise Reason(f"it lacks {key!r}")
+        entries = content.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise Reason(f"its {key} are no list of objects")
+        if required and not entries:
+            raise Reason(f"its {key} are an empty list")
+    try:
+        for image in content["images"]:
+            _check_image(image)
         for category in content["categories"]:
-            if type(category["id"]) is not int:
-                raise TypeError("a category's id is no whole number")
-            if not category["name"]:
-                raise ValueError(f"category {category['id']} has no name")
+            _check_category(category)
         for entry in content.get("annotations", ()):
             _check_annotation(entry)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise DatasetError(f"{file} is not in COCO's format: {reason}") from None
-    for what, keys in (("image", ids), ("category", [category["id"] for category in content["categories"]])):
-        twice = [key for key, count in Counter(keys).items() if count > 1]
+    except KeyError as error:
+        raise Reason(f"an entry lacks {error}") from None
+    for what, key in (("image", "images"), ("category", "categories")):
+        counts = Counter(entry["id"] for entry in content[key])
+        twice = [id_ for id_, count in counts.items() if count > 1]
         if twice:
-            raise DatasetError(f"{file} has two entries for {what} {twice[0]}; leave one")
-        if not keys:
-            raise DatasetError(f"{file} has no {what}")
-    return content
+            raise Reason(f"it has two entries for {what} {reprlib.repr(twice[0])}")
+
+
+def _check_image(image: Mapping[str, Any]) -> None:
+    if type(image["id"]) not in (int, str):
+        raise Reason(f"the image id {reprlib.repr(image['id'])} is neither a whole number nor text")
+    if not isinstance(image["file_name"], str):
+        raise Reason(f"the file_name of image {reprlib.repr(image['id'])} is not text")
+
+
+def _check_category(category: Mapping[str, Any]) -> None:
+    if type(category["id"]) is not int:
+        raise Reason(f"the category id {reprlib.repr(category['id'])} is no whole number")
+    if not isinstance(category["name"], str) or not category["name"]:
+        raise Reason(f"category {category['id']} has no name but {reprlib.repr(category['name'])}")
 
 
 def _check_annotation(entry: Mapping[str, Any]) -> None:
     box = entry["bbox"]
-    if len(box) != 4 or not all(type(side) in (int, float) and np.isfinite(side) for side in box):
-        raise ValueError(f"the bbox of annotation {entry.get('id')} is {box}, not four numbers")
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        raise Reason(_said_of(entry, "bbox", "four numbers"))
     if entry.get("iscrowd", 0) not in (0, 1):
-        raise ValueError(f"the iscrowd of annotation {entry.get('id')} is {entry['iscrowd']!r}, not 0 or 1")
-    area = entry.get("area", 0)
-    if type(area) not in (int, float) or not np.isfinite(area):
-        raise ValueError(f"the area of annotation {entry.get('id')} is {area!r}, not a number")
+        raise Reason(_said_of(entry, "iscrowd", "0 or 1"))
+    if not _is_finite(entry.get("area", 0)):
+        raise Reason(_said_of(entry, "area", "a number"))
     for key in ("image_id", "category_id"):
         if type(entry[key]) not in (int, str):
-            raise TypeError(f"the {key} of annotation {entry.get('id')} is {entry[key]!r}")
+            raise Reason(_said_of(entry, key, "an id"))
+
+
+def _is_finite(value: Any) -> bool:
+    """A number that a float can hold; JSON's whole numbers have no end."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _said_of(entry: Mapping[str, Any], key: str, expected: str) -> str:
+    annotation = reprlib.repr(entry.get("id"))
+    return f"the {key} of annotation {annotation} is {reprlib.repr(entry[key])}, not {expected}"
 
 
 def _repair(content: dict[str, Any], categories: Mapping[int, str]) -> list[str]:
@@ -267,7 +311,7 @@ def class_to_category(dataset: Dataset, num_classes: int, labels: Path | None) -
         missing = [name for name in categories.values() if name not in by_name]
         if missing or len(by_name) < len(names):
             what = f"does not name {missing[0]!r}" if missing else "names two classes alike"
-            raise DatasetError(f"--labels {labels} {what}; it must name the categories of {file}")
+            raise DatasetError(f"--labels {labels} {what}; have it name each category of {file}, once")
         return {by_name[name]: category for category, name in categories.items()}
     outside = [category for category in categories if not 1 <= category <= num_classes]
     if outside:
@@ -318,7 +362,9 @@ def to_results(
 def server_file_name(algorithm: str) -> str:
     """The file name COCO's evaluation server asks for. Raises :class:`DatasetError` on an unusable name."""
     if not algorithm or not all(sign.isalnum() or sign in "-." for sign in algorithm):
-        raise DatasetError(f"--test-dev {algorithm!r} must be letters, digits, - and . only")
+        raise DatasetError(
+            f"--test-dev {algorithm!r} cannot be in a file name there; give letters, digits, - and . only"
+        )
     return f"detections_test-dev2017_{algorithm}_results.json"
 
 

@@ -18,7 +18,7 @@ from porting.coco import Dataset, ImageId, Picture, Result, dataset_digest, to_r
 from porting.errors import ConfigError
 from porting.hparams import Hparams
 from porting.processes import Processes
-from porting.shards import Shards
+from porting.shards import Shards, damaged
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detector import Detector, Network
 from pytorch_model.postprocess import NMSConfig
@@ -106,9 +106,8 @@ def detect_dataset(
     ``progress`` hears of (pictures done, pictures of this process). Returns the outcome in the first process
     and None in the others. Raises :class:`PortingError`.
     """
-    starts = range(0, len(dataset.pictures), batch_size)
-    batches = [dataset.pictures[start : start + batch_size] for start in starts]
-    kept = [stream.shards.read() for stream in streams] if processes.is_first else []
+    batches = _batches(dataset, batch_size)
+    kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []
     done = processes.from_first([set(batches_kept) for batches_kept in kept])
     todo = []
     for number, pictures in enumerate(batches):
@@ -132,6 +131,41 @@ def detect_dataset(
         for found in gathered:
             batches_kept.update(found[stream.name])
     return _merge({stream.name: numbers for stream, numbers in zip(streams, kept, strict=True)})
+
+
+def kept_batches(stream: Stream, dataset: Dataset, batch_size: int) -> dict[int, Any]:
+    """Batch number → what an earlier run kept of it.
+
+    Raises :class:`porting.shards.ShardError` where it was another evaluation's, or is not what was kept.
+    """
+    kept, batches = stream.shards.read(), _batches(dataset, batch_size)
+    for number, content in kept.items():
+        try:
+            sound = 0 <= number < len(batches) and _is_of(content, batches[number])
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise damaged(stream.shards.folder)
+    return kept
+
+
+def _batches(dataset: Dataset, batch_size: int) -> list[tuple[Picture, ...]]:
+    starts = range(0, len(dataset.pictures), batch_size)
+    return [dataset.pictures[start : start + batch_size] for start in starts]
+
+
+def _is_of(content: Any, pictures: Collection[Picture]) -> bool:
+    """Is ``content`` what :func:`_detect_batch` yields, of these pictures? It may also raise where not."""
+    ids = [picture["id"] for picture in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
+    rows = [row for picture in content["pictures"] for row in picture["detections"]]
+    return (
+        sorted(map(repr, ids)) == sorted(repr(picture.id) for picture in pictures)
+        and all(isinstance(reason, str) for _, reason in content["unreadable"])
+        and all(isinstance(picture["decoder"], str) for picture in content["pictures"])
+        and all(isinstance(picture["size_differs"], bool) for picture in content["pictures"])
+        and {len(row) for row in rows} <= {6}
+        and {type(value) for row in rows for value in row} <= {int, float}
+    )
 
 
 def _detect_batch(

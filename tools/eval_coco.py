@@ -33,7 +33,7 @@ from porting.coco import (
 )
 from porting.convert import convert
 from porting.errors import ConfigError, OutputError
-from porting.evaluation import Outcome, Stream, detect_dataset, nms_and_size, settings
+from porting.evaluation import Outcome, Stream, detect_dataset, kept_batches, nms_and_size, settings
 from porting.files import lock, make_folder, replacing
 from porting.hparams import read_hparams
 from porting.parity.detections import DetectionParity, compare_detections
@@ -132,7 +132,7 @@ def main() -> int:
             streams = build_streams(arguments, console, detector, dataset, categories)
             if processes.is_first:
                 held.enter_context(alone_in(arguments.out))
-                prepare_output(arguments, streams)
+                prepare_output(arguments, dataset, streams)
                 processes.from_first(None)
             started = time.perf_counter()
             outcome = run(arguments, console, detector, dataset, streams, categories, processes)
@@ -222,12 +222,12 @@ def alone_in(out: Path) -> Iterator[None]:
         os.close(file)
 
 
-def prepare_output(arguments: argparse.Namespace, streams: Sequence[Stream]) -> None:
-    """Raises :class:`PortingError` where earlier results belong to other settings."""
+def prepare_output(arguments: argparse.Namespace, dataset: Dataset, streams: Sequence[Stream]) -> None:
+    """Raises :class:`PortingError` where earlier results belong to other settings, or are damaged."""
     if arguments.restart:
         forget(arguments.out)
     for stream in streams:
-        stream.shards.read()
+        kept_batches(stream, dataset, arguments.batch_size)
 
 
 def forget(out: Path) -> None:

@@ -11,8 +11,11 @@ import _cli  # first: finds the packages
 # isort: split
 import argparse
 import json
+import re
+import reprlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import _source
 import torch
@@ -22,13 +25,27 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
-from porting.errors import CheckFailedError, PortingError
-from porting.files import check_new_folder, make_folder, new_folder
-from porting.release import Check, check_name, check_passed, holds_raw, origin, verify_release, write_release
+from porting.errors import CheckFailedError, PortingError, Reason
+from porting.files import check_new_folder, make_folder, new_folder, read_bounded
+from porting.json_text import parse_json
+from porting.model_card import FIGURES
+from porting.release import (
+    REQUIRED_FIGURES,
+    Check,
+    check_name,
+    check_passed,
+    holds_raw,
+    origin,
+    verify_release,
+    write_release,
+)
 from porting.releases import release_named
 from porting.sources import SYNTHETIC
 
 GOOGLES_LICENSE = "apache-2.0"  # of every checkpoint that AutoML released
+
+#: Of a metrics.json, which notes each picture that was passed over.
+MOST_METRICS = 1 << 27
 
 EXAMPLES = f"""
 examples:
@@ -175,12 +192,39 @@ def source_name(spec: str, checkpoint: Checkpoint) -> str:
 
 
 def read_metrics(path: Path | None) -> bytes | None:
+    """The file's content. Raises :class:`PortingError` unless it is of the form of metrics.json."""
+    if path is None:
+        return None
     try:
-        return path.read_bytes() if path else None
-    except OSError as error:
+        data = read_bounded(path, MOST_METRICS)
+        check_metrics(parse_json(data.decode("utf-8")))  # as it is read for the card
+    except (OSError, ValueError) as error:  # a ValueError: no UTF-8, or no name that a file can have
+        reason = getattr(error, "strerror", None) or error
+        raise PortingError(f"cannot read {path}: {reason}; give metrics.json of tools/eval_coco.py") from None
+    except Reason as reason:
         raise PortingError(
-            f"cannot read {path}: {error.strerror}; give metrics.json of tools/eval_coco.py"
+            f"{path} is no metrics.json: {reason}; give the one that tools/eval_coco.py wrote"
         ) from None
+    return data
+
+
+def check_metrics(content: Any) -> None:
+    """Raises :class:`Reason` where ``content`` lacks what a card shows, or says what cannot be."""
+    try:
+        figures, pictures = content["ours"], content["pictures"]
+        digest = content["settings"]["ours"]["weights"]
+        shown = {name: figures[name] for name in FIGURES if name in figures or name in REQUIRED_FIGURES}
+    except KeyError as error:
+        raise Reason(f"it lacks {error}") from None
+    except TypeError:
+        raise Reason("its figures, pictures or settings are no objects") from None
+    for name, value in shown.items():
+        if type(value) is not float or not (0 <= value <= 1 or value == -1):
+            raise Reason(f"its {name} is {reprlib.repr(value)}, neither between 0.0 and 1.0 nor -1.0")
+    if type(pictures) is not int or not 0 <= pictures < 1 << 53:
+        raise Reason(f"its number of pictures is {reprlib.repr(pictures)}")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise Reason(f"the SHA-256 of its weights is {reprlib.repr(digest)}")
 
 
 if __name__ == "__main__":

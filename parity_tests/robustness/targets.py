@@ -7,19 +7,25 @@ import json
 import shutil
 import sys
 import tarfile
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from parity_tests.object_trees import VALUE, automl_graph, automl_paths
 from parity_tests.tflite_files import TINY, golden, tiny_variables
 from pytorch_model.config import EfficientDetConfig
+
+if TYPE_CHECKING:
+    from porting.evaluation import Outcome
+    from porting.shards import Shards
+    from pytorch_model.detector import Detector
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
@@ -121,6 +127,57 @@ def pixel_bytes(path: Path) -> int:
                 return 12 * min(picture.width * picture.height, MOST_PIXELS)
     except Exception:  # damaged; then nothing is worth more than the file
         return 0
+
+
+def read_labels(path: Path) -> str:
+    from porting.labels import load_names
+
+    return repr(load_names(path, 5))
+
+
+def read_metrics(path: Path) -> str:
+    """To the card of the release that they belong to."""
+    from release import read_metrics
+
+    from porting.model_card import FIGURES
+
+    metrics = json.loads(read_metrics(path) or b"")
+    return repr(
+        ([metrics["ours"].get(name) for name in FIGURES], metrics["pictures"], metrics["settings"]["ours"])
+    )
+
+
+def resume(path: Path) -> str:
+    """What the evaluation finds that goes on from the results kept there: what an undisturbed one finds."""
+    with tempfile.TemporaryDirectory() as copy:  # going on writes
+        shutil.copytree(path / "shards", Path(copy) / "shards")
+        return repr(evaluate(path, Path(copy) / "shards")[0])
+
+
+def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
+    """As tools/eval_coco.py does, a picture a batch."""
+    from porting.coco import read_dataset
+    from porting.evaluation import Stream, detect_dataset, settings
+    from porting.processes import Processes
+    from porting.shards import Shards
+
+    dataset, detector, categories = read_dataset(pictures), small_detector(), {1: 1, 2: 18}
+    shards = Shards(folder, "ours", settings(detector, dataset, 1, categories, "of a sample"))
+    streams = [Stream("ours", None, shards)]
+    outcome = detect_dataset(detector, dataset, streams, categories, 1, Processes(), lambda *_: None)
+    return outcome, shards
+
+
+@cache
+def small_detector() -> Detector:
+    import torch
+
+    from pytorch_model.detector import Detector
+    from pytorch_model.efficientdet import EfficientDet
+    from pytorch_model.postprocess import NMSConfig
+
+    torch.manual_seed(0)
+    return Detector(EfficientDet(CONFIG), image_size=(64, 64), nms=NMSConfig(max_output_size=5))
 
 
 def decode_image(path: Path) -> str:
@@ -360,6 +417,29 @@ def coco(folder: Path) -> Path:
     return folder
 
 
+def kept_results(folder: Path) -> Path:
+    """As two processes keep them."""
+    coco(folder)
+    outcome, shards = evaluate(folder, folder / "shards")
+    assert outcome is not None
+    assert all(outcome.results.values())
+    kept = shards.read()
+    shards.clear()
+    for batch, content in kept.items():
+        shards.append(batch % 2, batch, content)
+    return folder
+
+
+LABELS = "1: person\n2: bicycle\n4: 'traffic light'\n"
+LABELS_JSON = {"categories": [{"id": 1, "name": "person"}, {"id": 4, "name": "traffic light"}]}
+METRICS = {
+    "ours": {"AP": 0.3159, "AP50": 0.4984, "AP75": 0.3464, "APs": -1.0, "APm": 0.3295, "APl": 0.5486},
+    "pictures": 158,
+    "skipped": {},
+    "settings": {"ours": {"weights": "0123456789abcdef" * 4, "image_size": [64, 64]}},
+}
+
+
 def image(name: str, turned: bool = False, **options: Any) -> Callable[[Path], Path]:
     """``turned``: with an EXIF orientation. ``options``: Pillow's for the format."""
 
@@ -416,6 +496,10 @@ TARGETS = {
         Target("hparams yaml", text("hparams.yaml", YAML), read_yaml, vouched=False, text=True),
         Target("pipeline.config", pipeline, read_pipeline, vouched=False, text=True),
         Target("COCO json", coco, read_coco, vouched=False, text=True, damaged="*.json"),
+        Target("kept results", kept_results, resume, vouched=True, text=True, damaged="*.jsonl"),
+        Target("labels", text("labels.txt", LABELS), read_labels, vouched=False, text=True),
+        Target("labels json", text("l.json", json.dumps(LABELS_JSON)), read_labels, vouched=False, text=True),
+        Target("COCO metrics", text("m.json", json.dumps(METRICS)), read_metrics, vouched=False, text=True),
         *(
             Target(name, make, use, vouched=False, unpacked=pixel_bytes)
             for name, make, use in (
