@@ -578,7 +578,9 @@ def first_picture(kept: dict[str, Any]) -> dict[str, Any]:
 
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "a batch too many": lambda kept: kept.update(batch=77),
-    "a batch before the first": lambda kept: kept.update(batch=-1),
+    "the last batch, counted from behind": lambda kept: kept.update(
+        batch=-1, content={"pictures": [{**first_picture(kept), "id": 60}], "unreadable": []}
+    ),
     "a batch of no number": lambda kept: kept.update(batch=[0]),
     "another batch": lambda kept: kept.update(batch=1),
     "nothing": lambda kept: kept.update(content={}),
@@ -590,7 +592,10 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "text for a score": lambda kept: first_picture(kept)["detections"][0].append("1"),
     "a box in words": lambda kept: first_picture(kept).update(detections=[[1, "2", 3, 4, 5, 6]]),
     "no decoder": lambda kept: first_picture(kept).update(decoder=None),
-    "no reason": lambda kept: kept["content"].update(unreadable=[[0, None]]),
+    "no comparison of sizes": lambda kept: first_picture(kept).update(size_differs=0),
+    "no reason": lambda kept: kept["content"].update(
+        unreadable=[[kept["content"]["pictures"].pop()["id"], None]]
+    ),
 }
 
 
