@@ -341,7 +341,8 @@ def test_what_is_refused_and_how(text: str, message: str) -> None:
         (b"\xff\xfe\x00", "is not YAML"),
         (b"\x00", "is not YAML"),
         ("[" * 5000, "means nothing|is not YAML"),
-        ("x: " + "a" * (24 << 10), "cannot be read: it has more than 24,576 bytes"),
+        ("x: " + "a" * (64 << 10), "cannot be read: it has more than 65,536 bytes"),
+        ("[" + "1," * 10_000 + "1]", "holds more than 10,000 values; is it the right file"),
     ],
 )
 def test_yaml_that_is_refused(content: str | bytes, message: str, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from pytorch_model.config import (
 from pytorch_model.postprocess import NMSConfig
 
 _YAML_SUFFIXES = (".yaml", ".yml")
-_MOST_BYTES = 24 << 10  # of a yaml file; AutoML's have 2 kB, and PyYAML takes 300 bytes for each of a list
+_MOST_BYTES = 64 << 10  # of a yaml file; AutoML's have 2 kB, a label_map of LVIS's 1,203 classes 30 kB
+_MOST_VALUES = 10_000  # in it, names among them; PyYAML takes half a kilobyte for each
 
 #: Hyper-parameters of training, data and evaluation. No weight and no activation depends on them.
 IGNORED = frozenset(
@@ -174,10 +175,17 @@ def _load_yaml(path: Path, content: bytes) -> Any:
         """Safe, and able to read the tuples that AutoML's training writes (image_size, as height, width).
 
         References are refused, which nothing of AutoML's has: few of them, each twice the one before, would
-        stand for more values than any memory holds.
+        stand for more values than any memory holds. So are values beyond :data:`_MOST_VALUES`.
         """
 
+        values = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
+            self.values += 1
+            if self.values > _MOST_VALUES:
+                raise ConfigError(
+                    f"--hparams {path} holds more than {_MOST_VALUES:,} values; is it the right file?"
+                )
             if self.check_event(yaml.AliasEvent):
                 event = self.peek_event()  # type: ignore[no-untyped-call]
                 raise ConfigError(

@@ -109,10 +109,11 @@ COSTLY: dict[str, tuple[Make, Callable[[Path], str]]] = {
     ),
     "YAML: a long list": (written("h.yaml", b"[" + b"1," * 490_000 + b"1]"), read_yaml),
     "YAML: as long as allowed, base 60": (
-        written("h.yaml", b"num_classes: " + b"1:" * 12_000 + b"1"),
+        written("h.yaml", b"num_classes: " + b"1:" * 32_000 + b"1"),
         read_yaml,
     ),
-    "YAML: as long as allowed, a list": (written("h.yaml", b"[" + b"1," * 12_000 + b"1]"), read_yaml),
+    "YAML: as long as allowed, a list": (written("h.yaml", b"[" + b"1," * 32_000 + b"1]"), read_yaml),
+    "YAML: as many values as allowed": (written("h.yaml", b"[" + b"1," * 9_990 + b"1]"), read_yaml),
 }
 
 
