@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import sys
 import tarfile
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from parity_tests.conftest import GOLDENS
 from parity_tests.object_trees import VALUE, automl_graph, automl_paths
+from parity_tests.robustness import sealed
 from parity_tests.tflite_files import TINY, golden, tiny_variables
 from pytorch_model.config import EfficientDetConfig
 
@@ -44,6 +47,7 @@ class Target:
     vouched: bool
     text: bool = False
     damaged: str = "*"  # which of the files
+    seal: Callable[[Path, random.Random], None] | None = None  # damages the folder's files behind checksums
     unpacked: Callable[[Path], int] = lambda path: 0
 
 
@@ -68,6 +72,12 @@ def convert_checkpoint(path: Path) -> str:
         config = infer_config(checkpoint.shapes, "", settings=checkpoint.settings).config
         conversion = convert(checkpoint, config)
     return digest(config, {key: tensor.numpy() for key, tensor in conversion.state_dict.items()})
+
+
+def read_entries(path: Path) -> str:
+    from porting.checkpoint.bundle import read_index
+
+    return repr(read_index(path).entries)
 
 
 def load_weights(path: Path) -> str:
@@ -331,6 +341,19 @@ def frozen_graph(folder: Path) -> Path:
     return folder / "frozen.pb"
 
 
+def zipped_graph(folder: Path) -> Path:
+    graph = frozen_graph(folder)
+    with zipfile.ZipFile(folder / "frozen.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.write(graph, graph.name)
+    graph.unlink()
+    return folder / "frozen.zip"
+
+
+def snappy_index(folder: Path) -> Path:
+    """The real one of a released model, as TensorFlow packed it."""
+    return Path(shutil.copy(GOLDENS / "bundle" / "snappy.index", folder / "ckpt-0.index"))
+
+
 def keras_h5(folder: Path) -> Path:
     from parity_tests.test_keras_h5 import save_weights
 
@@ -481,6 +504,10 @@ TARGETS = {
         Target("bundle", bundle, convert_checkpoint, vouched=True),
         Target("sharded bundle", sharded, convert_checkpoint, vouched=True),
         Target("object-based", object_based, convert_checkpoint, vouched=True),
+        Target("sealed index", bundle, convert_checkpoint, vouched=False, seal=sealed.index),
+        Target("sealed snappy", snappy_index, read_entries, vouched=False, seal=sealed.blocks),
+        Target("sealed graph", object_based, convert_checkpoint, vouched=False, seal=sealed.object_graph),
+        Target("sealed zip", zipped_graph, convert_checkpoint, vouched=False, seal=sealed.zip_member),
         Target("tar.gz", tar_archive, convert_checkpoint, vouched=True),
         Target("zip", zip_archive, convert_checkpoint, vouched=True),
         Target("SavedModel", saved_model, convert_checkpoint, vouched=True),

@@ -101,7 +101,7 @@ COSTLY: dict[str, tuple[Make, Callable[[Path], str]]] = {
     "an entry behind snappy": (snappy_index, convert_checkpoint),
     "keys that grow": (index(KEYS), convert_checkpoint),
     "objects under a long name": (WIDE, convert_checkpoint),
-    "objects in a long chain": (graph(([(b"a", 1)], 30_000), ([], 1)), convert_checkpoint),
+    "objects in a long chain": (graph(([(b"a" * 100, 1)], 30_000), ([], 1)), convert_checkpoint),
     "more objects than any model": (graph(([], 300_000)), convert_checkpoint),
     "YAML: a number to the base of 60": (
         written("h.yaml", b"num_classes: " + b"1:" * 480_000 + b"1"),
