@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from parity_tests.robustness.fuzz import FAULTS, IDENTICAL, REFUSED, _Sample, fuzz, resident_measured
 from parity_tests.robustness.targets import TARGETS, Target
-from porting.errors import CheckpointError
+from porting.errors import CheckpointError, PortingError
 
 SEED, INPUTS = 20260, 30
 
@@ -114,8 +116,6 @@ def test_every_fault_is_seen(
 
 
 def test_damage_depends_on_the_seed_alone() -> None:
-    import random
-
     from parity_tests.robustness.mutate import mutated, mutated_text
 
     data = b"num_classes=20,image_size=640x480\n" * 5
@@ -124,3 +124,24 @@ def test_damage_depends_on_the_seed_alone() -> None:
         assert found == [damage(data, random.Random(seed)) for seed in range(200)]
         assert data not in found
         assert len(set(found)) > 150
+
+
+@pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.seal])
+def test_what_is_sealed_passes_every_checksum(tmp_path: Path, name: str) -> None:
+    """It differs from the sound file, and no checksum of file, block or member is what refuses it."""
+    target = TARGETS[name]
+    assert target.seal
+    path = target.make(tmp_path)
+    sound = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    refused = []
+    for seed in range(10):
+        target.seal(tmp_path, random.Random(seed))
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} != sound
+        try:
+            target.use(path)
+        except PortingError as error:
+            refused.append(str(error))
+        for file, content in sound.items():
+            file.write_bytes(content)
+    assert refused
+    assert not [text for text in refused if re.search(r"block .*CRC32C|OBJECT_GRAPH.*CRC32C|Bad CRC", text)]
