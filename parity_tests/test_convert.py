@@ -122,6 +122,10 @@ REFUSED = {
         put("fpn_cells/cell_7/extra", np.zeros(3, np.float32)),
         "fpn_cells/cell_7/extra is not a variable",
     ),
+    "unknown, two lines": (
+        put("fpn_cells/two\nlines", np.zeros(3, np.float32)),
+        r"'fpn_cells/two\\nlines' is not a variable",
+    ),
     "nan": (
         put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, np.nan, np.float32)),
         "resample_p6/bn/beta holds 64 NaN",
