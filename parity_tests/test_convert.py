@@ -124,7 +124,7 @@ REFUSED = {
     ),
     "unknown, two lines": (
         put("fpn_cells/two\nlines", np.zeros(3, np.float32)),
-        r"'fpn_cells/two\\nlines' is not a variable",
+        r"fpn_cells/two\\nlines is not a variable",
     ),
     "nan": (
         put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, np.nan, np.float32)),

@@ -171,9 +171,8 @@ def _why_unused(
         if name.endswith(SLOT_SUFFIXES):
             return "optimizer slot"
         return "raw value (its moving average is used)"
-    shown = name if name.isprintable() else ascii(name)  # a message is one line
     raise ConversionError(
-        f"{shown} is not a variable of {config.name}, so this checkpoint holds something this port does not "
+        f"{name} is not a variable of {config.name}, so this checkpoint holds something this port does not "
         "know; check --model and --hparams"
     )
 

@@ -7,7 +7,22 @@ from __future__ import annotations
 
 
 class PortingError(Exception):
-    """Bad input or a refused job. Command lines print the message alone and exit with status 2."""
+    """Bad input or a refused job. Command lines print the message alone and exit with status 2.
+
+    The message is one line, whatever names from files it quotes: signs that are not printable are escaped.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """``text`` with each sign that is not printable as Python escapes it: ``\\n``, ``\\x1b``, ``\\udc80``."""
+    if text.isprintable():
+        return text
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+    )
 
 
 class ConfigError(PortingError):

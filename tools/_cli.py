@@ -152,11 +152,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 def fail(message: str) -> int:
     """Print ``message`` as one line, whatever names it quotes; the status of bad usage or input."""
-    plain = "".join(sign if sign.isprintable() else _escaped(sign) for sign in message)
+    from pytorch_model.errors import one_line
+
     with suppress(OSError):  # there is nobody left to tell
-        print(f"error: {plain}", file=sys.stderr)
+        print(f"error: {one_line(message)}", file=sys.stderr)
     return EXIT_USAGE
-
-
-def _escaped(sign: str) -> str:
-    return sign.encode("unicode_escape").decode("ascii")
