@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -152,10 +151,7 @@ def test_metadata_that_is_not_text_becomes_text(tmp_path: Path, network: Efficie
     content = {"state_dict": network.state_dict(), "config": config, "metadata": {"step": 5, 1: None}}
     torch.save(content, tmp_path / "w.pth")
     assert read_weights(tmp_path / "w.pth")[2] == {"step": "5", "1": "null"}
-    nested: list[Any] = []
-    for _ in range(60):  # written out, 2**60 brackets
-        nested = [nested, nested]
-    torch.save({**content, "metadata": {"step": nested}}, tmp_path / "w.pth")
+    torch.save({**content, "metadata": {"step": [[5]]}}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="has metadata that is more than text"):
         read_weights(tmp_path / "w.pth")
 
@@ -316,6 +312,12 @@ def test_hub_fetches_an_address_and_checks_its_hash(
         hub(MODEL, weights=bad.as_uri())
     with pytest.raises(WeightsError, match="cannot get weights"):
         hub(MODEL, weights=(tmp_path / "absent-12345678.pth").as_uri())
+    longer = tmp_path / f"efficientdet_lite0-{'0' * 64}.pth"
+    shutil.copy(tmp_path / "bare.pth", longer)
+    with pytest.raises(WeightsError, match="invalid hash value"):
+        hub(MODEL, weights=longer.as_uri())
+    with pytest.raises(WeightsError, match=r"its name must end in \.pth; fetch the file by hand"):
+        hub(MODEL, weights=(tmp_path / "network.pt").as_uri())
 
 
 class Code:

@@ -4,7 +4,8 @@
 fill gigabytes (``bytearray``) or to hash one tuple for years. Here the instructions are read, and none is
 followed.
 
-Source: Python's ``pickletools``, whose descriptions of the instructions this goes by.
+Source: Python's ``pickletools``, whose descriptions of the instructions this goes by; PyTorch's
+``torch/serialization.py`` for which bytes of the file are the pickle.
 """
 
 from __future__ import annotations
@@ -17,14 +18,27 @@ from typing import Any
 
 from pytorch_model.errors import Reason
 
-#: Of the pickle alone, tensors lie beside it. D7x's has 0.3 MB; reading takes seconds a megabyte.
-MOST_BYTES = 1 << 21
-#: Values in one tuple, those of tuples in it counted each time they are met, as hashing meets them.
-MOST_VALUES = 10_000
-#: Files of before PyTorch 1.6 begin with a mark, a version, facts of the system, the content, tensors' keys.
-_LEGACY_PICKLES = 5
+#: Of the pickle alone, tensors lie beside it. D7x's has 0.3 MB, with its averages and an optimizer's 0.9 MB.
+MOST_BYTES = 2 << 20
+#: Instructions, values and characters, counted each time they are met, as hashing and copying meet them.
+#: D7x's come to 1.6 million, with averages and an optimizer's to some 6; reading so many takes seconds.
+MOST_WORK = 12_000_000
 
+_ZIP = b"PK\3\4"
+#: Files of before PyTorch 1.6 begin with a mark, a version, facts of the system, the content, tensors' keys.
+_LEGACY_MARK, _LEGACY_VERSION, _LEGACY_PICKLES = 0x1950A86A20F9469CFC6C, 1001, 5
+
+#: What tensors, and what lies beside them in a training file, are made by; all of PyTorch's own is PyTorch's
+#: to judge. ``bytearray`` is not among them: of a number it makes so many bytes.
+_KNOWN = frozenset(
+    (
+        *("collections OrderedDict", "collections Counter", "_codecs encode"),
+        *("builtins set", "builtins complex", "__builtin__ set", "__builtin__ complex"),
+    )
+)
 _MARK = pickletools.markobject
+#: Instructions that put into an object on the stack; they leave it there.
+_FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 
 
 def check_pickles(path: Path) -> None:
@@ -32,69 +46,118 @@ def check_pickles(path: Path) -> None:
 
     Also raises OSError, and what pickletools and zipfile raise on damage.
     """
-    if not zipfile.is_zipfile(path):
-        with path.open("rb") as file:
-            data = BytesIO(file.read(MOST_BYTES))
-        for _ in range(_LEGACY_PICKLES):
-            _check(data)
+    with path.open("rb") as file:
+        head = file.read(MOST_BYTES + 1)
+    if head.startswith(_ZIP):
+        _check(_zipped(path))
         return
+    if zipfile.is_zipfile(path):  # at its end, where PyTorch does not look
+        raise Reason("it is an archive behind something else")
+    _check_legacy(BytesIO(head))
+
+
+def _zipped(path: Path) -> BytesIO:
     with zipfile.ZipFile(path) as archive:
-        names = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
-        if len(names) != 1:
-            raise Reason(f"it has {len(names)} pickles")
-        if archive.getinfo(names[0]).file_size > MOST_BYTES:
+        names = [entry.filename.lower() for entry in archive.infolist()]  # PyTorch's reader tells no case
+        pickles = [entry for entry in archive.infolist() if entry.filename.lower().endswith("/data.pkl")]
+        if len(pickles) != 1 or len(set(names)) != len(names):
+            raise Reason(f"it has {len(pickles)} pickles, or a name twice")
+        if pickles[0].file_size > MOST_BYTES:
             raise Reason(f"its pickle has more than {MOST_BYTES:,} bytes")
-        _check(BytesIO(archive.read(names[0])))
+        return BytesIO(archive.read(pickles[0]))
 
 
-def _check(data: BytesIO) -> None:
-    """One pickle, from where ``data`` stands to its end."""
+def _check_legacy(data: BytesIO) -> None:
     try:
-        _follow(data)
-    except (IndexError, KeyError, TypeError):  # of a stack or a memory that lacks what is asked of it
+        for number in range(_LEGACY_PICKLES):
+            first = _check(data)
+            if number < 2 and first != (_LEGACY_MARK, _LEGACY_VERSION)[number]:
+                raise Reason("it does not begin as torch.save's files do")
+    except ValueError:
+        if len(data.getbuffer()) > MOST_BYTES:
+            raise Reason(f"its pickle has more than {MOST_BYTES:,} bytes") from None
+        raise
+
+
+def _check(data: BytesIO) -> object:
+    """One pickle, from where ``data`` stands to its end; the first value in it."""
+    try:
+        return _follow(data)
+    except (
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # of a stack or a memory that lacks what is asked
         raise Reason("its pickle is broken") from None
 
 
-def _follow(data: BytesIO) -> None:
-    """Keep the stack as unpickling would, of every object only how many values it stands for."""
-    stack: list[int | None] = []  # None: a mark
-    memo: dict[int, int] = {}
+class _Object:
+    """Something on the stack: how much it holds. Lists and dicts grow where they stand."""
+
+    def __init__(self, holds: int) -> None:
+        self.holds = holds
+
+
+def _follow(data: BytesIO) -> object:
+    """Keep the stack as unpickling would, of every object only how much it holds."""
+    stack: list[_Object | None] = []  # None: a mark
+    memo: dict[int, _Object | None] = {}
+    work, first = 0, None
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
+        first = argument if first is None and name != "PROTO" else first
         if "GLOBAL" in name:
             _check_global(name, argument)
         if "PUT" in name or name == "MEMOIZE":
-            memo[argument if isinstance(argument, int) else len(memo)] = stack[-1] or 0
+            memo[argument if isinstance(argument, int) else len(memo)] = stack[-1]
+            work += 1
             continue
         taken = _take(stack, opcode.stack_before)
-        if name == "DUP":
-            stack += [taken, taken]
-        elif "GET" in name:
-            stack.append(memo[int(argument or 0)])
-        elif name == "MARK":
-            stack.append(None)
+        if name in _FILLING:
+            added = sum(each.holds for each in taken[1:])
+            taken[0].holds += added
+            stack.append(taken[0])
+            work += 1 + added
         else:
-            # What is hashed is a tuple, or made of one; a dict or list stands for itself, whatever is in it.
-            holds = taken if name.startswith("TUPLE") or name == "REDUCE" else 0
-            if holds > MOST_VALUES:
-                raise Reason("a tuple in its pickle holds too many values")
-            stack += [1 + holds] * len(opcode.stack_after)
+            made = _made(name, argument, taken, memo, len(opcode.stack_after))
+            stack += made
+            work += 1 + sum(each.holds for each in made if each)
+        if work > MOST_WORK:
+            raise Reason("its pickle asks for too much work")
+    return first
 
 
-def _take(stack: list[int | None], kinds: list[Any]) -> int:
-    """Take what an instruction takes from the stack; how many values it stands for."""
-    taken = 0
+def _made(
+    name: str, argument: Any, taken: list[_Object], memo: dict[int, _Object | None], count: int
+) -> list[_Object | None]:
+    """What an instruction that fills nothing puts on the stack."""
+    if name == "MARK":
+        return [None]
+    if name == "DUP":
+        return [taken[0], taken[0]]
+    if "GET" in name:
+        return [memo[int(argument or 0)]]
+    holds = 1 + sum(each.holds for each in taken)
+    return [_Object(holds + (len(argument) if isinstance(argument, (str, bytes)) else 0))] * count
+
+
+def _take(stack: list[_Object | None], kinds: list[Any]) -> list[_Object]:
+    """Take what an instruction takes from the stack, the lowest first."""
+    taken: list[_Object] = []
     if _MARK in kinds:
         while (top := stack.pop()) is not None:
-            taken += top
+            taken.append(top)
         kinds = kinds[: kinds.index(_MARK)]
     for _ in kinds:
-        taken += stack.pop() or 0
-    return taken
+        top = stack.pop()
+        if top is None:
+            raise IndexError
+        taken.append(top)
+    return taken[::-1]
 
 
 def _check_global(instruction: str, argument: Any) -> None:
-    module, _, name = str(argument).partition(" ")
-    known = module.split(".")[0] == "torch" or (module, name) == ("collections", "OrderedDict")
+    known = str(argument).startswith(("torch.", "torch ")) or argument in _KNOWN
     if instruction != "GLOBAL" or not known:
         raise Reason(f"its pickle asks for {argument or 'what a string names'}, which no tensor needs")

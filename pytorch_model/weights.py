@@ -45,7 +45,7 @@ DTYPES = frozenset((*_FLOATING, *_WHOLE))
 _LONGEST_NAME = 500  # characters; the longest of a network here has 55
 
 #: torch.hub's convention: the name ends in the first digits of the file's SHA-256.
-_NAMED_BY_HASH = re.compile(r".*-([0-9a-f]{8})\.pth")
+_NAMED_BY_HASH = re.compile(r".*-([0-9a-f]{8,64})\.pth")
 
 
 def write_weights(
@@ -350,7 +350,7 @@ def _not_tensors(path: Path, reason: str) -> WeightsError:
     """In place of PyTorch's text, which goes on to explain how to run the code."""
     return WeightsError(
         f"{path} is damaged or not a weight file ({reason}; nothing in it was run); fetch it from where it "
-        "was published, or convert it again"
+        "was published, convert it again, or save the state dict alone"
     )
 
 
@@ -430,6 +430,10 @@ def load_variant(
 def _fetch(url: str) -> dict[str, Tensor]:
     """From torch.hub's folder, by its ways; but what was kept there is read as critically as any file."""
     file = Path(torch.hub.get_dir(), "checkpoints", os.path.basename(urlparse(url).path))
+    if file.suffix != ".pth":
+        raise WeightsError(
+            f"cannot get weights from {url}: its name must end in .pth; fetch the file by hand"
+        )
     named = _NAMED_BY_HASH.fullmatch(file.name)
     if not file.is_file():
         try:
