@@ -241,7 +241,7 @@ def test_other_formats_go_through_the_same_open(
     with pytest.raises(CheckpointError) as caught:
         archive.open_archive(tmp_path / "m.zip", 3)
     ((path, step),) = seen
-    assert Path(*path.relative_to(temporary).parts[1:]) == Path(opened)
+    assert Path(*path.relative_to(temporary).parts[2:]) == Path(opened)
     assert step == 3
     spoken = f"{tmp_path / 'm.zip'}:{opened}".removesuffix(":")
     assert str(caught.value) == f"{spoken} was opened"

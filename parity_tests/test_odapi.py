@@ -487,24 +487,68 @@ def test_without_pipeline(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "a" / "b" / "c")
 
 
-@pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("inner", ["", "model", "variables"])
-def test_a_pipeline_above_the_model_is_somebody_elses(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inner: str, pack: bool
+@pytest.mark.parametrize(
+    "prefix",
+    ["ckpt-0", "model/ckpt-0", "variables/ckpt-0", "variables/variables", "saved/variables/variables"],
+)
+def test_a_pipeline_outside_the_archive_is_somebody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    """An archive is unpacked where others may write too; nor does a plain folder's neighbour decide."""
-    folder = tmp_path / "shared" / "model"
-    write_bundle(folder / inner / "ckpt-0", stored(d0()))
-    path = folder / inner
-    for above in {path.parent, folder.parent}:
-        (above / "pipeline.config").write_text(pipeline_text(anchor_scale=3.0, size=896))
+    """An archive is unpacked where others may write too."""
+    write_bundle(tmp_path / "model" / prefix, stored(d0()))
+    (tmp_path / "shared").mkdir()
+    for outside in ("", "shared"):
+        (tmp_path / outside / "pipeline.config").write_text(pipeline_text(anchor_scale=3.0, size=896))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    with tarfile.open(tmp_path / "model.tar", "w") as tar:
+        tar.add(tmp_path / "model", ".")
+    beside = "its folder variables" if prefix.endswith("variables/variables") else "ckpt-0.index"
+    advice = rf"model\.tar:.* only its pipeline\.config .*, beside {beside} \(unpack an archive for that\)$"
+    with pytest.raises(CheckpointError, match=advice):
+        open_checkpoint(tmp_path / "model.tar")
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["pipeline.config"]
+
+
+@pytest.mark.parametrize("inner", ["model", "variables", "checkpoint"])
+def test_a_pipeline_two_folders_up_is_somebody_elses(tmp_path: Path, inner: str) -> None:
+    write_bundle(tmp_path / "model" / inner / "ckpt-0", stored(d0()))
+    (tmp_path / "pipeline.config").write_text(pipeline_text(anchor_scale=3.0, size=896))
+    with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
+        open_checkpoint(tmp_path / "model" / inner)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "named", "pipeline"),
+    [
+        pytest.param("training/ckpt-7", "training", "", id="training"),
+        pytest.param("export/1/variables/variables", "export/1", "export", id="SavedModel by version"),
+        pytest.param("saved/variables/variables", "saved", "saved", id="in a SavedModel"),
+        pytest.param("checkpoint/ckpt-0", ".", "", id="the model zoo's folder"),
+    ],
+)
+@pytest.mark.parametrize("pack", [False, True])
+def test_where_a_pipeline_may_lie(tmp_path: Path, prefix: str, named: str, pipeline: str, pack: bool) -> None:
+    folder = tmp_path / "model"
+    write_bundle(folder / prefix, stored(d0()))
+    (folder / pipeline / "pipeline.config").write_text(pipeline_text(anchor_scale=3.5))
+    path = folder / named
     if pack:
-        monkeypatch.setattr(tempfile, "tempdir", str(folder.parent))
         path = tmp_path / "model.tar"
         with tarfile.open(path, "w") as tar:
-            tar.add(folder / inner, inner or ".")
-    with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
-        open_checkpoint(path)
+            tar.add(folder, ".")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.settings["anchor_scale"] == 3.5
+
+
+def test_a_pipeline_of_a_thousand_shards(tmp_path: Path) -> None:
+    shards = "".join(
+        f'    input_path: "gs://bucket/a-data-set/tfrecords/train.record-{n:05}-of-01000"\n'
+        for n in range(1000)
+    )
+    text = pipeline_text() + f"train_input_reader {{ tf_record_input_reader {{\n{shards}}} }}\n"
+    assert len(text) > 64 << 10
+    (tmp_path / "pipeline.config").write_text(text)
+    assert read_pipeline(tmp_path / "pipeline.config").num_classes == 2
 
 
 def test_a_pipeline_beside_the_checkpoint(tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ _WANTED = re.compile(
     rf"{STATE_FILE}|pipeline\.config|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
 )
 _SAVED_MODEL = "saved_model.pb"
+#: The folder in the temporary one, so that one above a checkpoint, where readers look too, is ours as well.
+_UNPACKED = "unpacked"
 
 # The largest EfficientDet, D7x, is 0.9 GB with averages and optimizer slots; float weights hardly compress.
 _MOST_BYTES = 8 << 30
@@ -128,27 +130,28 @@ def open_archive(path: str | os.PathLike[str], step: int | None = None) -> Check
     """
     path = Path(path)
     try:
-        folder = Path(tempfile.mkdtemp(prefix="efficientdet-"))
+        private = Path(tempfile.mkdtemp(prefix="efficientdet-"))
     except OSError as error:
         _no_room(path, error)
+    folder = private / _UNPACKED
     try:
         found = _unpack(path, folder)
         with _translated(path, folder):
             return _ArchivedCheckpoint(_open_one(path, folder, found, step), path, folder)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
         raise
 
 
 class _ArchivedCheckpoint(Checkpoint):
-    """A checkpoint in an unpacked ``folder`` that it owns; errors and ``source`` speak of the archive."""
+    """A checkpoint in an unpacked ``folder``, the one above being its own; it speaks of the archive."""
 
     def __init__(self, inner: Checkpoint, archive: Path, folder: Path) -> None:
         source, *notes = (_spoken(text, archive, folder) for text in (inner.source, *inner.notes))
         super().__init__(source, inner.format, inner.shapes, inner.dtypes, notes, inner.settings)
         self.location = inner.location
         self._inner, self._archive, self._folder = inner, archive, folder
-        self._remove = weakref.finalize(self, _close_and_remove, inner, folder)
+        self._remove = weakref.finalize(self, _close_and_remove, inner, folder.parent)
 
     def close(self) -> None:
         self._remove()

@@ -25,8 +25,9 @@ def locate(path: str | os.PathLike[str], step: int | None) -> Path:
     """The ``.index`` file of the checkpoint that ``path`` means.
 
     ``path``: a folder (its ``checkpoint`` state file decides; without one, or with ``step``, the index files
-    in it do), a prefix with or without its step number, or a checkpoint's ``.index``, ``.data-…`` or
-    ``.meta`` file. ``step``: take ``…-STEP``. Raises CheckpointError if that does not settle on one.
+    in it do; one without an index stands for the folder ``checkpoint`` in it), a prefix with or without its
+    step number, or a checkpoint's ``.index``, ``.data-…`` or ``.meta`` file. ``step``: take ``…-STEP``.
+    Raises CheckpointError if that does not settle on one.
     """
     path = Path(path)
     try:
@@ -44,6 +45,8 @@ def _in_folder(folder: Path, step: int | None) -> Path:
     state = folder / STATE_FILE
     if step is None and state.is_file():
         return _named_by_state(folder, state, prefixes)
+    if not prefixes and state.is_dir() and _prefixes(state):  # as the Object Detection API packs its models
+        return _in_folder(state, step)
     if not prefixes:
         raise CheckpointError(
             f"{folder} holds no TensorFlow V2 checkpoint: no file in it ends in .index; "

@@ -72,15 +72,14 @@ _HEADS = {  # AutoML's scope → its layers' prefix, the API's BNs, convolutions
     ),
 }
 _LAYERS_PER_REPEAT = 3  # convolution, batch norm, activation
-_INNER_FOLDERS = ("checkpoint", "saved_model")  # in an exported model; its pipeline.config lies beside them
 
 
 def read(tree: ObjectTree, root: int) -> Checkpoint:
     """The detector at ``root``, an object that has all of :data:`PARTS`, under AutoML's names.
 
-    Needs the model's ``pipeline.config``: in the checkpoint's folder, as training leaves it, or beside the
-    folder ``checkpoint`` or ``saved_model``, as the API exports it. Raises CheckpointError without it, and
-    for anything that AutoML's network cannot do.
+    Needs the model's ``pipeline.config``: in the folder of the checkpoint or SavedModel, as training leaves
+    it, or else beside that folder, as the API exports it. Raises CheckpointError without it, and for anything
+    that AutoML's network cannot do.
     """
     source = tree.bundle.source
     variables = tree.variables(root)
@@ -356,16 +355,16 @@ def _settings(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str, 
 
 def _find_pipeline(source: str) -> Path:
     prefix = Path(os.path.abspath(source))
-    folder = prefix.parent
+    folder, neighbour = prefix.parent, f"{prefix.name}.index"
     if prefix.name == folder.name == "variables":  # of a SavedModel
-        folder = folder.parent
-    # Further up, also above the folder an archive is unpacked into, whatever lies there is not this model's.
-    for place in (folder, folder.parent) if folder.name in _INNER_FOLDERS else (folder,):
+        folder, neighbour = folder.parent, "its folder variables"
+    for place in (folder, folder.parent):  # further up, whatever lies there is not this model's
         if (place / PIPELINE).is_file():
             return place / PIPELINE
     raise CheckpointError(
         f"{source} is an Object Detection API checkpoint, and only its {PIPELINE} tells the box coding, the "
-        f"anchors and the background class; put that file, which comes with the model, into {folder}"
+        "anchors and the background class; put that file, which comes with the model, beside "
+        f"{neighbour} (unpack an archive for that)"
     )
 
 

@@ -16,7 +16,7 @@ from porting.errors import CheckpointError
 
 NAME = "pipeline.config"
 
-_MOST_BYTES = 1 << 16  # a real one has a few kilobytes
+_MOST_BYTES = 1 << 18  # most have a few kilobytes, one that lists 1,000 shards of its data set by name 100
 _MOST_DEPTH = 32
 _TOKEN = re.compile(
     r"""(?P<skip>\s+|\#[^\n]*)|(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
