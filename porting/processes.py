@@ -55,6 +55,11 @@ def _others_present() -> Iterator[None]:
         raise PortingError("another of the processes has stopped; its own message says why") from None
 
 
+def has_others() -> bool:
+    """Whether ``torchrun`` started this process: :func:`joined` and what is sent wait for the others."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the other processes of ``torchrun``, if there are any.
@@ -62,7 +67,7 @@ def joined() -> Iterator[Processes]:
     Objects travel over gloo, whatever the devices of the work. Raises :class:`PortingError` when the
     processes do not find each other.
     """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not has_others():
         yield Processes()
         return
     try:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +62,7 @@ def run(main: Callable[[], int]) -> NoReturn:
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign still gets the rest
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _unwind_on("SIGTERM", "SIGHUP")
+        _replace_handlers(signal.SIG_DFL, _end)  # one that is ignored, as under nohup, stays so
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; an interrupt could only hide that
         sys.stdout.flush()
@@ -75,6 +75,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         fail("interrupted; nothing was left half-written")
         status = EXIT_INTERRUPTED
     except Ended as end:
+        _replace_handlers(_end, signal.SIG_IGN)  # another one could only break the ending off
         fail(f"ended by {signal.Signals(end.args[0]).name}; nothing was left half-written")
         status = 128 + end.args[0]
     except (MemoryError, RuntimeError) as error:
@@ -93,17 +94,26 @@ def run(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def _unwind_on(*names: str) -> None:
-    """Have these signals raise :class:`Ended`, where nobody has had them ignored, as nohup does."""
+def end_at_once_when_told() -> None:
+    """Give SIGTERM and SIGHUP back their default action, for work that waits outside Python for others.
 
-    def end(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # a second one would interrupt the tidying up
-        raise Ended(number)
+    A handler in Python runs when that wait is over, which may take days; files are complete or absent without
+    it too. One that is ignored stays so.
+    """
+    _replace_handlers(_end, signal.SIG_DFL)
 
-    for name in names:
+
+def _end(number: int, _: object) -> NoReturn:
+    """The handler; it stays in place, as what it raises may be swallowed, by a ``__del__`` for one."""
+    raise Ended(number)
+
+
+def _replace_handlers(old: object, new: Any) -> None:
+    """Of SIGTERM and SIGHUP, where it is ``old``."""
+    for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, end)
+        if number is not None and signal.getsignal(number) == old:
+            signal.signal(number, new)
 
 
 def _of_the_system(error: OSError) -> str:
@@ -112,7 +122,7 @@ def _of_the_system(error: OSError) -> str:
     if isinstance(error.filename, (str, bytes)):
         return f"{os.fsdecode(error.filename)}: {reason}; check the path, its permissions and the disk"
     try:
-        print(flush=True)
+        print(end="", flush=True)  # what could not be printed is still pending; nothing is added to it
     except OSError:
         _silence_output()
         return f"cannot print: {reason}; check where the output goes"

@@ -37,7 +37,7 @@ from porting.evaluation import Outcome, Stream, detect_dataset, kept_batches, nm
 from porting.files import lock, make_folder, replacing
 from porting.hparams import read_hparams
 from porting.parity.detections import DetectionParity, compare_detections
-from porting.processes import Processes, joined
+from porting.processes import Processes, has_others, joined
 from porting.shards import Shards
 from pytorch_model import load_model
 from pytorch_model.detector import TTA, Detector
@@ -121,6 +121,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
+    if has_others():
+        _cli.end_at_once_when_told()
     with ExitStack() as held:  # the folder --out, until all is written
         with joined() as processes:
             console = Console(stderr=arguments.json, highlight=False, quiet=not processes.is_first)

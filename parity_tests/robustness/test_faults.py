@@ -10,6 +10,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -347,6 +348,82 @@ def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) ->
     assert not list((work / "tmp").iterdir())
 
 
+ENDED = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+import _cli
+
+class Swallows:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)  # what a __del__ raises is printed, not passed on
+
+def fail(message, plainly=_cli.fail):
+    signal.raise_signal(signal.SIGTERM)
+    return plainly(message)
+
+def main():
+    Swallows()
+    print("swallowed", flush=True)
+    _cli.fail = fail
+    signal.raise_signal(signal.SIGTERM)
+    return 0
+
+_cli.run(main)
+"""
+
+
+def test_signals_end_it_whatever_swallowed_the_first_and_one_more_does_no_harm() -> None:
+    command = [sys.executable, "-c", ENDED, str(TOOLS)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (143, "swallowed\n"), done.stderr
+    assert done.stderr.endswith("\nerror: ended by SIGTERM; nothing was left half-written\n")
+
+
+SLEEPER = """
+import time
+from porting.processes import joined
+with joined():
+    print("joined", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ignored", "sent"),
+    [((), (signal.SIGHUP,)), ((signal.SIGHUP,), (signal.SIGHUP, signal.SIGTERM))],
+    ids=["SIGHUP", "nohup"],
+)
+def test_signals_end_a_process_that_waits_for_another(
+    coco: Path, ignored: Sequence[int], sent: Sequence[int]
+) -> None:
+    """The wait is gloo's, where no handler of Python's runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment = {**os.environ, **where, "PYTHONPATH": str(TOOLS.parent)}
+    waiting = subprocess.Popen(
+        [sys.executable, TOOLS / kills.EVAL[0], *kills.EVAL[1:]],
+        cwd=coco,
+        env={**environment, "RANK": "1"},
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
+    )
+    first = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER], env={**environment, "RANK": "0"}, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "joined\n"
+        time.sleep(0.5)  # the other is about to wait; a default action does not mind when it comes
+        for number in sent:
+            waiting.send_signal(number)
+        assert waiting.wait(timeout=30) == -sent[-1]
+    finally:
+        for process in (first, waiting):
+            process.kill()
+            process.communicate()
+
+
 def test_hangups_that_are_ignored_stay_ignored(work: Path) -> None:
     """As nohup has it."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
@@ -458,7 +535,9 @@ def test_other_faults_of_the_system_are_not_called_printing(capsys: pytest.Captu
         with pytest.raises(SystemExit) as ended:
             _cli.run(main)
         assert ended.value.code == 2
-        return capsys.readouterr().err.strip()
+        out, err = capsys.readouterr()
+        assert out == ""  # with --json, a program reads it
+        return err.strip()
 
     assert end(OSError(errno.EIO, "I/O error", "/x/y")) == (
         "error: /x/y: I/O error; check the path, its permissions and the disk"
