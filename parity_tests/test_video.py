@@ -201,6 +201,11 @@ SAMPLES = [
     *(("clip" + suffix, "mpeg2video", "mpeg") for suffix in (".mpg", ".mpeg")),
     ("clip.ts", "mpeg2video", "mpegts"),
     ("clip.m2v", "mpeg2video", "mpegvideo"),
+    ("bare.m4v", "mpeg4", "m4v"),
+    ("bare.mp4", "libx264", "h264"),
+    ("bare.mov", "libx265", "hevc"),
+    ("flash.mp4", "flv", "flv"),
+    ("windows.avi", "wmv2", "asf"),
 ]
 
 
@@ -208,7 +213,8 @@ SAMPLES = [
 def test_every_container_is_read(tmp_path: Path, name: str, codec: str, container: str) -> None:
     if codec not in av.codecs_available:
         pytest.skip(f"this FFmpeg cannot write {codec}")
-    with av.open(str(tmp_path / name), "w") as written:
+    by_name = Path(name).stem == "clip"
+    with av.open(str(tmp_path / name), "w", format=None if by_name else container) as written:
         stream = written.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
         for _ in range(COUNT):
@@ -266,7 +272,9 @@ def test_other_formats_are_no_video(tmp_path: Path) -> None:
 
     frames = [Image.fromarray(synthetic_image(40, 50)), Image.new("RGB", (50, 40))]
     frames[0].save(tmp_path / "a.mp4", "GIF", save_all=True, append_images=frames[1:])
-    message = r"a\.mp4 is no video in an MP4, MOV, AVI, Matroska, WebM or MPEG file; fetch the file again"
+    message = (
+        r"a\.mp4 is no video in an MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF file; fetch the file again"
+    )
     with pytest.raises(ImageError, match=message):
         _video.VideoReader(tmp_path / "a.mp4")
 

@@ -42,9 +42,10 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "BMP": (".bmp",),
     "GIF": (".gif",),
 }
-# Of a picture in a file. Reading and normalising take some 27 bytes a pixel: 1.8 GB. Panoramas of 20,000 x
-# 2,000 and all but the largest cameras' photographs have fewer; what is larger shows no more once resized.
-MOST_PIXELS = 1 << 26
+# Of a picture in a file. Reading and normalising take some 27 bytes a pixel: 3.6 GB. Panoramas of 20,000 x
+# 2,000 and the 108 million pixels of a telephone's camera are fewer; more show no more once resized. Pillow's
+# own limits are a warning beyond 89 million, which is kept quiet, and a refusal beyond 179 million.
+MOST_PIXELS = 1 << 27
 MOST_BYTES = 8 * MOST_PIXELS  # of such a file: four channels of 16 bits, uncompressed
 
 

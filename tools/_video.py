@@ -20,7 +20,8 @@ from pytorch_model.preprocess import MOST_PIXELS, ImageError
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 # FFmpeg's names of the containers with these suffixes. It also knows play lists, which open other files.
-CONTAINERS = ("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo")
+# "m4v", "h264" and "hevc" are streams without a container.
+CONTAINERS = ("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo", "m4v", "h264", "hevc", "flv", "asf")
 CURE = "fetch the file again, or convert it to MP4"
 CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg can write
 
@@ -55,7 +56,7 @@ class VideoReader:
                 )
             except self._av.ArgumentError:  # the words for what is not on the list are: invalid argument
                 raise ImageError(
-                    f"{path} is no video in an MP4, MOV, AVI, Matroska, WebM or MPEG file; {CURE}"
+                    f"{path} is no video in an MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF file; {CURE}"
                 ) from None
             except (self._av.FFmpegError, OSError) as error:
                 raise ImageError(f"{path} is not a readable video: {_reason(error)}; {CURE}") from None
