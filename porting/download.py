@@ -101,6 +101,8 @@ def download(url: str, target: Path, advice: str, listener: Listener | None = No
     """
     listener = listener or _Silence()
     if _is_good(target):
+        with suppress(OSError):  # in a cache that may only be read it may lie
+            _discard(_beside(target, ".part"))  # left by a run that was killed
         return
     rotten = target.exists()
     if rotten:
