@@ -316,11 +316,13 @@ BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "two alike": (lambda data: data["images"][1].update(id=0), "it has two entries for image 0"),
     "category id": (lambda data: data["categories"][0].update(id="1"), "the category id '1' is no whole"),
     "category twice": (lambda data: data["categories"].append(CATEGORIES[0]), "two entries for category 1"),
-    "no name": (lambda data: data["categories"][0].update(name=""), "category 1 has no name but ''"),
-    "a number for a name": (
-        lambda data: data["categories"][0].update(name=7),
-        "category 1 has no name but 7",
+    "no name": (lambda data: data["categories"][0].update(name=""), "the name of category 1 is '', not text"),
+    "null for a name": (
+        lambda data: data["categories"][0].update(name=None),
+        "the name of category 1 is None, not text",
     ),
+    "true for a name": (lambda data: data["categories"][0].update(name=True), "1 is True, not text"),
+    "a list for a name": (lambda data: data["categories"][0].update(name=["a"]), "1 is .'a'., not text"),
     "half a box": (lambda data: data["annotations"][0].update(bbox=[1, 2]), "the bbox of annotation 1"),
     "text for a side": (lambda data: data["annotations"][0].update(bbox=[1, 2, "3", 4]), "four numbers"),
     "an endless side": (lambda data: data["annotations"][0].update(bbox=[1, 2, 10**400, 4]), "four numbers"),
@@ -424,6 +426,16 @@ def test_categories_that_do_not_fit(
     rewrite(coco, change)
     with pytest.raises(DatasetError, match=message):
         class_to_category(read_dataset(coco), num_classes, None)
+
+
+def test_categories_called_by_numbers(coco: Path, tmp_path: Path) -> None:
+    rewrite(coco, lambda data: data.update(categories=[{"id": i + 1, "name": i} for i in range(10)]))
+    dataset = read_dataset(coco)
+    assert dataset.categories == {i + 1: str(i) for i in range(10)}
+    for labels in (list(range(10)), read(dataset.annotations)):
+        (tmp_path / "labels.json").write_text(json.dumps(labels))
+        same = class_to_category(dataset, 10, tmp_path / "labels.json")
+        assert same == {i: i for i in range(1, 11)}
 
 
 def test_categories_by_name(coco: Path, tmp_path: Path) -> None:

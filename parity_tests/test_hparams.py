@@ -341,7 +341,7 @@ def test_what_is_refused_and_how(text: str, message: str) -> None:
         (b"\xff\xfe\x00", "is not YAML"),
         (b"\x00", "is not YAML"),
         ("[" * 5000, "means nothing|is not YAML"),
-        ("x: " + "a" * (64 << 10), "cannot be read: it has more than 65,536 bytes"),
+        ("x: " + "a" * (64 << 10), r"cannot be read: it has more than 65,536 bytes; check the path$"),
         ("[" + "1," * 10_000 + "1]", "holds more than 10,000 values; is it the right file"),
     ],
 )

@@ -194,8 +194,8 @@ def _check_image(image: Mapping[str, Any]) -> None:
 def _check_category(category: Mapping[str, Any]) -> None:
     if type(category["id"]) is not int:
         raise Reason(f"the category id {reprlib.repr(category['id'])} is no whole number")
-    if not isinstance(category["name"], str) or not category["name"]:
-        raise Reason(f"category {category['id']} has no name but {reprlib.repr(category['name'])}")
+    if type(category["name"]) not in (str, int) or category["name"] == "":  # digits are called 0 … 9
+        raise Reason(f"the name of category {category['id']} is {reprlib.repr(category['name'])}, not text")
 
 
 def _check_annotation(entry: Mapping[str, Any]) -> None:

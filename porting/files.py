@@ -44,7 +44,7 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size <= most:
             return file.read()
-    raise OSError(errno.EFBIG, f"it has more than {most:,} bytes; is it the right file?", os.fspath(path))
+    raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
 
 
 @contextmanager

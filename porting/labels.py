@@ -33,15 +33,16 @@ COCO_NAMES = tuple(_COCO_NAMES.split(","))
 _FORMS = "give one name a line, lines `id: name`, or JSON: a list, {id: name}, or COCO annotations"
 #: An id that a network could have: int() itself refuses thousands of digits, and takes "1_0" for ten.
 _ID = re.compile(r"[0-9]{1,9}")
+_LABEL_MAP = re.compile(r"^[ \t]*item(?:[ \t]*:)?[ \t]*[{<]", re.M)  # blocks "item { id: 1 name: 'x' }"
 
 
 def given_names(path: Path | None, num_classes: int) -> dict[int, str]:
     """Class id → name as the file at ``path`` says; without a file COCO's for 90 classes, else nothing.
 
     The file is UTF-8 text with one name a line (the first is class 1; an empty line names nothing) or lines
-    ``id: name``, or JSON: a list, an ``{id: name}`` object, or COCO annotations. Raises
-    :class:`PortingError` when it is none of these, names a class twice, or one that a model of
-    ``num_classes`` lacks.
+    ``id: name``, or JSON: a list, an ``{id: name}`` object, or COCO annotations; there a whole number
+    for a name is its digits. Raises :class:`PortingError` when it is none of these, names a class twice, or
+    one that a model of ``num_classes`` lacks.
     """
     if path is None:
         names = dict(enumerate(COCO_NAMES, start=1)) if num_classes == len(COCO_NAMES) else {}
@@ -88,6 +89,8 @@ def _parse_labels(data: bytes) -> dict[int, str]:
 
 
 def _from_text(text: str) -> dict[int, str]:
+    if _LABEL_MAP.search(text):
+        raise Reason("it is a label_map.pbtxt of the Object Detection API")
     lines = [line.strip() for line in text.splitlines()]
     if len(lines) == 1 and _is_json(text):
         raise Reason(f"{reprlib.repr(lines[0])} is JSON of another form")
@@ -127,7 +130,7 @@ def _from_json(content: Any) -> dict[int, str]:
 
 def _by_id(pairs: Iterable[tuple[str, Any]]) -> dict[int, str]:
     """Raises :class:`Reason` for what is no id or no text, and for an id that comes twice."""
-    found = list(pairs)
+    found = [(key, str(name) if type(name) is int else name) for key, name in pairs]  # digits, often
     for key, name in found:
         if not _ID.fullmatch(key):
             raise Reason(f"{reprlib.repr(key)} is no class id")
