@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from parity_tests.conftest import GOLDENS
+from parity_tests.robustness import targets
 from parity_tests.tflite_files import TINY, golden
 from porting import download
 from porting import reverse as reversing
-from porting.checkpoint import flatbuffer, tflite
+from porting.checkpoint import flatbuffer, frozen_graph, object_graph, open_checkpoint, tflite
 from porting.checkpoint.bundle import TensorBundle, read_index
 from porting.checkpoint.frozen_graph import FrozenGraph
-from porting.checkpoint.table import read_table
+from porting.checkpoint.table import MAGIC, read_table
 from porting.checkpoint.wire import Malformed
 from porting.convert import check_targets
 from porting.errors import CheckFailedError, CheckpointError, ConversionError, OutputError, PortingError
@@ -141,6 +142,24 @@ def test_an_address_of_something_else(tmp_path: Path, monkeypatch: pytest.Monkey
         WeightsError, match=r"whole\.pth is more than a state dict; give the address of one that"
     ):
         load_variant("efficientdet-lite0", (tmp_path / "whole.pth").as_uri())
+
+
+def test_what_is_larger_than_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "model.index", "wb") as file:  # a table's end behind nothing
+        file.truncate(1 << 25)
+        file.seek(0, 2)
+        file.write(bytes(40) + MAGIC.to_bytes(8, "little"))
+    with pytest.raises(CheckpointError, match="has 33554480 bytes, more than the index of any EfficientDet"):
+        read_index(tmp_path / "model.index")
+    for name in ("frozen", "objects"):
+        (tmp_path / name).mkdir()
+    graph, objects = targets.frozen_graph(tmp_path / "frozen"), targets.object_based(tmp_path / "objects")
+    monkeypatch.setattr(frozen_graph, "MOST_VARIABLES", 3)
+    with pytest.raises(CheckpointError, match="it has more than 3 constants, which no EfficientDet has"):
+        open_checkpoint(graph)
+    monkeypatch.setattr(object_graph, "_LONGEST_PATH", 10)
+    with pytest.raises(CheckpointError, match="has a variable more than 10 characters of attributes deep"):
+        open_checkpoint(objects)
 
 
 def test_a_report_that_cannot_be_put_anywhere(tmp_path: Path) -> None:
