@@ -11,7 +11,7 @@ from collections.abc import Callable as _Callable
 # torch.hub shows every callable here whose name has no underscore in front.
 from pytorch_model.config import MODELS as _MODELS
 from pytorch_model.efficientdet import EfficientDet as _EfficientDet
-from pytorch_model.weights import load_variant as _load_variant
+from pytorch_model.weights.files import load_variant as _load_variant
 
 dependencies = ["torch", "numpy", "safetensors"]
 

@@ -19,11 +19,9 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
-from parity_tests import refusals
+from parity_tests.helpers import refusals
+from parity_tests.helpers.paths import SHARED
 from pytorch_model.config import MODELS
-
-GOLDENS = Path(__file__).resolve().parent / "goldens"
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 REFUSALS = pytest.StashKey[Path]()
 
@@ -48,7 +46,7 @@ def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
 
     from pytorch_model import create_model
-    from pytorch_model.weights import write_weights
+    from pytorch_model.weights.files import write_weights
 
     path = tmp_path_factory.mktemp("weights") / "small.safetensors"
     torch.manual_seed(0)

@@ -17,17 +17,17 @@ import pytest
 import torch
 
 from parity_tests.conftest import Case
-from parity_tests.recordings import normalise
+from parity_tests.helpers.recordings import normalise
 from porting.convert import apply_rules, convert
 from porting.errors import PortingError
 from porting.infer import infer_config
 from porting.parity import ParityResult, compare, tensorflow_reference
 from porting.rules import rules, taps
-from porting.sources import open_source
+from porting.sources.open import open_source
+from porting.synthetic import synthetic_image, synthetic_variables
 from pytorch_model.config import EfficientDetConfig, model_config
+from pytorch_model.detection.preprocess import preprocess
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.preprocess import preprocess
-from tf_reference.synthetic import synthetic_image, synthetic_variables
 
 Variables = dict[str, np.ndarray]
 

@@ -15,8 +15,8 @@ import torch
 
 from porting.checkpoint import Checkpoint
 from porting.errors import ConversionError
-from porting.names import EMA_SUFFIX, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
 from porting.rules import Rule, rules
+from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet

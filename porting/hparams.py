@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import ConfigError, Reason
-from porting.files import read_bounded
 from pytorch_model.config import (
     ACTIVATIONS,
     BOUNDS,
@@ -29,7 +28,8 @@ from pytorch_model.config import (
     model_config,
     shown,
 )
-from pytorch_model.postprocess import NMSConfig
+from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.files import read_bounded
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 _MOST_BYTES = 64 << 10  # of a yaml file; AutoML's have 2 kB, a label_map of LVIS's 1,203 classes 30 kB

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from porting.errors import ConfigError, ConversionError
-from porting.names import model_name
+from porting.scopes import model_name
 from pytorch_model.config import (
     ENDPOINT_LEVELS,
     MODELS,

@@ -13,7 +13,7 @@ import numpy as np
 from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError, ConversionError
 from porting.infer import Inference, infer_config
-from porting.names import EMA_SUFFIX, SLOT_SUFFIXES, model_name
+from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, model_name
 from tf_reference.variables import variables
 
 _MOST_NAMED = 3  # names in one finding

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 
 from porting.errors import ConversionError
-from porting.names import EMA_SUFFIX
 from porting.rules import Rule, rules
+from porting.scopes import EMA_SUFFIX
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.weights import check_state_dict
+from pytorch_model.weights.files import check_state_dict
 from tf_reference.variables import variable_shapes
 
 

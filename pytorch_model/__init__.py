@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytorch_model.config import MODELS, EfficientDetConfig, model_config
-    from pytorch_model.detector import Detector
+    from pytorch_model.detection.detector import Detector
     from pytorch_model.efficientdet import EfficientDet, create_model
     from pytorch_model.errors import ConfigError, PortingError, WeightsError
-    from pytorch_model.weights import load_model
+    from pytorch_model.weights.files import load_model
 
 _HOMES = {
     "MODELS": "config",
     "ConfigError": "errors",
-    "Detector": "detector",
+    "Detector": "detection.detector",
     "EfficientDet": "efficientdet",
     "EfficientDetConfig": "config",
     "PortingError": "errors",
     "WeightsError": "errors",
     "create_model": "efficientdet",
-    "load_model": "weights",
+    "load_model": "weights.files",
     "model_config": "config",
 }
 

@@ -48,19 +48,19 @@ class EfficientDet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], num_classes: int | None = None) -> EfficientDet:
-        """:func:`pytorch_model.weights.load_model`: the model in a weight file or folder.
+        """:func:`pytorch_model.weights.files.load_model`: the model in a weight file or folder.
 
         ``num_classes`` asks for a class predictor begun anew. Raises :class:`WeightsError`.
         """
-        from pytorch_model.weights import load_model
+        from pytorch_model.weights.files import load_model
 
         return load_model(path, num_classes)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """:func:`pytorch_model.weights.save_pretrained`: ``model.safetensors`` and ``config.json``."""
-        from pytorch_model.weights import save_pretrained
+        """:func:`pytorch_model.weights.files.save_pretrained`: ``model.safetensors`` and ``config.json``."""
+        from pytorch_model.weights.files import save_pretrained
 
         save_pretrained(self, folder, metadata)
 

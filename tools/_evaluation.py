@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from porting.coco import FIGURES, Evaluation
-from porting.parity.detections import DetectionParity
+from pytorch_model.evaluation.coco import FIGURES, Evaluation
+from pytorch_model.evaluation.detection_parity import DetectionParity
 
 _MEANING = {
     "AP": "IoU 0.50:0.95",

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from porting.convert import Conversion
 from porting.parity.gradients import GRADIENT_TOLERANCE, GradientResult, TensorResult, compare_gradients
+from porting.synthetic import synthetic_image
 from pytorch_model.config import EfficientDetConfig
-from tf_reference.synthetic import synthetic_image
 
 PARTS = ("images", "backbone", "resample", "bifpn", "class_net", "box_net")
 MODES = {"evaluation": False, "training": True}

@@ -22,8 +22,8 @@ from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError
 from porting.hparams import Hparams, read_hparams
 from porting.infer import Inference, infer_config, named_config
-from porting.parity.references import KINDS, OPS
-from porting.sources import SYNTHETIC, open_source
+from porting.parity.reference.choose import KINDS, OPS
+from porting.sources.open import SYNTHETIC, open_source
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig
 
 HPARAMS_HELP = "AutoML's hyper-parameters, as it takes them: NAME=VALUE,… or a .yaml file"
@@ -131,7 +131,7 @@ def shown(value: Any) -> str:
 
 
 class DownloadBar:
-    """A :class:`porting.download.Listener` that draws, from the first byte on; without a download nothing."""
+    """A :class:`porting.sources.download.Listener` that draws a bar from the first byte on."""
 
     def __init__(self, console: Console, description: str) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())

@@ -20,13 +20,13 @@ from porting.errors import PortingError
 from porting.parity import ParityResult, TapResult, compare, tensorflow_reference, tolerances
 from porting.parity.diagnose import Diagnosis, diagnose
 from porting.parity.lockstep import Observer
-from porting.parity.references import OPS, FileReference, open_reference
-from porting.parity.report import variant_rows
-from porting.parity.variants import NAMES, QUICK, Cost, measure_variants
+from porting.parity.precision import NAMES, QUICK, Cost, measure_variants
+from porting.parity.reference.choose import OPS, FileReference, open_reference
+from porting.parity.report.content import variant_rows
 from porting.rules import rules, taps
+from porting.synthetic import synthetic_image
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
-from tf_reference.synthetic import synthetic_image
 
 DEFAULT_SIZE = 512  # the largest picture a verification takes of itself; a model's own where that is smaller
 DIAGNOSIS_SIZE = 256  # a diagnosis keeps every activation and runs often: its picture is small

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from porting.errors import OutputError
-from porting.files import check_regular
-from pytorch_model.preprocess import MOST_PIXELS, ImageError
+from pytorch_model.detection.preprocess import MOST_PIXELS, ImageError
+from pytorch_model.files import check_regular
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
 # FFmpeg's names of the containers with these suffixes. It also knows play lists, which open other files.

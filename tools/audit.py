@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 
 from porting.audit import PARTS, ModelAudit, audit, difference
-from porting.zoo import markdown
+from porting.publish.zoo import markdown
 from pytorch_model.config import MODELS, model_config
 
 EXAMPLES = f"""

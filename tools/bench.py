@@ -73,9 +73,9 @@ def main() -> int:
 
 
 def synthetic(folder: Path, model: str, momentum: bool) -> Path:
-    from porting.checkpoint.writer import write_bundle
+    from porting.checkpoint.v2.writer import write_bundle
+    from porting.synthetic import synthetic_checkpoint
     from pytorch_model.config import model_config
-    from tf_reference.synthetic import synthetic_checkpoint
 
     prefix = folder / model / "model"
     write_bundle(prefix, synthetic_checkpoint(model_config(model), momentum=momentum))
@@ -117,8 +117,8 @@ def bench_convert(folder: Path, model: str, repeat: int) -> dict[str, Any]:
 def bench_read(folder: Path, model: str, repeat: int) -> dict[str, Any]:
     """The variables a port needs (the moving averages) out of a training checkpoint, file cache warm."""
     from porting.checkpoint import open_checkpoint
-    from porting.checkpoint.bundle import read_index
-    from porting.names import EMA_SUFFIX
+    from porting.checkpoint.v2.bundle import read_index
+    from porting.scopes import EMA_SUFFIX
 
     prefix = synthetic(folder, model, momentum=True)
     entries = read_index(f"{prefix}.index").entries
@@ -171,7 +171,7 @@ def peak_memory(prefix: Path) -> float:
     code = (
         f"import sys, tracemalloc; sys.path.insert(0, {str(ROOT)!r})\n"
         "from porting.checkpoint import open_checkpoint\n"
-        "import porting.checkpoint.bundle, porting.checkpoint.locate\n"
+        "import porting.checkpoint.v2.bundle, porting.checkpoint.v2.locate\n"
         "tracemalloc.start()\n"
         f"with open_checkpoint({str(prefix)!r}) as c:\n"
         "    kept = dict(c.read_many(n for n in c if n.endswith('/ExponentialMovingAverage')))\n"
@@ -188,9 +188,9 @@ def bench_detect(
     import torch
 
     from pytorch_model import create_model
-    from pytorch_model.detector import Detector
-    from pytorch_model.postprocess import Candidates, per_class_nms, pre_nms
-    from pytorch_model.preprocess import load_image
+    from pytorch_model.detection.detector import Detector
+    from pytorch_model.detection.postprocess import Candidates, per_class_nms, pre_nms
+    from pytorch_model.detection.preprocess import load_image
 
     files = photographs(folder, batch_size)
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def bench_detect(
 def photographs(folder: Path, count: int) -> list[Path]:
     from PIL import Image
 
-    from tf_reference.synthetic import synthetic_image
+    from porting.synthetic import synthetic_image
 
     files = [folder / f"{seed}.jpg" for seed in range(count)]
     for seed, file in enumerate(files):

@@ -20,11 +20,11 @@ from rich.table import Table
 from porting.audit import audit_parameters
 from porting.convert import Conversion, convert, metadata
 from porting.errors import PortingError
-from porting.files import check_writable, replacing
 from porting.hparams import Hparams
 from porting.infer import Inference
-from porting.parity.references import OPS
-from pytorch_model.weights import SUFFIXES, write_weights
+from porting.parity.reference.choose import OPS
+from pytorch_model.files import check_writable, replacing
+from pytorch_model.weights.files import SUFFIXES, write_weights
 
 if TYPE_CHECKING:
     from porting.checkpoint import Checkpoint

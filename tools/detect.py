@@ -28,15 +28,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.table import Table
 from torch import Tensor
 
-from porting.coco import to_results
 from porting.errors import OutputError
-from porting.evaluation import nms_and_size
-from porting.files import is_special, make_folder, replacing
 from porting.hparams import read_hparams
-from porting.labels import load_names
 from pytorch_model import load_model
-from pytorch_model.detector import Detector
-from pytorch_model.preprocess import DECODERS, FORMATS, DecodedImage, ImageError
+from pytorch_model.detection.detector import Detector
+from pytorch_model.detection.labels import load_names
+from pytorch_model.detection.preprocess import DECODERS, FORMATS, DecodedImage, ImageError
+from pytorch_model.evaluation.coco import to_results
+from pytorch_model.evaluation.run import nms_and_size
+from pytorch_model.files import is_special, make_folder, replacing
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -21,7 +21,13 @@ from _evaluation import figures_table, parity_table, per_class_table, print_note
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from porting.coco import (
+from porting.convert import convert
+from porting.errors import ConfigError, OutputError
+from porting.hparams import read_hparams
+from pytorch_model import load_model
+from pytorch_model.detection.detector import TTA, Detector
+from pytorch_model.detection.preprocess import DECODERS
+from pytorch_model.evaluation.coco import (
     Dataset,
     Evaluation,
     class_to_category,
@@ -31,18 +37,12 @@ from porting.coco import (
     server_file_name,
     server_results,
 )
-from porting.convert import convert
-from porting.errors import ConfigError, OutputError
-from porting.evaluation import Outcome, Stream, detect_dataset, kept_batches, nms_and_size, settings
-from porting.files import lock, make_folder, replacing
-from porting.hparams import read_hparams
-from porting.parity.detections import DetectionParity, compare_detections
-from porting.processes import Processes, has_others, joined
-from porting.shards import Shards
-from pytorch_model import load_model
-from pytorch_model.detector import TTA, Detector
-from pytorch_model.preprocess import DECODERS
-from pytorch_model.weights import weight_file
+from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections
+from pytorch_model.evaluation.processes import Processes, has_others, joined
+from pytorch_model.evaluation.run import Outcome, Stream, detect_dataset, kept_batches, nms_and_size, settings
+from pytorch_model.evaluation.shards import Shards
+from pytorch_model.files import lock, make_folder, replacing
+from pytorch_model.weights.files import weight_file
 
 EXAMPLES = f"""
 examples:
@@ -172,7 +172,7 @@ def reference_stream(
     """Raises :class:`PortingError` where the reference cannot be run or is of another network."""
     from _verify import chosen_reference, require_tensorflow
 
-    from porting.parity.reference_networks import file_network, ops_network
+    from porting.parity.reference.networks import file_network, ops_network
 
     require_tensorflow()
     config = detector.model.config

@@ -21,7 +21,7 @@ from rich.table import Table
 from porting.errors import OutputError
 from porting.export import TARGETS, Weights
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.weights import check_state_dict, read_weights, weight_file
+from pytorch_model.weights.files import check_state_dict, read_weights, weight_file
 
 TARGET_LINES = "\n".join(f"  {target.name:<16}{target.summary}" for target in TARGETS.values())
 

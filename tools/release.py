@@ -26,10 +26,8 @@ from rich.table import Table
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
 from porting.errors import CheckFailedError, PortingError, Reason
-from porting.files import check_new_folder, make_folder, new_folder, read_bounded
-from porting.json_text import parse_json
-from porting.model_card import FIGURES
-from porting.release import (
+from porting.publish.model_card import FIGURES
+from porting.publish.release_folder import (
     REQUIRED_FIGURES,
     Check,
     check_name,
@@ -39,8 +37,10 @@ from porting.release import (
     verify_release,
     write_release,
 )
-from porting.releases import release_named
-from porting.sources import SYNTHETIC
+from porting.sources.google_releases import release_named
+from porting.sources.open import SYNTHETIC
+from pytorch_model.files import check_new_folder, make_folder, new_folder, read_bounded
+from pytorch_model.json_text import parse_json
 
 GOOGLES_LICENSE = "apache-2.0"  # of every checkpoint that AutoML released
 
@@ -107,8 +107,8 @@ def check(arguments: argparse.Namespace, console: Console) -> int:
 def release(arguments: argparse.Namespace, console: Console) -> int:
     from _verify import picture_size, require_tensorflow, synthetic_input, verify
 
-    from porting.parity.report import Report
-    from porting.parity.thumbnails import Thumbnails
+    from porting.parity.report.content import Report
+    from porting.parity.report.thumbnails import Thumbnails
 
     require_tensorflow()
     metrics = read_metrics(arguments.coco_metrics)

@@ -23,9 +23,8 @@ from rich.table import Table
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, choose_variables, convert
 from porting.errors import PortingError
-from porting.files import make_folder
-from porting.parity.references import OPS
-from porting.parity.weights import (
+from porting.parity.reference.choose import OPS
+from porting.parity.weight_comparison import (
     CheckpointComparison,
     WeightComparison,
     Weights,
@@ -36,12 +35,13 @@ from porting.parity.weights import (
 )
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.weights import SUFFIXES, check_state_dict, read_weights
+from pytorch_model.files import make_folder
+from pytorch_model.weights.files import SUFFIXES, check_state_dict, read_weights
 
 if TYPE_CHECKING:
     from _verify import Outcome
 
-    from porting.parity.thumbnails import Thumbnails
+    from porting.parity.report.thumbnails import Thumbnails
 
 EXAMPLES = f"""
 examples:
@@ -150,7 +150,7 @@ def run(
 ) -> Outcome:
     from _verify import chosen_reference, chosen_size, print_variants, verify
 
-    from porting.parity.thumbnails import Thumbnails
+    from porting.parity.report.thumbnails import Thumbnails
 
     config = conversion.config
     reference = chosen_reference(arguments, checkpoint, conversion)
@@ -184,8 +184,8 @@ def report(
     same: WeightComparison | None,
     thumbnails: Thumbnails | None,
 ) -> None:
-    from porting.parity.html import write_html
-    from porting.parity.report import Report, write_json
+    from porting.parity.report.content import Report, write_json
+    from porting.parity.report.html import write_html
 
     found, diagnosis = outcome.diagnosis, None
     not_the_port = same is not None and not same.same_function
@@ -257,7 +257,7 @@ def network_input(config: EfficientDetConfig, size: tuple[int, int], image: Path
 
     if image is None:
         return synthetic_input(config, size)
-    from pytorch_model.preprocess import preprocess
+    from pytorch_model.detection.preprocess import preprocess
 
     images = preprocess([image], config, size).images
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

@@ -11,9 +11,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parity_tests.conftest import GOLDENS, SHARED
-from parity_tests.recordings import shared_recording
-from parity_tests.test_recordings import GOLDEN_MODELS, native_size
+from parity_tests.helpers.paths import GOLDENS, SHARED
+from parity_tests.helpers.recordings import shared_recording
+from parity_tests.parity.test_recordings import GOLDEN_MODELS, native_size
 from pytorch_model.config import MODELS
 
 KEPT = 60  # values an endpoint

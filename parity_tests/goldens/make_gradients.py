@@ -10,8 +10,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parity_tests.conftest import GOLDENS
-from parity_tests.training import LEVELS, Sample, recorded_names, shared_step
+from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.training import LEVELS, Sample, recorded_names, shared_step
 
 KEPT = {"gradients": 32, "after": 6}  # values a variable
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parity_tests.conftest import GOLDENS, SHARED
-from porting.checkpoint.bundle import TensorBundle, read_index
-from porting.checkpoint.object_graph import GRAPH_KEY
+from parity_tests.helpers.paths import GOLDENS, SHARED
+from porting.checkpoint.objects.graph import GRAPH_KEY
+from porting.checkpoint.v2.bundle import TensorBundle, read_index
 
 ORACLE = SHARED / "oracle"
 

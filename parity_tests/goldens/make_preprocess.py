@@ -13,9 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from parity_tests.conftest import GOLDENS
-from parity_tests.test_preprocess import D0, GOLDEN_TARGETS, LITE0, tensorflow_preprocess
-from tf_reference.synthetic import synthetic_image
+from parity_tests.detection.test_preprocess import D0, GOLDEN_TARGETS, LITE0, tensorflow_preprocess
+from parity_tests.helpers.paths import GOLDENS
+from porting.synthetic import synthetic_image
 
 
 def jpegs() -> dict[str, bytes]:

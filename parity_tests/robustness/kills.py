@@ -39,10 +39,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from parity_tests.helpers.paths import TOOLS
 from parity_tests.robustness import moments, named, targets
 from parity_tests.robustness.moments import MIDDLE, Calls, Moment
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 EVAL = (
     *("eval_coco.py", "--weights", "model.safetensors", "--coco", "coco", "--labels", "names.txt"),
     *("--batch-size", "2", "--out", "eval"),
@@ -145,8 +145,8 @@ def prepare_download_again(folder: Path) -> None:
 
 
 def download(folder: Path) -> None:
-    from porting import download as downloading
-    from porting.releases import fetch, release_named
+    from porting.sources import download as downloading
+    from porting.sources.google_releases import fetch, release_named
 
     downloading.BACKOFF_SECONDS = 0.01
     release = release_named("efficientdet-d0")
@@ -157,7 +157,7 @@ def download(folder: Path) -> None:
 @contextlib.contextmanager
 def release_server() -> Iterator[None]:
     """Serves any release, slowly, from a process of its own."""
-    from porting.releases import BASE_URL_VARIABLE
+    from porting.sources.google_releases import BASE_URL_VARIABLE
 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -172,7 +172,7 @@ def release_server() -> Iterator[None]:
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
-    from parity_tests.test_releases import Handler, Server, encode
+    from parity_tests.checkpoint.test_releases import Handler, Server, encode
 
     class Slow(Handler):
         """In pieces, so that a kill meets a file half there."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from parity_tests.robustness.mutate import mutated
 from porting.checkpoint import wire
-from porting.checkpoint.table import (
+from porting.checkpoint.v2.table import (
     FOOTER_SIZE,
     MAGIC,
     _append_block,
@@ -62,7 +62,7 @@ def blocks(folder: Path, rng: random.Random) -> None:
 
 def object_graph(folder: Path, rng: random.Random) -> None:
     """The object graph: its bytes, or one number or name in one of its objects."""
-    from parity_tests.object_trees import automl_graph
+    from parity_tests.helpers.object_trees import automl_graph
     from parity_tests.robustness.targets import CONFIG, with_graph
 
     graph = automl_graph(CONFIG)

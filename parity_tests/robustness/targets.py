@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity_tests.conftest import GOLDENS
-from parity_tests.object_trees import VALUE, automl_graph, automl_paths
+from parity_tests.helpers.object_trees import VALUE, automl_graph, automl_paths
+from parity_tests.helpers.paths import GOLDENS, TOOLS
+from parity_tests.helpers.tflite_files import TINY, golden, tiny_variables
 from parity_tests.robustness import sealed
-from parity_tests.tflite_files import TINY, golden, tiny_variables
 from pytorch_model.config import EfficientDetConfig
 
 if TYPE_CHECKING:
-    from porting.evaluation import Outcome
-    from porting.shards import Shards
-    from pytorch_model.detector import Detector
+    from pytorch_model.detection.detector import Detector
+    from pytorch_model.evaluation.run import Outcome
+    from pytorch_model.evaluation.shards import Shards
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(TOOLS))
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ def convert_checkpoint(path: Path) -> str:
 
 
 def read_entries(path: Path) -> str:
-    from porting.checkpoint.bundle import read_index
+    from porting.checkpoint.v2.bundle import read_index
 
     return repr(read_index(path).entries)
 
 
 def load_weights(path: Path) -> str:
-    from pytorch_model.weights import load_model
+    from pytorch_model.weights.files import load_model
 
     model = load_model(path)
     return digest(model.config, {key: tensor.numpy() for key, tensor in model.state_dict().items()})
@@ -104,13 +104,13 @@ def read_yaml(path: Path) -> str:
 
 
 def read_pipeline(path: Path) -> str:
-    from porting.checkpoint.pipeline_config import read_pipeline
+    from porting.checkpoint.objects.pipeline_config import read_pipeline
 
     return repr(read_pipeline(path))
 
 
 def read_coco(path: Path) -> str:
-    from porting.coco import class_to_category, evaluate, read_dataset
+    from pytorch_model.evaluation.coco import class_to_category, evaluate, read_dataset
 
     dataset = read_dataset(path)
     mapping = class_to_category(dataset, 90, None)
@@ -128,7 +128,7 @@ def pixel_bytes(path: Path) -> int:
     """Of float32 RGB, which the network is given, of as many pixels as the header says and are read."""
     from PIL import Image
 
-    from pytorch_model.preprocess import MOST_PIXELS
+    from pytorch_model.detection.preprocess import MOST_PIXELS
 
     try:
         with warnings.catch_warnings():
@@ -140,7 +140,7 @@ def pixel_bytes(path: Path) -> int:
 
 
 def read_labels(path: Path) -> str:
-    from porting.labels import load_names
+    from pytorch_model.detection.labels import load_names
 
     return repr(load_names(path, 5))
 
@@ -149,7 +149,7 @@ def read_metrics(path: Path) -> str:
     """To the card of the release that they belong to."""
     from release import read_metrics
 
-    from porting.model_card import FIGURES
+    from porting.publish.model_card import FIGURES
 
     metrics = json.loads(read_metrics(path) or b"")
     return repr(
@@ -166,10 +166,10 @@ def resume(path: Path) -> str:
 
 def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
     """As tools/eval_coco.py does, a picture a batch."""
-    from porting.coco import read_dataset
-    from porting.evaluation import Stream, detect_dataset, settings
-    from porting.processes import Processes
-    from porting.shards import Shards
+    from pytorch_model.evaluation.coco import read_dataset
+    from pytorch_model.evaluation.processes import Processes
+    from pytorch_model.evaluation.run import Stream, detect_dataset, settings
+    from pytorch_model.evaluation.shards import Shards
 
     dataset, detector, categories = read_dataset(pictures), small_detector(), {1: 1, 2: 18}
     shards = Shards(folder, "ours", settings(detector, dataset, 1, categories, "of a sample"))
@@ -182,23 +182,23 @@ def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
 def small_detector() -> Detector:
     import torch
 
-    from pytorch_model.detector import Detector
+    from pytorch_model.detection.detector import Detector
+    from pytorch_model.detection.postprocess import NMSConfig
     from pytorch_model.efficientdet import EfficientDet
-    from pytorch_model.postprocess import NMSConfig
 
     torch.manual_seed(0)
     return Detector(EfficientDet(CONFIG), image_size=(64, 64), nms=NMSConfig(max_output_size=5))
 
 
 def decode_image(path: Path) -> str:
-    from pytorch_model.preprocess import preprocess
+    from pytorch_model.detection.preprocess import preprocess
 
     batch = preprocess([path], CONFIG, (64, 64), "pillow")
     return hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
 
 
 def decode_fast(path: Path) -> str:
-    from pytorch_model.preprocess import preprocess
+    from pytorch_model.detection.preprocess import preprocess
 
     batch = preprocess([path], CONFIG, (64, 64), "fast-dct")
     return hashlib.sha256(batch.images.numpy().tobytes()).hexdigest()
@@ -214,7 +214,7 @@ def decode_upright_fast(path: Path) -> str:
 
 
 def _upright(path: Path, decoder: str) -> str:
-    from pytorch_model.preprocess import load_image
+    from pytorch_model.detection.preprocess import load_image
 
     image = load_image(path, decoder, upright=True)
     content = hashlib.sha256(f"{image.orientation} {tuple(image.pixels.shape)}".encode())
@@ -247,8 +247,8 @@ def digest(config: EfficientDetConfig, arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def bundle(folder: Path) -> Path:
-    from porting.checkpoint.writer import write_bundle
-    from porting.names import EMA_SUFFIX
+    from porting.checkpoint.v2.writer import write_bundle
+    from porting.scopes import EMA_SUFFIX
 
     arrays = dict(values())
     arrays |= {name + EMA_SUFFIX: array + np.float32(0.5) for name, array in values().items()}
@@ -257,7 +257,7 @@ def bundle(folder: Path) -> Path:
 
 
 def sharded(folder: Path) -> Path:
-    from porting.checkpoint.writer import write_bundle
+    from porting.checkpoint.v2.writer import write_bundle
 
     write_bundle(folder / "model.ckpt-7", values(), num_shards=3)
     return folder
@@ -272,9 +272,9 @@ def with_graph(folder: Path, graph: bytes) -> Path:
     import google_crc32c
 
     from porting.checkpoint import wire
-    from porting.checkpoint.object_graph import GRAPH_KEY
-    from porting.checkpoint.table import mask_crc, write_table
-    from porting.checkpoint.writer import _entry, _header
+    from porting.checkpoint.objects.graph import GRAPH_KEY
+    from porting.checkpoint.v2.table import mask_crc, write_table
+    from porting.checkpoint.v2.writer import _entry, _header
 
     paths = automl_paths(CONFIG)
     length = len(graph).to_bytes(4, "little")
@@ -320,7 +320,7 @@ def zip_archive(folder: Path) -> Path:
 
 
 def saved_model(folder: Path) -> Path:
-    from porting.checkpoint.writer import write_bundle
+    from porting.checkpoint.v2.writer import write_bundle
 
     write_bundle(folder / "variables" / "variables", values())
     (folder / "saved_model.pb").write_bytes(b"\x08\x01\x12\x00")
@@ -355,7 +355,7 @@ def snappy_index(folder: Path) -> Path:
 
 
 def keras_h5(folder: Path) -> Path:
-    from parity_tests.test_keras_h5 import save_weights
+    from parity_tests.checkpoint.test_keras_h5 import save_weights
 
     save_weights(folder / "model.h5", values())
     return folder / "model.h5"
@@ -370,7 +370,7 @@ def weights(suffix: str) -> Callable[[Path], Path]:
         import torch
 
         from pytorch_model.efficientdet import EfficientDet
-        from pytorch_model.weights import write_weights
+        from pytorch_model.weights.files import write_weights
 
         torch.manual_seed(0)
         path = folder / f"model{suffix}"
@@ -385,7 +385,7 @@ def release(folder: Path) -> Path:
     import torch
 
     from pytorch_model.efficientdet import EfficientDet
-    from pytorch_model.weights import CONFIG_FILE, config_text
+    from pytorch_model.weights.files import CONFIG_FILE, config_text
 
     torch.manual_seed(0)
     path = folder / "model.pth"
@@ -418,7 +418,7 @@ def text(name: str, content: str) -> Callable[[Path], Path]:
 
 
 def pipeline(folder: Path) -> Path:
-    from parity_tests.test_odapi import pipeline_text
+    from parity_tests.checkpoint.test_detection_api import pipeline_text
 
     return text("pipeline.config", pipeline_text())(folder)
 
@@ -469,7 +469,7 @@ def image(name: str, turned: bool = False, **options: Any) -> Callable[[Path], P
     def make(folder: Path) -> Path:
         from PIL import Image
 
-        from tf_reference.synthetic import synthetic_image
+        from porting.synthetic import synthetic_image
 
         exif = Image.Exif()
         if turned:
@@ -484,7 +484,7 @@ def video(name: str) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         import av
 
-        from tf_reference.synthetic import synthetic_image
+        from porting.synthetic import synthetic_image
 
         with av.open(str(folder / name), "w") as container:
             stream = container.add_stream("mpeg4", rate=10)

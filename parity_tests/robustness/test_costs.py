@@ -14,9 +14,9 @@ import pytest
 
 from parity_tests.robustness.fuzz import FAULTS, OBJECTS, REFUSED, SECONDS, _Reader
 from parity_tests.robustness.targets import convert_checkpoint, read_yaml, with_graph
-from porting.checkpoint.table import MAGIC, _append_block, _BlockBuilder, write_table
+from porting.checkpoint.v2.table import MAGIC, _append_block, _BlockBuilder, write_table
+from porting.checkpoint.v2.writer import _entry, _header
 from porting.checkpoint.wire import bytes_field, int_field, write_varint
-from porting.checkpoint.writer import _entry, _header
 
 #: What the longest lists that are read (variables, objects) may take, whatever the file has for them.
 LISTS = 32 << 20

@@ -22,16 +22,16 @@ from typing import Any
 
 import pytest
 
+from parity_tests.helpers.paths import TOOLS
 from parity_tests.robustness import kills, targets
 from porting.errors import OutputError
-from porting.files import check_writable, new_folder, replacing
 from pytorch_model import load_model
+from pytorch_model.files import check_writable, new_folder, replacing
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.insert(0, str(TOOLS))
 
 import _cli
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SLOWLY = ("--hparams", "image_size=512x512")
 LARGEST_FILE = 30_000  # bytes; less than any of the targets
 
@@ -69,7 +69,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from PIL import Image
 
     from pytorch_model import create_model
-    from pytorch_model.weights import write_weights
+    from pytorch_model.weights.files import write_weights
 
     folder = tmp_path_factory.mktemp("inputs")
     kills.prepare_convert(folder)
@@ -382,7 +382,7 @@ def test_signals_end_it_whatever_swallowed_the_first_and_one_more_does_no_harm()
 
 SLEEPER = """
 import time
-from porting.processes import joined
+from pytorch_model.evaluation.processes import joined
 with joined():
     print("joined", flush=True)
     time.sleep(600)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from parity_tests.helpers.paths import ROOT
 from parity_tests.robustness import kills
 from parity_tests.robustness.kills import AGAIN, BROKEN, BY_CALL, COMMANDS, HIDDEN, LEFT, NEW, OLD, Command
 from parity_tests.robustness.moments import Calls, Moment, load
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -43,13 +42,13 @@ def test_a_kill_leaves_the_old_target_or_the_new(name: str) -> None:
 IN_PLACE = """
 import contextlib, sys
 from pathlib import Path
-import porting.files
+import pytorch_model.files
 
 @contextlib.contextmanager
 def replacing(path):
     yield Path(path)
 
-porting.files.replacing = replacing
+pytorch_model.files.replacing = replacing
 from parity_tests.robustness import kills
 sys.exit(kills.main())
 """

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
+from porting.checkpoint.base import Checkpoint
 from porting.errors import CheckpointError
-from porting.files import is_special
-
-from .base import Checkpoint
+from pytorch_model.files import is_special
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -23,13 +22,13 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     Raises :class:`~porting.errors.CheckpointError`: nothing there, several and no way to choose, damaged,
     incomplete, or not a checkpoint.
     """
-    from .archive import is_archive, open_archive
-    from .bundle import TensorBundle, read_index
-    from .frozen_graph import is_frozen_graph, open_frozen_graph
-    from .keras_h5 import is_h5, open_h5
-    from .locate import locate
-    from .saved_model import saved_model_prefix, understood
-    from .tflite import is_tflite, open_tflite
+    from porting.checkpoint.archive import is_archive, open_archive
+    from porting.checkpoint.frozen_graph import is_frozen_graph, open_frozen_graph
+    from porting.checkpoint.keras_h5 import is_h5, open_h5
+    from porting.checkpoint.saved_model import saved_model_prefix, understood
+    from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
+    from porting.checkpoint.v2.bundle import TensorBundle, read_index
+    from porting.checkpoint.v2.locate import locate
 
     if is_special(path):
         raise CheckpointError(f"{path} is a pipe or a device, not a file; copy what it gives into a file")

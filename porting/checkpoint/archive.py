@@ -27,10 +27,9 @@ from typing import IO, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
+from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.v2.locate import STATE_FILE, locate
 from porting.errors import CheckpointError, PortingError, Reason
-
-from .base import Checkpoint
-from .locate import STATE_FILE, locate
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
@@ -192,7 +191,7 @@ def _spoken(text: str, archive: Path, folder: Path) -> str:
 
 
 def _open_one(archive: Path, folder: Path, found: list[PurePosixPath], step: int | None) -> Checkpoint:
-    from . import open_checkpoint
+    from porting.checkpoint import open_checkpoint
 
     saved_models = {path.parent for path in found if path.name == _SAVED_MODEL}
     folders = {path.parent for path in found if path.suffix == ".index"}

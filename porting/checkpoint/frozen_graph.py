@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from porting.checkpoint import wire
+from porting.checkpoint.base import MOST_VARIABLES, Checkpoint
+from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
-
-from . import wire
-from .base import MOST_VARIABLES, Checkpoint
-from .wire import Malformed
 
 FORMAT = "frozen TensorFlow graph"
 SUFFIX = ".pb"

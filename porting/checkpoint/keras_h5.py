@@ -21,9 +21,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from porting.checkpoint.base import Checkpoint
 from porting.errors import CheckpointError
-
-from .base import Checkpoint
 
 FORMAT = "Keras HDF5 weights"
 SUFFIXES = (".h5", ".hdf5")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .base import Checkpoint
+from porting.checkpoint.base import Checkpoint
 
 
 class Source(NamedTuple):

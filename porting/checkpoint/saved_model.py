@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path, PurePath
 
+from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.renamed import Renamed, Source
+from porting.checkpoint.v2.bundle import TensorBundle
 from porting.errors import CheckpointError
-from porting.names import EMA_SUFFIX
-
-from .base import Checkpoint
-from .bundle import TensorBundle
-from .renamed import Renamed, Source
+from porting.scopes import EMA_SUFFIX
 
 FORMAT = "TensorFlow SavedModel"
 
@@ -40,7 +39,7 @@ def understood(bundle: TensorBundle) -> Checkpoint:
 
     Raises CheckpointError if its objects are no EfficientDet's.
     """
-    from .object_graph import is_object_based, open_object_checkpoint
+    from porting.checkpoint.objects.graph import is_object_based, open_object_checkpoint
 
     # No training script calls its checkpoints so.
     is_served = PurePath(bundle.source).name == _VARIABLES

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from porting.errors import CheckFailedError, ConversionError, OutputError
 from porting.export import Weights, Written
-from porting.files import check_writable, replacing
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, model_config
-from pytorch_model.weights import torch_bytes
+from pytorch_model.files import check_writable, replacing
+from pytorch_model.weights.files import torch_bytes
 
 #: What may differ from a released model: it changes head widths that the package takes as arguments, or
 #: nothing in the network.

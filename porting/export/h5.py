@@ -22,9 +22,9 @@ from porting.checkpoint import open_checkpoint
 from porting.errors import OutputError
 from porting.export import Weights, Written
 from porting.export.check import check_comes_back, rounding
-from porting.files import check_writable, replacing
 from porting.reverse import reverse
 from pytorch_model.config import EfficientDetConfig
+from pytorch_model.files import check_writable, replacing
 from tf_reference.variables import Variable, variables
 
 KERAS_VERSION = b"2.15.0"  # whose layout this is

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from porting.errors import CheckFailedError
 from porting.export import Weights
+from porting.synthetic import synthetic_image
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import EfficientDetConfig
+from pytorch_model.detection.postprocess import NMSConfig, postprocess_per_class
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.postprocess import NMSConfig, postprocess_per_class
-from tf_reference.synthetic import synthetic_image
 
 #: How many times PyTorch's own float32 rounding a float32 program may be off.
 ROUNDING = 10

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from porting.errors import OutputError
 from porting.export.network import quiet
-from porting.files import check_writable
+from pytorch_model.files import check_writable
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from porting.export import Weights, Written
 from porting.export.network import Comparison, example_images, head_names, loaded
 from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
-from porting.files import replacing
+from pytorch_model.files import replacing
 
 
 def write(weights: Weights, out: Path) -> Written:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from porting.checkpoint import open_checkpoint
-from porting.checkpoint.writer import write_bundle
+from porting.checkpoint.v2.writer import write_bundle
 from porting.export import Weights, Written
 from porting.export.check import check_comes_back, rounding
-from porting.files import new_folder
 from porting.reverse import reverse, with_averages
+from pytorch_model.files import new_folder
 
 NAME = "model"  # as in Google's releases
 

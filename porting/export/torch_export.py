@@ -10,7 +10,7 @@ import torch
 from porting.errors import OutputError
 from porting.export import Weights, Written
 from porting.export.network import Comparison, example_images, loaded, quiet
-from porting.files import check_writable, replacing
+from pytorch_model.files import check_writable, replacing
 
 
 def write(weights: Weights, out: Path) -> Written:

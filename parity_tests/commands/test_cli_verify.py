@@ -1,0 +1,155 @@
+"""tools/verify.py: a right weight file passes, a wrong one is caught, located and explained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from parity_tests.helpers.paths import TOOLS
+from porting.checkpoint import open_checkpoint
+from porting.convert import convert
+from porting.sources.open import write_synthetic
+from pytorch_model.config import BN_EPSILON, model_config
+from pytorch_model.weights.files import read_weights, write_weights
+
+TOOL = TOOLS / "verify.py"
+CONFIG = model_config("efficientdet-lite0")
+
+
+def verify(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "150"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, its port, and a port with a kernel transposed."""
+    folder = tmp_path_factory.mktemp("verify")
+    checkpoint = write_synthetic(CONFIG.name, folder)
+    with open_checkpoint(checkpoint) as opened:
+        state = convert(opened, CONFIG).state_dict
+    write_weights(folder / "right.safetensors", state, CONFIG, {})
+    key = "bifpn.cells.1.nodes.2.conv.pointwise.weight"
+    write_weights(
+        folder / "wrong.safetensors", {**state, key: state[key].transpose(0, 1).contiguous()}, CONFIG, {}
+    )
+    return folder
+
+
+CKPT = ("--ckpt", "synthetic/efficientdet-lite0", "--size", "128")
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
+    done = verify(
+        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--variants", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["passed"]
+    assert summary["float64"]["activations"] == 211
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["passed"]
+    assert [row["name"] for row in report["variants"]] == [row["name"] for row in summary["variants"]]
+    assert "bfloat16" in [row["name"] for row in report["variants"]]
+    assert "fpn_cells/cell_2/fnode7" in (folder / "out" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_wrong_weights_are_located_and_explained(folder: Path) -> None:
+    done = verify(*CKPT, "--weights", "wrong.safetensors", cwd=folder)
+    assert done.returncode == 1, done.stderr
+    assert (
+        "first divergence: bifpn.cells.1.nodes.2 in PyTorch, fpn_cells/cell_1/fnode2 in TensorFlow"
+        in done.stdout
+    )
+    assert "likely cause: kernel layout transposed" in done.stdout
+
+
+def test_another_activation_in_the_weight_file_is_not_believed(folder: Path) -> None:
+    """The tensors alone cannot show it, and a reference built by the same setting would agree."""
+    state, config, _ = read_weights(folder / "right.safetensors")
+    other = dataclasses.replace(config, act_type="swish")
+    write_weights(folder / "swish.safetensors", state, other, {})
+    done = verify(*CKPT, "--weights", "swish.safetensors", cwd=folder)
+    assert done.returncode == 2, done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "act_type is swish in swish.safetensors, relu6 in" in done.stderr
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_what_the_tolerances_do_not_see_is_named(folder: Path) -> None:
+    state, config, _ = read_weights(folder / "right.safetensors")
+    state["class_net.predict.pointwise.bias"][37] += 2e-4
+    other = dataclasses.replace(config, anchor_scale=9.0)
+    write_weights(folder / "off.safetensors", state, other, {})
+    options = ("--size", "64", "--weights", "off.safetensors", "--json", "--report", "off")
+    done = verify("--ckpt", CKPT[1], *options, cwd=folder)
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert not summary["passed"]
+    assert summary["weights"]["verdict"] == "different"
+    assert "differ in 1 of 552 tensors" in done.stderr
+    assert "class_net.predict.pointwise.bias" in done.stderr
+    assert "not the port of this checkpoint" in done.stderr
+    report = json.loads((folder / "off" / "report.json").read_text())
+    assert not report["passed"]
+    assert "class_net.predict.pointwise.bias" in report["diagnosis"]
+    assert all(run["passed"] for run in report["runs"])
+    (note,) = summary["weights"]["notes"]
+    assert note.startswith("anchor_scale is 9.0 in off.safetensors, 3.0 in")
+    assert note in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt", "synthetic/efficientdet-lite0", "--size", "big"], "--size big is not a size"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "cannot run on device 'abacus'"),
+        (["--ckpt", "nowhere"], "nowhere"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--graph", "x"], "--graph is for --reference meta"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--weights", "none.pth"], "no weight file at none.pth"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_one_sentence(arguments: list[str], message: str, folder: Path) -> None:
+    done = verify(*arguments, cwd=folder)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert message in done.stderr
+
+
+def test_two_files_of_one_function_and_two_that_differ(folder: Path) -> None:
+    same = verify("--weights", "right.safetensors", "--against", "right.safetensors", cwd=folder)
+    assert same.returncode == 0, same.stderr
+    assert "same function" in same.stdout
+    other = verify("--weights", "wrong.safetensors", "--against", "right.safetensors", "--json", cwd=folder)
+    assert other.returncode == 1, other.stderr
+    assert json.loads(other.stdout)["differing"] == ["bifpn.cells.1.nodes.2.conv.pointwise.weight"]
+    against = verify("--weights", "right.safetensors", "--against", CKPT[1], cwd=folder)
+    assert against.returncode == 0, against.stderr
+
+
+def test_what_is_stored_differently_is_not_listed_as_different(folder: Path) -> None:
+    state, config, _ = read_weights(folder / "wrong.safetensors")
+    shift = torch.full_like(state["backbone.stem.bn.bias"], 0.5)
+    scale = state["backbone.stem.bn.weight"] / (state["backbone.stem.bn.running_var"] + BN_EPSILON).sqrt()
+    state["backbone.stem.bn.running_mean"] = state["backbone.stem.bn.running_mean"] - shift
+    state["backbone.stem.bn.bias"] = state["backbone.stem.bn.bias"] - shift * scale
+    write_weights(folder / "moved.safetensors", state, config, {})
+    done = verify("--weights", "moved.safetensors", "--against", "right.safetensors", "--json", cwd=folder)
+    assert done.returncode == 1, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["differing"] == ["bifpn.cells.1.nodes.2.conv.pointwise.weight"]
+    moved = {"backbone.stem.bn.bias", "backbone.stem.bn.running_mean"}
+    assert set(summary["stored_differently"]) == moved
+    assert "backbone" not in done.stderr
+    assert "2 more are stored differently" in done.stderr

@@ -1,0 +1,532 @@
+"""AutoML's hyper-parameter syntax: what it means, and that anything else is one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from parity_tests.helpers.paths import ROOT
+from porting.errors import ConfigError
+from porting.hparams import _FIELDS, _NMS_FIELDS, FIXED, IGNORED, Hparams, read_hparams
+from porting.infer import infer_config, named_config
+from pytorch_model.config import ACTIVATIONS, MODELS, WEIGHT_METHODS, EfficientDetConfig, model_config
+from pytorch_model.detection.postprocess import NMSConfig
+from tf_reference.variables import variable_shapes
+
+# What AutoML's training of a D1 on COCO leaves in its config.yaml: every hyper-parameter, at its default.
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(
+        [
+            *("autoaugment_policy", "backbone_config", "ckpt_var_scope", "dataset_type", "fpn_config"),
+            *("fpn_name", "fpn_weight_method", "img_summary_steps", "iou_loss_type", "label_map"),
+            *("loss_scale", "positives_momentum", "sample_image", "strategy", "survival_prob"),
+            *("target_size", "var_freeze_expr"),
+        ]
+    ),
+    **dict.fromkeys(
+        [
+            *("conv_after_downsample", "conv_bn_act_pattern", "grad_checkpoint", "grid_mask"),
+            *("mixed_precision", "regenerate_source_id", "scale_range"),
+        ],
+        False,
+    ),
+    **dict.fromkeys(
+        [
+            *("apply_bn_for_resampling", "drop_remainder", "input_rand_hflip", "is_training_bn"),
+            *("separable_conv", "skip_crowd_during_training", "skip_mismatch", "use_keras_model"),
+        ],
+        True,
+    ),
+    "act_type": "swish",
+    "alpha": 0.25,
+    "anchor_scale": 4.0,
+    "aspect_ratios": [1.0, 2.0, 0.5],
+    "backbone_name": "efficientnet-b1",
+    "box_class_repeats": 3,
+    "box_loss_weight": 50.0,
+    "clip_gradients_norm": 10.0,
+    "data_format": "channels_last",
+    "delta": 0.1,
+    "first_lr_drop_epoch": 200.0,
+    "fpn_cell_repeats": 4,
+    "fpn_num_filters": 88,
+    "gamma": 1.5,
+    "heads": ["object_detection"],
+    "image_size": (640, 640),
+    "iou_loss_weight": 1.0,
+    "jitter_max": 2.0,
+    "jitter_min": 0.1,
+    "label_smoothing": 0.0,
+    "learning_rate": 0.08,
+    "lr_decay_method": "cosine",
+    "lr_warmup_epoch": 1.0,
+    "lr_warmup_init": 0.008,
+    "map_freq": 5,
+    "max_instances_per_image": 100,
+    "max_level": 7,
+    "mean_rgb": [123.675, 116.28, 103.53],
+    "min_level": 3,
+    "model_optimizations": {},
+    "momentum": 0.9,
+    "moving_average_decay": 0.9998,
+    "name": "efficientdet-d1",
+    "nms_configs": {
+        "iou_thresh": None,
+        "max_nms_inputs": 0,
+        "max_output_size": 100,
+        "method": "gaussian",
+        "pyfunc": False,
+        "score_thresh": 0.0,
+        "sigma": None,
+    },
+    "num_classes": 90,
+    "num_epochs": 300,
+    "num_scales": 3,
+    "optimizer": "sgd",
+    "poly_lr_power": 0.9,
+    "save_freq": "epoch",
+    "second_lr_drop_epoch": 250.0,
+    "seg_num_classes": 3,
+    "stddev_rgb": [0.229 * 255, 0.224 * 255, 0.225 * 255],
+    "tflite_max_detections": 100,
+    "verbose": 1,
+    "weight_decay": 4e-5,
+}
+
+
+def written(tmp_path: Path, content: str | bytes) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+# Meaning
+
+
+def test_the_yaml_that_training_leaves_is_the_model(tmp_path: Path) -> None:
+    """``yaml.dump`` as AutoML calls it, which writes image_size as a Python tuple."""
+    text = yaml.dump(DEFAULTS, default_flow_style=False)
+    assert "!!python/tuple" in text
+    read = read_hparams(written(tmp_path, text))
+    assert read.model == "efficientdet-d1"
+    assert NMSConfig(**read.nms) == NMSConfig(max_nms_inputs=0)
+    plain = model_config("efficientdet-d1")
+    found = infer_config(variable_shapes(plain), overrides=read.overrides)
+    assert found.config.replace(mean_rgb=plain.mean_rgb, stddev_rgb=plain.stddev_rgb) == plain
+    assert found.config.mean_rgb == pytest.approx(plain.mean_rgb)
+    assert found.config.stddev_rgb == pytest.approx(plain.stddev_rgb)
+    assert found.assumed == ()  # all of it was given
+    assert set(read.ignored) == {
+        name for name in DEFAULTS if name not in {*_FIELDS, *FIXED, "name", "nms_configs", "scale_range"}
+    }
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_each_default_alone_is_accepted(name: str, tmp_path: Path) -> None:
+    value = DEFAULTS[name]
+    from_yaml = read_hparams(written(tmp_path, yaml.dump({name: value})))
+    if not isinstance(value, tuple):
+        text = (
+            {True: "true", False: "false"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+        )
+        assert read_hparams(f"{name}={text}") == from_yaml
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides"),
+    [
+        ("", {}),
+        (" , ,", {}),
+        ("num_classes=20", {"num_classes": 20}),
+        (" num_classes = 20 , ", {"num_classes": 20}),
+        ("image_size=640x480", {"image_size": (480, 640)}),  # width first, as AutoML writes it
+        ("image_size='640x480'", {"image_size": (480, 640)}),
+        ("image_size=640X480", {"image_size": (480, 640)}),  # AutoML lowers it
+        ("image_size=896", {"image_size": (896, 896)}),
+        ("image_size=(480,640)", {"image_size": (480, 640)}),  # a tuple is height first
+        ("aspect_ratios=[1.0,2.0,0.5],num_scales=2", {"aspect_ratios": (1.0, 2.0, 0.5), "num_scales": 2}),
+        ("aspect_ratios=1.0*2.0*0.5", {"aspect_ratios": (1.0, 2.0, 0.5)}),
+        ("aspect_ratios=(1,2)", {"aspect_ratios": (1.0, 2.0)}),
+        ("conv_bn_act_pattern=true", {"conv_bn_act_pattern": True}),
+        ("conv_bn_act_pattern=True", {"conv_bn_act_pattern": True}),
+        ("conv_after_downsample=true", {"conv_after_downsample": True}),
+        ("survival_prob=0.8", {"survival_prob": 0.8}),
+        ("survival_prob=1", {"survival_prob": 1.0}),
+        ("survival_prob=None", {"survival_prob": None}),
+        ("survival_prob=0.0", {"survival_prob": None}),  # AutoML asks whether it is set
+        ("act_type=relu6", {"act_type": "relu6"}),
+        ("act_type='mish'", {"act_type": "mish"}),
+        ("fpn_weight_method=sum", {"fpn_weight_method": "sum"}),
+        ("fpn_weight_method=None", {"fpn_weight_method": "fastattn"}),
+        ("mean_rgb=127.0,stddev_rgb=128", {"mean_rgb": (127.0,) * 3, "stddev_rgb": (128.0,) * 3}),
+        ("mean_rgb=[1,2,3]", {"mean_rgb": (1.0, 2.0, 3.0)}),
+        ("stddev_rgb=1*2*3", {"stddev_rgb": (1.0, 2.0, 3.0)}),
+        (
+            "mean_rgb=0.0,stddev_rgb=1.0,scale_range=True",
+            {"mean_rgb": (127.5,) * 3, "stddev_rgb": (127.5,) * 3},
+        ),
+        ("scale_range=false", {}),
+        ("backbone_name=efficientnet-b3", {"backbone": model_config("efficientdet-d3").backbone}),
+        ("min_level=3,max_level=8", {"min_level": 3, "max_level": 8}),
+        ("anchor_scale=5", {"anchor_scale": 5.0}),
+        ("anchor_scale=[4,4,4,4,5.5]", {"anchor_scale": (4.0, 4.0, 4.0, 4.0, 5.5)}),
+        (
+            "aspect_ratios=[(1.0,1.0),(1.4,0.7),(0.7,1.4)]",
+            {"aspect_ratios": ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4))},
+        ),
+        ("aspect_ratios=[1.0,[1.4,0.7]]", {"aspect_ratios": (1.0, (1.4, 0.7))}),
+        ("separable_conv=true,fpn_name=None,heads=['object_detection']", {}),
+        ("fpn_name=bifpn,backbone_config=None,model_optimizations={}", {}),
+        ("learning_rate=0.1,var_freeze_expr=(efficientnet|fpn_cells),label_map={1:'a,b',2:'c'}", {}),
+    ],
+)
+def test_text_and_what_it_means(text: str, overrides: dict[str, Any]) -> None:
+    read = read_hparams(text)
+    assert read.overrides == overrides
+    for name, value in overrides.items():
+        assert type(read.overrides[name]) is type(value)
+    model_config("efficientdet-d0", **{k: v for k, v in overrides.items() if k != "min_level"})
+
+
+def test_nms_ignored_and_model() -> None:
+    read = read_hparams(
+        "name=efficientdet-lite3x,nms_configs.method=hard,nms_configs.score_thresh=None,learning_rate=1,"
+        "device.grad_ckpting=true,nms_configs.iou_thresh=0.6,nms_configs.max_output_size=5"
+    )
+    nms = {"method": "hard", "score_thresh": 0.0, "iou_thresh": 0.6, "max_output_size": 5}
+    assert read == Hparams("efficientdet-lite3x", {}, nms, ("learning_rate", "device.grad_ckpting"))
+    assert read_hparams("nms_configs={'method':'hard','sigma':None}").nms == {"method": "hard", "sigma": None}
+    assert NMSConfig(**read.nms).method == "hard"
+
+
+def test_every_field_of_a_configuration_can_be_given() -> None:
+    fields = {field.name for field in dataclasses.fields(EfficientDetConfig)} - {"name"}
+    assert {field for field, _ in _FIELDS.values()} == fields
+    assert {name.removeprefix("nms_configs.") for name in _NMS_FIELDS} == {
+        field.name for field in dataclasses.fields(NMSConfig)
+    }
+    assert not set(_FIELDS) & IGNORED
+    assert not set(FIXED) & (IGNORED | set(_FIELDS))
+
+
+def test_overrides_reach_the_configuration() -> None:
+    shapes = variable_shapes(model_config("efficientdet-d0", num_classes=7))
+    read = read_hparams("num_classes=7,image_size=640x512,survival_prob=0.8,act_type=relu")
+    for inference in (
+        infer_config(shapes, overrides=read.overrides),
+        named_config("efficientdet-d0", shapes, read.overrides),
+    ):
+        config = inference.config
+        assert (config.num_classes, config.image_size) == (7, (512, 640))
+        assert (config.survival_prob, config.act_type) == (0.8, "relu")
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_class=3", "'num_class' is not a hyper-parameter .* did you mean num_classes"),
+        ("aspect_ratio=[1]", "did you mean aspect_ratios"),
+        ("nms_config.method=hard", r"did you mean nms_configs\.method"),
+        ("nms_configs.iou_threshold=1", r"did you mean nms_configs\.iou_thresh"),
+        ("xyzzy=1", "'xyzzy' is not a hyper-parameter"),
+        ("learning_rate.x=1", "did you mean learning_rate"),
+        ("image_size.x=1", "did you mean image_size"),
+        ("separable_conv=false", "separable_conv=False makes a network .* only separable_conv=True"),
+        ("separable_conv=1", "separable_conv=1 makes"),
+        ("apply_bn_for_resampling=false", "apply_bn_for_resampling=False makes"),
+        ("fpn_name=qufpn", "fpn_name='qufpn' makes"),
+        ("fpn_config={'nodes':[]}", "fpn_config=.* makes"),
+        ("backbone_config={}", "backbone_config={} makes"),
+        ("backbone_config.blocks=[1]", r"backbone_config\.blocks=\[1\] makes .*; leave it out"),
+        ("heads=['object_detection','segmentation']", "heads=.* makes"),
+        ("heads=object_detection*segmentation", "heads=.* makes"),
+        ("model_optimizations={'prune':{}}", "model_optimizations=.* makes"),
+        ("act_type=srelu", "act_type is 'srelu', must be one of swish,"),
+        ("act_type=identity", "must be one of"),
+        ("fpn_weight_method=fast", "must be one of fastattn"),
+        ("backbone_name=resnet50", "must be one of efficientnet-b0"),
+        ("backbone_name=None", "backbone_name is None, must be one of efficientnet-b0"),
+        ("name=retinanet-50", "name is 'retinanet-50', must be one of efficientdet-d0"),
+        ("num_classes=true", "num_classes is True, must be a whole number"),
+        ("num_classes=20.0", "num_classes is 20.0, must be a whole number"),
+        ("num_classes=0", "num_classes is 0, must be a whole number from 1"),
+        ("num_classes=-3", "num_classes is -3"),
+        ("num_classes=1e999", "num_classes is inf"),
+        ("num_classes=20;image_size=640", "num_classes is '20;image_size=640'"),
+        ("num_classes=0x" + "f" * 5000, "num_classes is a number too long to show"),
+        ("num_classes=" + "9" * 5000, r"num_classes is '9+…', must be"),
+        ("num_classes=None", "num_classes is None"),
+        ("max_level=1000", "max_level is 1000"),
+        ("image_size=640x", "image_size is '640x', must be .* or two as WIDTHxHEIGHT"),
+        ("image_size=640x480x3", "image_size is"),
+        ("image_size=640x0", "image_size is"),
+        ("image_size=640.5", "image_size is 640.5"),
+        ("image_size=[640,480]", "image_size is"),  # AutoML refuses it too: which is the width?
+        ("image_size=640x-480", "image_size is"),
+        ("image_size=(1,2,3)", "image_size is"),
+        ("image_size=true", "image_size is True"),
+        ("aspect_ratios=[]", "aspect_ratios is"),
+        ("aspect_ratios=2.0", "aspect_ratios is 2.0, must be a list"),
+        ("aspect_ratios=[1,0]", "aspect_ratios is"),
+        ("aspect_ratios=[(1.0,1.0),(1.4,)]", "must be a list of numbers above 0 .each width by height"),
+        ("aspect_ratios=[(1.0,1.0),(1.4,0)]", "or of pairs"),
+        ("aspect_ratios=[(1.0,1.0),(1.4,1.0,1.0)]", "or of pairs"),
+        ("aspect_ratios=[1,nan]", "aspect_ratios is"),
+        ("anchor_scale=0", "anchor_scale is 0"),
+        ("anchor_scale=[]", "anchor_scale is"),
+        ("anchor_scale=[4,4,0]", "anchor_scale is"),
+        ("survival_prob=1.5", "survival_prob is 1.5, must be a number from 0 to 1"),
+        ("survival_prob=true", "survival_prob is True"),
+        ("mean_rgb=[1,2]", "mean_rgb is .* must be a number, or a list of three"),
+        ("mean_rgb=[1,2,'3']", "mean_rgb is"),
+        ("mean_rgb=1e999", "mean_rgb is inf"),
+        ("stddev_rgb=0", "stddev_rgb is 0, must be a number above 0"),
+        ("stddev_rgb=1*0*1", "stddev_rgb is"),
+        ("scale_range=true", "scale_range=true goes with mean_rgb=0.0,stddev_rgb=1.0"),
+        ("scale_range=true,mean_rgb=0.0", "scale_range=true goes with"),
+        ("scale_range=maybe", "scale_range is 'maybe', must be true or false"),
+        ("conv_bn_act_pattern=yes", "conv_bn_act_pattern is 'yes', must be true or false"),
+        ("nms_configs=hard", "nms_configs"),
+        ("nms_configs.method=soft", r"nms_configs\.method is 'soft', must be one of gaussian, hard"),
+        ("nms_configs.method=linear", r"nms_configs\.method is 'linear', must be one of gaussian, hard"),
+        ("nms_configs.iou_thresh=2", r"nms_configs\.iou_thresh is 2"),
+        ("nms_configs.pyfunc=1", r"nms_configs\.pyfunc is 1"),
+        ("num_classes", "has 'num_classes' where NAME=VALUE belongs"),
+        ("=3", "has '=3' where NAME=VALUE belongs"),
+        ("num_classes=1,num_classes=2", "gives 'num_classes' twice"),
+        ("aspect_ratios=[1,2", "a bracket or quote without its other half"),
+        ("aspect_ratios=1,2]", "a bracket or quote without its other half"),
+        ("act_type='swish", "a bracket or quote without its other half"),
+        ("a" * 5000 + "=1", "'a+…' is not"),
+        ("absent.yaml", r"--hparams absent\.yaml cannot be read: No such file"),
+        ("absent.YML", "cannot be read"),
+    ],
+)
+def test_what_is_refused_and_how(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_hparams(text)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- 1\n- 2\n", "is not a list of NAME: VALUE lines"),
+        ("just words", "is not a list of NAME: VALUE lines"),
+        ("1: 2", "is not a list of NAME: VALUE lines"),
+        ("num_classes: [", "is not YAML: line 1: "),
+        ("a: b\n  c: d\n", "is not YAML: line 2: mapping values"),
+        ("num_classes: twenty", "num_classes is 'twenty'"),
+        ("num_classes: 20\nnum_clases: 3", "did you mean num_classes"),
+        ("x: !!python/object/apply:os.system ['true']", "is not YAML: line 1: could not determine"),
+        ("x: !!python/name:os.system", "is not YAML"),
+        ("learning_rate: 2020-99-99", "holds a value that means nothing|is not YAML"),
+        ("? [1]\n: 2", "is not YAML: line 1: "),
+        ("num_classes: &a [*a]", r"line 1 refers to another value \(\*a\)"),
+        ("nms_configs: &a {method: *a}", r"line 1 refers to another value \(\*a\)"),
+        ("image_size: [640, 480]", "image_size is"),
+        ("image_size: 640x480x", "image_size is"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"\x00", "is not YAML"),
+        ("[" * 5000, "means nothing|is not YAML"),
+        ("x: " + "a" * (64 << 10), r"cannot be read: it has more than 65,536 bytes; check the path$"),
+        ("[" + "1," * 10_000 + "1]", "holds more than 10,000 values; is it the right file"),
+    ],
+)
+def test_yaml_that_is_refused(content: str | bytes, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_hparams(written(tmp_path, content))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_that_is_accepted(tmp_path: Path) -> None:
+    assert read_hparams(written(tmp_path, "")) == Hparams(None, {}, {}, ())
+    read = read_hparams(
+        written(tmp_path, "image_size: 640x480\nnms_configs:\n  method: hard\nweight_decay: 4e-5")
+    )
+    assert read.overrides == {"image_size": (480, 640)}
+    assert (read.nms, read.ignored) == ({"method": "hard"}, ("weight_decay",))
+
+
+def test_a_yaml_file_in_a_folder_with_an_equals_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    assert read_hparams(written(folder, "num_classes: 3")).overrides == {"num_classes": 3}
+
+
+def test_a_folder_called_yaml(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").mkdir()
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_hparams(str(tmp_path / "x.yaml"))
+
+
+def test_yaml_is_a_file(pipe: Path) -> None:
+    named = pipe.rename(pipe.with_suffix(".yaml"))
+    with pytest.raises(ConfigError, match="cannot be read: it is a pipe or a device, not a file"):
+        read_hparams(str(named))
+
+
+@pytest.mark.parametrize("levels", ["<<: [*a{0}, *a{0}]", "? !!python/tuple [*a{0}, *a{0}]\n    : 1"])
+def test_little_yaml_that_means_much(levels: str, tmp_path: Path) -> None:
+    """Each level is the one before it twice: 2**40 values in two kilobytes."""
+    lines = ["label_map:", "  a0: &a0 !!python/tuple [1]" if "tuple" in levels else "  a0: &a0 {k: v}"]
+    for level in range(1, 40):
+        lines.append(f"  a{level}: &a{level}\n    {levels.format(level - 1)}")
+    with pytest.raises(ConfigError, match=r"line 4 refers to another value \(\*a0\); write it out"):
+        read_hparams(written(tmp_path, "\n".join(lines)))
+
+
+def test_without_pyyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ConfigError, match="needs PyYAML, which is not installed: pip install pyyaml"):
+        read_hparams(written(tmp_path, "num_classes: 3"))
+    assert read_hparams("num_classes=3").overrides == {"num_classes": 3}
+
+
+def test_yaml_is_imported_only_for_yaml() -> None:
+    code = "import sys, porting.hparams as h; h.read_hparams('num_classes=3'); print('yaml' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+# Never another exception, whatever is typed
+
+NAMES = [*_FIELDS, *_NMS_FIELDS, *FIXED, *sorted(IGNORED), "name", "scale_range", "device.x", "bogus"]
+VALUES = st.one_of(
+    st.text(max_size=20),
+    st.sampled_from(
+        ["true", "None", "[1,2]", "640x480", "1*2*3", "{}", "()", "'", "[[[", "1e999", "nan", "1j", "b''"]
+    ),
+    st.sampled_from([*MODELS, *ACTIVATIONS, *WEIGHT_METHODS, "hard", "gaussian"]),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.lists(st.floats(0.1, 10), max_size=4).map(str),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2).map(repr),
+)
+PAIRS = st.lists(st.tuples(st.sampled_from(NAMES) | st.text(max_size=8), VALUES), max_size=6)
+
+
+def read_or_refuse(text: str) -> None:
+    try:
+        read = read_hparams(text)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = ""
+        with suppress(ConfigError):  # sound values may be no EfficientDet together: min_level above max_level
+            model_config("efficientdet-d0", **read.overrides)
+        NMSConfig(**read.nms)
+        hash(tuple(read.overrides.items()))  # fit for a frozen configuration
+    assert "\n" not in message
+
+
+@given(st.text())
+@example("x=" + "(" * 3000)
+@example("x=" + "(" * 300 + ")" * 300)
+@example("x=1if 1else 0")
+@example("x='\\N{'")
+@example("x=\x00")
+@example("num_classes={[1]:2}")
+@example("num_classes=" + "-" * 20_000 + "1")
+@example("num_classes=" + "1+" * 20_000 + "1")
+@example("\ud800=\ud800")
+@settings(deadline=None)
+def test_any_text(text: str) -> None:
+    read_or_refuse(text)
+
+
+def test_nothing_is_said_but_the_error(recwarn: pytest.WarningsRecorder) -> None:
+    """Python warns of ``'\\d'`` and ``1if``; the user wrote no Python."""
+    assert read_hparams(r"var_freeze_expr='\d+',save_freq=1if 1else 0").ignored
+    assert not recwarn
+
+
+@given(PAIRS)
+@settings(deadline=None, max_examples=300)
+def test_any_pairs(pairs: list[tuple[str, str]]) -> None:
+    read_or_refuse(",".join(f"{name}={value}" for name, value in pairs))
+
+
+YAML_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(codec="utf-8"), max_size=10)
+    | st.dates()
+    | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(NAMES), YAML_VALUES, max_size=6))
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_yaml_values(tmp_path: Path, values: dict[str, Any]) -> None:
+    read_or_refuse(written(tmp_path, yaml.safe_dump(values)))
+
+
+@given(st.text(st.characters(codec="utf-8")) | st.text("[]{}:-,&*!#|>?%@`'\" \n\t0123456789_.eExX~ab"))
+@example("a: 0x_")
+@example("a: 0b")
+@example("a: 1:60:99")
+@example("a: 2001-1-1T99:99:99")
+@example("a: !!timestamp x")
+@example("a: !!int x")
+@example("a: !!float ''")
+@example("a: !!binary é")
+@example("a: !!python/tuple 3")
+@example("a: &a !!python/tuple [*a]")
+@example("<<: 3")
+@example("<<: *x")
+@example("? {a: b}\n: c")
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_yaml_text(tmp_path: Path, text: str) -> None:
+    read_or_refuse(written(tmp_path, text))
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "num_classes": st.integers(1, 1000),
+            "fpn_num_filters": st.integers(1, 1000),
+            "anchor_scale": st.floats(0.1, 10),
+            "survival_prob": st.none() | st.floats(0.1, 1),
+            "act_type": st.sampled_from(ACTIVATIONS),
+            "fpn_weight_method": st.sampled_from(WEIGHT_METHODS),
+            "conv_after_downsample": st.booleans(),
+            "aspect_ratios": st.lists(st.floats(0.1, 10), min_size=1, max_size=5).map(tuple),
+            "mean_rgb": st.tuples(*[st.floats(-10, 300)] * 3),
+            "image_size": st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+        },
+    ),
+    st.sampled_from(["python", "star", "yaml"]),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_written_is_read(tmp_path: Path, values: dict[str, Any], style: str) -> None:
+    def text(name: str, value: Any) -> str:
+        if name == "image_size":
+            return f"{value[1]}x{value[0]}"
+        if isinstance(value, tuple) and style == "star" and len(value) > 1:
+            return "*".join(map(str, value))
+        return str(list(value) if isinstance(value, tuple) else value)
+
+    if style == "yaml":
+        read = read_hparams(written(tmp_path, yaml.dump(values)))
+    else:
+        read = read_hparams(",".join(f"{name}={text(name, value)}" for name, value in values.items()))
+    assert read.overrides == values

@@ -1,0 +1,10 @@
+"""Where things are: the clone, its tools, the goldens it carries, the recordings beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools"
+GOLDENS = ROOT / "parity_tests" / "goldens"
+SHARED = ROOT.parent / "shared"

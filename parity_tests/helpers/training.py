@@ -1,0 +1,291 @@
+"""AutoML's training, as far as one step needs it: losses, clipping, momentum, averages; and Google's step.
+
+The losses are in PyTorch, float64, on arrays laid out as TensorFlow's outputs are. Sources: AutoML
+``det_model_fn.py`` (``focal_loss``, ``_box_loss``, ``detection_loss``, ``model_fn``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from parity_tests.helpers.paths import GOLDENS, SHARED
+from parity_tests.helpers.recordings import golden_recording, normalise, shared_recording
+from porting.parity.gradients import Outputs
+from porting.synthetic import EMA_SUFFIX, MOMENTUM_SUFFIX
+from pytorch_model.config import EfficientDetConfig
+from tf_reference.variables import variables as catalogue
+
+WEIGHT_DECAY = 4e-5
+BOX_WEIGHT = 50.0
+VARIABLE_CLIP, GLOBAL_CLIP = 10.0, 10.0
+MOMENTUM = 0.9
+EMA_DECAY = 0.9998
+
+STEP = 100  # global_step before the recorded step
+LEVELS = range(3, 8)
+
+
+# --- losses -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the anchors of a batch should say, one array a level.
+
+    ``classes``: int [N, H, W, anchors], from 0; −1 background, −2 ignored. ``boxes``: float
+    [N, H, W, anchors · 4], 0 where no box is asked for. ``positives``: anchors with a box, in the batch.
+    """
+
+    classes: list[np.ndarray]
+    boxes: list[np.ndarray]
+    positives: float
+
+
+@dataclass(frozen=True)
+class DetectionLoss:
+    """``total``: class loss plus weighted box loss, before weight decay; and its gradient."""
+
+    total: float
+    classes: float
+    boxes: float
+    gradient: Outputs
+
+
+def detection_loss(
+    outputs: Outputs,
+    labels: Labels,
+    alpha: float = 0.25,
+    gamma: float = 1.5,
+    delta: float = 0.1,
+    label_smoothing: float = 0.0,
+    box_weight: float = BOX_WEIGHT,
+) -> DetectionLoss:
+    """Focal loss plus Huber loss over all levels, and the gradient with respect to every output."""
+    logits, regressions = (
+        [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in kind] for kind in outputs
+    )
+    class_losses = [
+        focal_loss(x, torch.from_numpy(targets), alpha, gamma, label_smoothing)
+        for x, targets in zip(logits, labels.classes, strict=True)
+    ]
+    box_losses = [
+        huber_loss(x, torch.from_numpy(targets).double(), delta)
+        for x, targets in zip(regressions, labels.boxes, strict=True)
+    ]
+    normaliser = labels.positives + 1  # of both: a batch without objects must not divide by zero
+    class_loss = torch.stack(class_losses).sum() / normaliser
+    box_loss = torch.stack(box_losses).sum() / (4 * normaliser)
+    total = class_loss + box_weight * box_loss
+    found = [gradient.numpy() for gradient in torch.autograd.grad(total, logits + regressions)]
+    gradient = found[: len(logits)], found[len(logits) :]
+    return DetectionLoss(total.item(), class_loss.item(), box_loss.item(), gradient)
+
+
+def focal_loss(
+    logits: torch.Tensor, classes: torch.Tensor, alpha: float, gamma: float, label_smoothing: float
+) -> torch.Tensor:
+    """Summed. Each (anchor, class) is a yes-or-no question; smoothing touches the cross entropy alone."""
+    num_classes = logits.shape[-1] // classes.shape[-1]
+    truth = F.one_hot(classes.long().clamp(min=0), num_classes) * (classes >= 0)[..., None]
+    truth = truth.reshape(logits.shape).to(logits)
+    probability = torch.sigmoid(logits)
+    miss = truth * (1 - probability) + (1 - truth) * probability
+    balance = truth * alpha + (1 - truth) * (1 - alpha)
+    smooth = truth * (1 - label_smoothing) + 0.5 * label_smoothing
+    entropy = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
+    counted = (classes != -2).repeat_interleave(num_classes, dim=-1)
+    return (balance * miss**gamma * entropy * counted).sum()
+
+
+def huber_loss(regressions: torch.Tensor, targets: torch.Tensor, delta: float) -> torch.Tensor:
+    """Summed over the coordinates that have a target: quadratic up to ``delta``, linear beyond."""
+    loss = F.huber_loss(regressions, targets, reduction="none", delta=delta)
+    return (loss * (targets != 0)).sum()
+
+
+def is_decayed(name: str) -> bool:
+    """AutoML decays every kernel, depthwise and pointwise included; no bias, batch norm or fusion weight."""
+    return name.endswith("kernel")
+
+
+# --- one step -----------------------------------------------------------------------------------------
+
+
+def cosine_learning_rate(step: int, batch_size: int, warmup_steps: int, total_steps: int) -> float:
+    """Linear warm-up, then a cosine over ``total − warmup`` steps that starts at step 0, not after it."""
+    scale = batch_size / 64
+    if step < warmup_steps:
+        return scale * (0.008 + (0.08 - 0.008) * step / warmup_steps)
+    return scale * 0.04 * (1 + math.cos(math.pi * step / (total_steps - warmup_steps)))
+
+
+def clip(gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each variable's gradient to norm 10, then all together to 10."""
+    each = clip_each(gradients)
+    norm = global_norm(each)
+    return {name: gradient * min(1.0, GLOBAL_CLIP / norm) for name, gradient in each.items()}
+
+
+def clip_each(gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Those above norm 10 scaled down to it, the others as they are."""
+    clipped = dict(gradients)
+    for name, gradient in gradients.items():
+        norm = float(np.linalg.norm(gradient))
+        if norm > VARIABLE_CLIP:
+            clipped[name] = gradient * (VARIABLE_CLIP / norm)
+    return clipped
+
+
+def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
+    return math.sqrt(sum(float(np.sum(np.square(gradient))) for gradient in gradients.values()))
+
+
+def average(old: np.ndarray, new: np.ndarray, step: int) -> np.ndarray:
+    """The exponential moving average after ``step`` steps; young averages forget faster."""
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    return decay * old + (1 - decay) * new
+
+
+# --- Google's step ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Every ``stride``-th element of a flattened array, and the L2 of the whole."""
+
+    values: np.ndarray
+    stride: int
+    norm: float
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """The same elements of ``array``."""
+        return array.reshape(-1)[:: self.stride]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One training step of D0 by Google's code, in float32: the step after ``STEP``, two pictures.
+
+    ``averages``: the EMA values before the step. ``gradients`` are those before clipping, weight decay
+    included. ``after`` holds every variable, its ``/Momentum`` and its ``/ExponentialMovingAverage``.
+    ``scalars``: AutoML's losses, learning rate and gradient norms.
+    """
+
+    config: EfficientDetConfig
+    images: np.ndarray
+    averages: dict[str, np.ndarray]
+    labels: Labels
+    scalars: dict[str, float]
+    gradients: dict[str, Sample]
+    after: dict[str, Sample]
+
+    def variables(self) -> dict[str, np.ndarray]:
+        """The raw values before the step: the averages plus noise, float32."""
+        return {name: raw_value(name, value) for name, value in self.averages.items()}
+
+    def momentum(self) -> dict[str, np.ndarray]:
+        """The optimizer's slots before the step, float32."""
+        return {
+            v.name: np.float32(0.01 * _rng("mom", v.name + MOMENTUM_SUFFIX).normal(size=v.shape))
+            for v in catalogue(self.config)
+            if v.trainable
+        }
+
+
+def raw_value(name: str, average: np.ndarray) -> np.ndarray:
+    noise = _rng("raw", name).normal(size=average.shape)
+    if name.endswith("moving_variance"):
+        return np.asarray(average * np.exp(0.1 * noise), np.float32)
+    spread = float(np.std(average)) if average.size > 1 else 0.5
+    return np.asarray(average + 0.1 * (spread + 0.02) * noise, np.float32)
+
+
+def _rng(*keys: object) -> np.random.Generator:
+    return np.random.default_rng([0, *(zlib.crc32(str(key).encode()) for key in keys)])
+
+
+def shared_step() -> TrainStep:
+    """The whole recording."""
+    folder = SHARED / "oracle" / "efficientdet-d0"
+    with np.load(folder / "train_step_legacy_s128.npz") as stored:
+        arrays = {key.removesuffix("@strided"): stored[key] for key in stored.files}
+    stats = json.loads(bytes(arrays.pop("__stats_json__")))
+
+    def samples(group: str) -> dict[str, Sample]:
+        return {
+            key.removeprefix(group): Sample(value.reshape(-1), stats[key]["stride"], stats[key]["l2"])
+            for key, value in arrays.items()
+            if key.startswith(group) and key != "after/global_step"
+        }
+
+    report = json.loads((folder / "report.json").read_text())["train_step_legacy_s128"]
+    recording = shared_recording("efficientdet-d0", 128)
+    return TrainStep(
+        recording.config,
+        arrays["input"],
+        recording.variables(),
+        read_labels({key.removeprefix("labels/"): value for key, value in arrays.items()}),
+        {
+            **dict(zip(("detection", "class", "box"), arrays["det_cls_box"].tolist(), strict=True)),
+            "decay": float(arrays["reg_l2_loss"]),
+            "total": float(arrays["total_loss"]),
+            "learning_rate": float(arrays["lr"]),
+            "norm": report["grad_global_norm_raw"],
+            "norm_variables_clipped": report["grad_global_norm_after_pervar_clip"],
+            "norm_clipped": report["grad_global_norm_final"],
+            "variables_clipped": report["n_vars_clipped"],
+        },
+        samples("grad/"),
+        samples("after/"),
+    )
+
+
+def read_labels(arrays: Mapping[str, np.ndarray]) -> Labels:
+    """``mean_num_positives`` has the batch's mean once a picture: its sum counts the batch's anchors."""
+    return Labels(
+        [arrays[f"cls_targets_{level}"] for level in LEVELS],
+        [arrays[f"box_targets_{level}"] for level in LEVELS],
+        float(arrays["mean_num_positives"].sum()),
+    )
+
+
+def golden_step() -> TrainStep:
+    """The thinned copy carried by the project, written by ``goldens/make_gradients.py``."""
+    recording = golden_recording("efficientdet-d0")
+    with np.load(GOLDENS / "train_step.npz") as stored:
+        arrays = {key: stored[key] for key in stored.files}
+
+    def samples(group: str) -> dict[str, Sample]:
+        ends = np.cumsum(arrays[f"{group}/count"])
+        values = np.split(arrays[f"{group}/values"], ends[:-1])
+        rows = zip(values, arrays[f"{group}/stride"].tolist(), arrays[f"{group}/norm"].tolist(), strict=True)
+        return {
+            name: Sample(*row)
+            for name, row in zip(recorded_names(recording.config)[group], rows, strict=True)
+        }
+
+    return TrainStep(
+        recording.config,
+        normalise(arrays["picture"], recording.config),
+        recording.variables(),
+        read_labels(arrays),
+        json.loads(bytes(arrays["scalars"])),
+        samples("gradients"),
+        samples("after"),
+    )
+
+
+def recorded_names(config: EfficientDetConfig) -> dict[str, list[str]]:
+    """What a step has gradients of, and what it changes, in the golden's order."""
+    names = [v.name for v in catalogue(config)]
+    trainable = [v.name for v in catalogue(config) if v.trainable]
+    slots = [name + MOMENTUM_SUFFIX for name in trainable]
+    return {"gradients": trainable, "after": [*names, *slots, *(name + EMA_SUFFIX for name in names)]}

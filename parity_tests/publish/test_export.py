@@ -1,0 +1,343 @@
+"""Exports of the network: the same outputs in effdet, ONNX Runtime and torch.export as here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from parity_tests.helpers.paths import ROOT, SHARED
+from parity_tests.helpers.recordings import Recording, golden_recording, shared_recording, tap_of
+from porting.convert import apply_rules
+from porting.errors import CheckFailedError, ConversionError, OutputError, PortingError
+from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file
+from porting.parity.lockstep import tapped
+from porting.rules import TapPair, rules
+from pytorch_model.config import MODELS, model_config
+from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.efficientdet import EfficientDet
+
+needs_effdet = pytest.mark.skipif(
+    importlib.util.find_spec("effdet") is None, reason="needs effdet and timm: see the Makefile"
+)
+needs_onnx = pytest.mark.skipif(
+    importlib.util.find_spec("onnxruntime") is None, reason="needs the extra onnx"
+)
+
+RECORDED = [
+    "efficientdet-d0",
+    pytest.param("efficientdet-d4", marks=pytest.mark.slow),
+    pytest.param("efficientdet-d7x", marks=pytest.mark.slow),
+    pytest.param("efficientdet-lite3x", marks=pytest.mark.slow),
+]
+
+
+def recording_of(model: str) -> Recording:
+    """Google's outputs: the project's own copy, or the recording of a model it does not carry."""
+    if model in ("efficientdet-d0", "efficientdet-d7x"):
+        return golden_recording(model)
+    if not SHARED.is_dir():
+        pytest.skip(f"the recording of {model} is not in this clone")
+    return shared_recording(model, 128)
+
+
+def weights_of(recording: Recording, dtype: str = "float32") -> Weights:
+    height, width = recording.images.shape[1:3]
+    config = recording.config.replace(image_size=(height, width))
+    return Weights(apply_rules(rules(config), recording.variables(), dtype), config)
+
+
+def images_of(recording: Recording) -> torch.Tensor:
+    return torch.from_numpy(recording.images).permute(0, 3, 1, 2).contiguous()
+
+
+def outputs_of(weights: Weights, images: torch.Tensor) -> list[np.ndarray]:
+    model = EfficientDet(weights.config).to(images.dtype).eval()
+    model.load_state_dict(dict(weights.state_dict))
+    with torch.no_grad():
+        class_outputs, box_outputs = model(images)
+    return [output.numpy() for output in class_outputs + box_outputs]
+
+
+def assert_within_googles_rounding(recording: Recording, found: Sequence[np.ndarray], exact: Any) -> None:
+    """``found`` (float32) against float64, by what Google's own float32 is off at the same output."""
+    keys = [f"{head}_outputs/{level}" for head in ("class", "box") for level in recording.config.levels]
+    worst = 0.0
+    for key, ours, expected in zip(keys, found, exact, strict=True):
+        error = float(np.linalg.norm(ours.astype(np.float64) - expected) / np.linalg.norm(expected))
+        bound = 3 * recording.google_error[key] + 1e-6
+        assert error <= bound, f"{key}: relative L2 {error:.2e}, allowed {bound:.2e}"
+        worst = max(worst, error / bound)
+    print(f"{recording.name}: at most {worst:.2f} of what is allowed")
+
+
+# --- effdet ----------------------------------------------------------------------------------------------
+
+
+def run_effdet(folder: Path, jobs: list[dict[str, Any]]) -> list[list[np.ndarray]]:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    runner = ROOT / "parity_tests" / "helpers" / "effdet_runner.py"
+    done = subprocess.run(
+        [sys.executable, str(runner), str(folder / "jobs.json")],
+        env={**os.environ, "PYTORCH_JIT": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = []
+    for job in jobs:
+        with np.load(job["out"]) as stored:
+            found.append([stored[str(i)] for i in range(len(stored.files))])
+    return found
+
+
+def effdet_job(folder: Path, weights: Weights, images: torch.Tensor) -> dict[str, Any]:
+    stem = folder / str(images.dtype).removeprefix("torch.")
+    np.save(stem.with_suffix(".npy"), images.numpy())
+    written = effdet.write(weights, stem.with_suffix(".pth"))
+    return {
+        "recipe": written.facts[:-1],
+        "images": str(stem.with_suffix(".npy")),
+        "out": str(stem.with_suffix(".npz")),
+    }
+
+
+@needs_effdet
+@pytest.mark.parametrize("model", RECORDED)
+def test_effdet_computes_the_same(tmp_path: Path, model: str) -> None:
+    """Loaded with strict=True: equal in float64, in float32 as near as Google's own."""
+    recording = recording_of(model)
+    images, weights = images_of(recording), weights_of(recording, "float64")
+    jobs = [effdet_job(tmp_path, weights, images.double())]
+    jobs.append(effdet_job(tmp_path, weights_of(recording), images.float()))
+    double, single = run_effdet(tmp_path, jobs)
+    exact = outputs_of(weights, images.double())
+    worst = max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(double, exact, strict=True))
+    print(f"{model}: float64 relative L2 {worst:.1e}")
+    assert worst <= 1e-12
+    assert_within_googles_rounding(recording, single, exact)
+
+
+@needs_effdet
+def test_effdet_with_other_classes_and_fusion_weights(tmp_path: Path) -> None:
+    config = model_config(
+        "efficientdet-d0", num_classes=3, num_scales=2, aspect_ratios=(1.0, 3.0), image_size=(128, 192)
+    )
+    torch.manual_seed(0)
+    state_dict = EfficientDet(config).double().state_dict()
+    for key, tensor in state_dict.items():
+        if key.endswith(("weight", "weights", "running_var")):
+            tensor.uniform_(0.1, 0.5)
+    weights = Weights(state_dict, config)
+    images = network.example_images(config).double()
+    (found,) = run_effdet(tmp_path, [effdet_job(tmp_path, weights, images)])
+    for ours, theirs in zip(outputs_of(weights, images), found, strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-10)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_effdet_has_every_released_model(model: str) -> None:
+    config = model_config(model, num_classes=20, aspect_ratios=(1.0,), anchor_scale=2.0)
+    assert effdet.effdet_model(config) == f"tf_{model.replace('-', '_')}"
+    with torch.device("meta"):
+        state_dict = EfficientDet(config).state_dict()
+    theirs = effdet.effdet_state_dict(Weights(state_dict, config))
+    ours = [id(tensor) for tensor in state_dict.values()]
+    assert sorted(ours) == sorted(id(t) for t in theirs.values() if id(t) in set(ours))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fpn_weight_method": "channel_fastattn"},
+        {"fpn_num_filters": 72},
+        {"survival_prob": 0.8},
+        {"conv_after_downsample": True},
+        {"act_type": "relu"},
+        {"min_level": 4},
+        {"backbone": model_config("efficientdet-d0").backbone.ending_at((3, 9, 15))},
+    ],
+)
+def test_effdet_has_no_such_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = model_config("efficientdet-d0", **changes)
+    with pytest.raises(ConversionError, match="effdet has no model with this network"):
+        effdet.write(Weights({}, config), tmp_path / "x.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_effdet_weights_that_a_disk_changed_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model_config("efficientdet-lite0")
+    weights = Weights(EfficientDet(config).state_dict(), config)
+    load = torch.load
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        found = load(*arguments, **options)
+        found["box_net.predict.conv_pw.bias"] += 1
+        return found
+
+    monkeypatch.setattr(torch, "load", changed)
+    with pytest.raises(CheckFailedError, match=r"box_net\.predict\.conv_pw\.bias differs"):
+        effdet.write(weights, tmp_path / "x.pth")
+    assert not list(tmp_path.iterdir())
+
+
+def test_effdet_misses_a_tensor() -> None:
+    config = model_config("efficientdet-d0")
+    with torch.device("meta"):
+        state_dict = EfficientDet(config).state_dict()
+    more = {**state_dict, "backbone.stem.conv.scale": torch.ones(1)}
+    with pytest.raises(ConversionError, match=r"backbone\.stem\.conv\.scale has no name in effdet"):
+        effdet.effdet_state_dict(Weights(more, config))
+
+
+# --- programs --------------------------------------------------------------------------------------------
+
+
+@needs_onnx
+@pytest.mark.parametrize("model", RECORDED)
+def test_onnx_runtime_computes_the_same(tmp_path: Path, model: str) -> None:
+    recording = recording_of(model)
+    written = TARGETS["onnx"].write(weights_of(recording), tmp_path / "network.onnx")
+    assert written.files == (tmp_path / "network.onnx",)
+    images = images_of(recording)
+    found = onnx_file.run_onnx(tmp_path / "network.onnx", {"images": images.float()})
+    exact = outputs_of(weights_of(recording, "float64"), images.double())
+    assert_within_googles_rounding(recording, [output.numpy() for output in found], exact)
+
+
+class Tapped(torch.nn.Module):
+    """The network as a function to every activation that Google recorded, NCHW."""
+
+    def __init__(self, model: EfficientDet, wanted: Sequence[str]) -> None:
+        super().__init__()
+        self.model, self.wanted = model, wanted
+
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+
+        def visit(pair: TapPair, activation: torch.Tensor) -> torch.Tensor:
+            found[pair.tap] = activation
+            return activation
+
+        with tapped(self.model, visit):
+            self.model(images)
+        return [found[tap] for tap in self.wanted]
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_every_layer_in_onnx_runtime(tmp_path: Path) -> None:
+    """The exported graph of D0 with its inner activations as outputs too."""
+    recording = golden_recording("efficientdet-d0")
+    endpoints = {tap_of(key, recording.config): key for key in recording.google_error}
+    images = images_of(recording)
+    single = Tapped(network.loaded(weights_of(recording)), list(endpoints))
+    names = [f"tap_{i}" for i in range(len(endpoints))]
+    inputs = {"images": images.float()}
+    onnx_file.export_onnx(single, inputs, names, tmp_path / "taps.onnx", {})
+    found = onnx_file.run_onnx(tmp_path / "taps.onnx", inputs)
+    double = EfficientDet(recording.config).double().eval()
+    double.load_state_dict(dict(weights_of(recording, "float64").state_dict))
+    with torch.no_grad():
+        exact = Tapped(double, list(endpoints))(images.double())
+    worst = 0.0
+    for key, ours, expected in zip(endpoints.values(), found, exact, strict=True):
+        error, bound = network.relative_l2(ours, expected), 3 * recording.google_error[key] + 1e-6
+        assert error <= bound, f"{key}: relative L2 {error:.2e}, allowed {bound:.2e}"
+        worst = max(worst, error / bound)
+    print(f"{len(names)} activations: at most {worst:.2f} of what is allowed")
+    assert len(names) == 60
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_onnx_detects_the_same(tmp_path: Path) -> None:
+    """Scores, boxes and classes of the first detections, which are far enough apart not to trade places."""
+    recording = golden_recording("efficientdet-d0")
+    weights, nms = weights_of(recording), NMSConfig(max_output_size=8)
+    onnx_detector.write(weights, tmp_path / "detector.onnx", nms)
+    images = images_of(recording).float()
+    images = torch.cat([images, images.flip(-1), images.flip(-2)])
+    inputs = {"images": images, "image_scales": torch.linspace(1.0, 2.0, len(images))}
+    detector = network.DetectingNetwork(network.loaded(weights), nms)
+    with torch.no_grad():
+        boxes_yxyx, scores, classes, valid_len = detector(*inputs.values())
+    found = onnx_file.run_onnx(tmp_path / "detector.onnx", inputs)
+    gaps = (scores[:, :-1] - scores[:, 1:]).abs().min()
+    print(f"smallest gap between scores {gaps:.1e}")
+    assert scores.min() > 0
+    np.testing.assert_allclose(found[1], scores, atol=1e-5)
+    np.testing.assert_allclose(found[0], boxes_yxyx, atol=1e-2)
+    np.testing.assert_array_equal(found[2], classes)
+    np.testing.assert_array_equal(found[3], valid_len)
+
+
+@pytest.mark.parametrize(
+    "model", ["efficientdet-lite0", pytest.param("efficientdet-d0", marks=pytest.mark.slow)]
+)
+def test_torch_export_computes_the_same(tmp_path: Path, model: str) -> None:
+    recording = golden_recording(model)
+    weights = weights_of(recording)
+    TARGETS["torch-export"].write(weights, tmp_path / "network.pt2")
+    images = images_of(recording).float()
+    again = torch.export.load(tmp_path / "network.pt2").module()
+    with torch.no_grad():
+        class_outputs, box_outputs = again(torch.cat([images, images, images]))
+    found = [output.numpy()[: len(images)] for output in class_outputs + box_outputs]
+    exact = outputs_of(weights_of(recording, "float64"), images.double())
+    assert_within_googles_rounding(recording, found, exact)
+
+
+def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = weights_of(golden_recording("efficientdet-lite0"))
+    load = torch.export.load
+
+    def changed(path: Path) -> Any:
+        program = load(path)
+        with torch.no_grad():
+            program.state_dict["box_net.predict.pointwise.bias"] += 1
+        return program
+
+    monkeypatch.setattr(torch.export, "load", changed)
+    with pytest.raises(CheckFailedError, match="the exported program's box_p3 is off by"):
+        TARGETS["torch-export"].write(weights, tmp_path / "network.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["effdet", "onnx", "onnx-detector", "torch-export"])
+def test_names_of_files(tmp_path: Path, target: str) -> None:
+    with pytest.raises(PortingError, match=r"use a name that ends in \.(onnx|pt2|pth)"):
+        TARGETS[target].write(Weights({}, model_config("efficientdet-d0")), tmp_path / "network.bin")
+
+
+@needs_onnx
+def test_an_exporter_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch 2.4's does, which takes no dynamic shapes."""
+    monkeypatch.setattr(torch.onnx, "export", lambda module, arguments, dynamo: None)
+    model = EfficientDet(model_config("efficientdet-lite0").replace(image_size=(64, 64)))
+    message = r"cannot write .*: the ONNX exporter of PyTorch .* fails \(TypeError\); take a newer PyTorch"
+    with pytest.raises(OutputError, match=message):
+        TARGETS["onnx"].write(Weights(model.state_dict(), model.config), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnx_packages_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "onnxscript" else find(name, *more)
+    )
+    with pytest.raises(
+        OutputError, match=r"ONNX needs onnxscript: pip install 'efficientdet-porting\[onnx\]'"
+    ):
+        TARGETS["onnx"].write(Weights({}, model_config("efficientdet-d0")), tmp_path / "x.onnx")

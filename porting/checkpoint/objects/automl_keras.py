@@ -1,0 +1,241 @@
+"""AutoML's Keras EfficientDet as a tree of objects: from attributes to the names of its variables.
+
+Source: AutoML ``tf2/efficientdet_keras.py``, ``tf2/util_keras.py``, ``backbone/efficientnet_model.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+from pathlib import PurePath
+
+from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.objects.graph import FORMAT, ObjectTree, Piece, Variable, assemble
+from porting.errors import CheckpointError
+from pytorch_model.config import MAX_BACKBONE_LEVEL, MODELS, Node, model_config
+from tf_reference.variables import variable_shapes
+
+PARTS = ("backbone", "fpn_cells", "class_net", "box_net")
+HUB_PARTS = ("base_model", "classes", "boxes")
+
+_DEFAULT_MIN_LEVEL = 3
+_HEADS = {"class_net": ("class", "classes"), "box_net": ("box", "boxes")}  # scope → prefix, predicting layer
+
+
+def read(tree: ObjectTree, root: int) -> Checkpoint:
+    """The model at ``root``, an object that has all of :data:`PARTS`. Raises CheckpointError."""
+    variables = tree.variables(root)
+    names = KerasNames(variables, tree.count(root, "resample_layers"), tree.bundle.source)
+    pieces: dict[str, Piece] = {}
+    for path in variables:
+        name = names.name(path)
+        if name is not None and pieces.setdefault(name, Piece(path)).path != path:
+            raise CheckpointError(
+                f"{tree.bundle.source} holds {name} twice, as {pieces[name].path} and as {path}; "
+                "this is not AutoML's EfficientDet"
+            )
+    _check_full_names(variables, pieces, tree.bundle.source)
+    notes = list(names.notes)
+    if PurePath(tree.bundle.source).name.startswith("emackpt"):
+        notes.append("emackpt: the trained weights are moving averages, the batch-norm statistics as trained")
+    # Fine-tuning from a name-based checkpoint copies their averages once; tfa's MovingAverage leaves them so.
+    return assemble(tree, variables, pieces, FORMAT, notes, stale_statistics=True)
+
+
+def read_hub(tree: ObjectTree, root: int) -> Checkpoint:
+    """A model trained on top of a TensorFlow Hub module, whose variables go by their full names."""
+    variables = tree.variables(root)
+    pieces = {}
+    for path in variables:
+        part, _, rest = path.partition("/")
+        if part == "base_model" and rest.endswith(":0"):
+            pieces[rest.removesuffix(":0")] = Piece(path)
+        for scope, (prefix, predict) in _HEADS.items():
+            if part == predict:
+                pieces[f"{scope}/{prefix}-predict/{rest}"] = Piece(path)
+    notes = ["trained from a TensorFlow Hub module; no real file of this layout was at hand to check"]
+    return assemble(tree, variables, pieces, FORMAT, notes, stale_statistics=True)
+
+
+class KerasNames:
+    """Path from the model → AutoML variable name, by the structure that all the paths show together.
+
+    ``variables``: path → variable. ``extra_levels``: pyramid levels above the backbone, as many as
+    ``resample_layers`` has; None where only variables are known. Raises CheckpointError if the tree
+    contradicts itself.
+    """
+
+    def __init__(
+        self, variables: Mapping[str, Variable], extra_levels: int | None, source: str = "the checkpoint"
+    ) -> None:
+        self._variables = variables
+        self._extra_levels = extra_levels
+        self._source = source
+        self.notes: list[str] = []
+
+    def name(self, path: str) -> str | None:
+        """AutoML's name of the variable at ``path``; None for one that AutoML's detector does not have."""
+        parts = [int(part) if part.isascii() and part.isdigit() else part for part in path.split("/")]
+        match parts:
+            case ["backbone", "_stem", "_conv_stem", str(leaf)]:
+                return f"{self.backbone}/stem/conv2d/{leaf}"
+            case ["backbone", "_stem", "_bn", str(leaf)]:
+                return f"{self.backbone}/stem/tpu_batch_normalization/{leaf}"
+            case ["backbone", "_blocks", int(block), *rest]:
+                inner = self._in_block(block, rest)
+                return inner and f"{self.backbone}/blocks_{block}/{inner}"
+            case ["resample_layers", int(index), ("conv2d" | "bn") as layer, str(leaf)]:
+                return f"resample_p{MAX_BACKBONE_LEVEL + 1 + index}/{layer}/{leaf}"
+            case ["fpn_cells", "cells", int(cell), "fnodes", int(index), *rest] if index < len(self.nodes):
+                inner = _in_node(self.nodes[index], rest)
+                return inner and f"fpn_cells/cell_{cell}/fnode{index}/{inner}"
+            case [("class_net" | "box_net") as scope, *rest]:
+                inner = self._in_head(scope, rest)
+                return inner and f"{scope}/{inner}"
+        return None
+
+    def _in_block(self, block: int, parts: list[int | str]) -> str | None:
+        expands = f"backbone/_blocks/{block}/_expand_conv/kernel" in self._variables
+        match parts:
+            case ["_expand_conv", str(leaf)]:
+                return f"conv2d/{leaf}"
+            case ["_project_conv", str(leaf)]:
+                return f"conv2d_1/{leaf}" if expands else f"conv2d/{leaf}"
+            case ["_depthwise_conv", str(leaf)]:
+                return f"depthwise_conv2d/{leaf}"
+            case ["_se", ("_se_reduce" | "_se_expand") as layer, str(leaf)]:
+                return f"se/conv2d/{leaf}" if layer == "_se_reduce" else f"se/conv2d_1/{leaf}"
+            case [("_bn0" | "_bn1" | "_bn2") as bn, str(leaf)]:
+                # Objects keep their number where the names count what was built: _bn0 is the expansion's.
+                number = int(bn[-1]) - (0 if expands else 1)
+                suffix = f"_{number}" if number else ""
+                return f"tpu_batch_normalization{suffix}/{leaf}" if number >= 0 else None
+        return None
+
+    def _in_head(self, scope: str, parts: list[int | str]) -> str | None:
+        prefix, predict = _HEADS[scope]
+        match parts:
+            case ["conv_ops", int(repeat), str(leaf)]:
+                return f"{prefix}-{repeat}/{leaf}"
+            case ["bns", int(repeat), int(index), str(leaf)] if index < self.num_levels:
+                return f"{prefix}-{repeat}-bn-{self.min_level + index}/{leaf}"
+            case [str(layer), str(leaf)] if layer == predict:
+                return f"{prefix}-predict/{leaf}"
+        return None
+
+    @cached_property
+    def num_levels(self) -> int:
+        """Pyramid levels: a BiFPN cell has two nodes for each but the first, half of them top-down."""
+        nodes = 1 + max(self._numbers(r"fpn_cells/cells/0/fnodes/(\d+)/"), default=-1)
+        bns = 1 + max(self._numbers(r"(?:class|box)_net/bns/\d+/(\d+)/"), default=-1)
+        if nodes < 2 or nodes % 2 or bns not in (0, nodes // 2 + 1):
+            raise CheckpointError(
+                f"{self._source} is no AutoML EfficientDet: a BiFPN cell of {nodes} nodes does not go with "
+                f"heads for {bns} levels"
+            )
+        return nodes // 2 + 1
+
+    @cached_property
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes of a BiFPN cell; they depend on the number of levels alone."""
+        return model_config(
+            "efficientdet-d0",
+            min_level=_DEFAULT_MIN_LEVEL,
+            max_level=_DEFAULT_MIN_LEVEL + self.num_levels - 1,
+        ).bifpn_nodes
+
+    @cached_property
+    def min_level(self) -> int:
+        """Nothing in a path says it: the names of the heads' batch norms do, or the levels above P5."""
+        told = self._told(r"(?:class|box)_net/bns/\d+/0/", r"(?:class|box)-\d+-bn-(\d+)/")
+        if self._extra_levels:
+            counted = MAX_BACKBONE_LEVEL + self._extra_levels - self.num_levels + 1
+            if told not in (None, str(counted)):
+                raise CheckpointError(
+                    f"{self._source} contradicts itself: {self.num_levels} pyramid levels, "
+                    f"{self._extra_levels} of them above P5, do not begin at P{told} as its names say"
+                )
+            return counted
+        if told is not None:
+            return int(told)
+        self.notes.append(
+            f"lowest pyramid level P{_DEFAULT_MIN_LEVEL} (assumed; nothing in the file says it)"
+        )
+        return _DEFAULT_MIN_LEVEL
+
+    @cached_property
+    def backbone(self) -> str:
+        """The backbone's name, as the variables were called, or of the EfficientNet with the same shapes."""
+        told = self._told(r"backbone/_stem/", r"(efficientnet-[^/]+)/")
+        if told is not None:
+            return told
+        unnamed = KerasNames(self._variables, self._extra_levels, self._source)
+        unnamed.__dict__["backbone"] = "?"
+        shapes = {}
+        for path, variable in self._variables.items():
+            name = unnamed.name(path) if path.startswith("backbone/") else None
+            if name is not None:
+                shapes[name.removeprefix("?/")] = variable.shape
+        name = backbone_named(shapes)
+        if name is None:
+            name = "efficientnet-custom"
+            self.notes.append(f"the backbone has the shapes of no known EfficientNet; called {name}")
+        return name
+
+    def _numbers(self, pattern: str) -> set[int]:
+        regex = re.compile(pattern)
+        return {int(found[1]) for path in self._variables if (found := regex.match(path))}
+
+    def _told(self, path_pattern: str, name_pattern: str) -> str | None:
+        """What the full names of the variables under ``path_pattern`` say, if they say one thing."""
+        told = {
+            found[1]
+            for path, variable in self._variables.items()
+            if re.match(path_pattern, path) and (found := re.search(name_pattern, variable.full_name))
+        }
+        return told.pop() if len(told) == 1 else None
+
+
+def _in_node(node: Node, parts: list[int | str]) -> str | None:
+    match parts:
+        case [str(wsm)] if re.fullmatch(r"WSM(_\d+)?", wsm):
+            return wsm
+        case ["resample_layers", int(index), ("conv2d" | "bn") as layer, str(leaf)] if index < len(
+            node.inputs
+        ):
+            return f"resample_{index}_{node.inputs[index]}_{node.id}/{layer}/{leaf}"
+        case ["op_after_combine", ("conv_op" | "bn") as layer, str(leaf)]:
+            return f"op_after_combine{node.id}/{'conv' if layer == 'conv_op' else 'bn'}/{leaf}"
+    return None
+
+
+@lru_cache(maxsize=1)
+def _known_backbones() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Name → shapes of its variables, for every released backbone."""
+    known = {}
+    for model in MODELS:
+        config = model_config(model)
+        scope = config.backbone.name + "/"
+        known[config.backbone.name] = {
+            name.removeprefix(scope): shape
+            for name, shape in variable_shapes(config).items()
+            if name.startswith(scope)
+        }
+    return known
+
+
+def backbone_named(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The released EfficientNet with exactly these variables (name inside its scope → shape), or None."""
+    return next((name for name, known in _known_backbones().items() if known == shapes), None)
+
+
+def _check_full_names(variables: Mapping[str, Variable], pieces: Mapping[str, Piece], source: str) -> None:
+    """Raise CheckpointError if a variable was saved under the name that another's place gives it."""
+    for name, piece in pieces.items():
+        full_name = variables[piece.path].full_name
+        if full_name != name and full_name in pieces:
+            raise CheckpointError(
+                f"{source} contradicts itself: {piece.path} should be {name}, but was saved as {full_name}; "
+                "this is not AutoML's EfficientDet, or a changed one"
+            )

@@ -1,0 +1,272 @@
+"""EfficientDet-Lite in TFLite form, float or quantised, as AutoML's variables.
+
+Sources: AutoML ``tf2/efficientdet_keras.py`` (names, what the heads share), ``tf2/postprocess.py`` (order of
+predictions, what the postprocessing operator is given).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.tflite.flatbuffer import flexbuffer_map
+from porting.checkpoint.tflite.flow import Mismatch
+from porting.checkpoint.tflite.graph import IDENTIFIER, Graph, Operator, Tensor, read_graph
+from porting.checkpoint.tflite.match import BlockMatch, Convolution, Head, Separable, Structure, match
+from porting.checkpoint.tflite.weights import Layer, Variable, check_layers, variables
+from porting.checkpoint.wire import Malformed
+from porting.errors import CheckpointError
+from pytorch_model.config import EfficientDetConfig
+
+SUFFIX = ".tflite"
+
+_LARGEST_FILE = (1 << 31) - 1  # bytes: a FlatBuffer's offsets are signed 32-bit numbers
+
+# How anchors may be rounded in the file; the settings behind them are round numbers.
+_ANCHOR_TOLERANCE = {np.dtype("<f4"): 1e-5, np.dtype("<f2"): 1e-3}
+
+_FOLDED = (
+    "the file has batch norms folded into the convolutions: evaluation is the same function, but gamma and "
+    "the moving statistics are placeholders, so freeze the batch norms to train on"
+)
+_UNUSED = (
+    "the file holds {} bytes of constants that nothing in it reads, which no converter leaves behind: it may "
+    "be damaged, compare it with where it came from"
+)
+_INT8 = (
+    "weights are dequantised from int8 and keep its errors; activations are not quantised, so detections are "
+    "not quite the file's own"
+)
+_FLOAT16 = "weights are widened from float16 and keep its rounding"
+
+
+class TFLiteCheckpoint(Checkpoint):
+    """``TFLiteCheckpoint("efficientdet_lite0.tflite")``: the whole file is read and checked at once.
+
+    ``settings``: image size, activation, … and, where the file has them, anchors and input normalisation.
+    ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → number of the tensor
+    that is it.
+
+    Raises :class:`CheckpointError`: not TFLite, damaged, or another network. TFLite has no checksums: damage
+    to a weight goes unnoticed where structure, scales and what the heads share still agree. An operator that
+    was made to read another's constant leaves its own unread, which ``notes`` tell.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        data = _read_file(path)
+        try:
+            graph = read_graph(data)
+            structure = match(graph)
+            self.layers = tuple(_layers(structure))
+            check_layers(self.layers, graph, len(data))
+            found = {variable.name: variable for variable in variables(self.layers)}
+            settings = _settings(structure, graph)
+        except Mismatch as error:
+            raise CheckpointError(
+                f"{path} is a TFLite model but not an EfficientDet-Lite: {error}; give a file that AutoML or "
+                "TFLite Model Maker exported, before any compiling for an accelerator"
+            ) from None
+        except Malformed as error:
+            raise CheckpointError(f"{path} is damaged: {error}; fetch the file again") from None
+        stored_as, notes = _stored_as(self.layers)
+        if graph.unused:
+            notes.append(_UNUSED.format(graph.unused))
+        super().__init__(
+            source=str(path),
+            format=f"TFLite, {stored_as}",
+            shapes={name: variable.shape for name, variable in found.items()},
+            dtypes=dict.fromkeys(found, np.dtype(np.float32)),
+            notes=[*notes, _FOLDED],
+            settings=settings,
+        )
+        self.outputs: Mapping[str, int] = MappingProxyType(dict(_outputs(structure)))
+        self._variables: dict[str, Variable] | None = found
+
+    def _read(self, name: str) -> np.ndarray:
+        if self._variables is None:
+            raise CheckpointError(f"{self.source} is closed; open it again to read {name!r}")
+        variable = self._variables[name]
+        with np.errstate(over="ignore"):  # conversion reports what is not finite, with its name
+            return np.array(np.broadcast_to(variable.read(), variable.shape), np.float32, order="C")
+
+    def close(self) -> None:
+        self._variables, self.layers = None, ()
+
+
+def is_tflite(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is called ``.tflite`` and no folder, or is a file that begins as TFLite does."""
+    path = Path(path)
+    try:
+        if path.is_dir() or path.suffix == SUFFIX:
+            return not path.is_dir()
+        with path.open("rb") as file:
+            return file.read(8)[4:] == IDENTIFIER
+    except (OSError, ValueError):  # nothing there, or an impossible name
+        return False
+
+
+def open_tflite(path: str | os.PathLike[str], step: int | None = None) -> TFLiteCheckpoint:
+    """Open a TFLite file, which has no ``step``. Raises :class:`CheckpointError`."""
+    if step is not None:
+        raise CheckpointError(f"{path} is a TFLite file, which has no steps; leave out the step")
+    return TFLiteCheckpoint(path)
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            if head[4:] != IDENTIFIER:
+                raise CheckpointError(
+                    f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; fetch it again"
+                )
+            if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
+                raise CheckpointError(f"{path} is larger than any TFLite file; fetch it again")
+            return head + file.read()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
+        ) from None
+
+
+# --- names -----------------------------------------------------------------------------------------------
+
+
+def _layers(structure: Structure) -> Iterator[Layer]:
+    """Every convolution with AutoML's names, in execution order; those of the heads level by level."""
+    config = structure.config
+    scope = config.backbone.name
+    stem = f"{scope}/stem"
+    yield Layer(structure.stem, f"{stem}/conv2d/kernel", None, f"{stem}/tpu_batch_normalization")
+    for i, block in enumerate(structure.blocks):
+        yield from _block_layers(block, f"{scope}/blocks_{i}")
+    if structure.extra_level is not None:
+        yield _resample_layer(structure.extra_level, f"resample_p{config.extra_levels[0]}")
+    for c, cell in enumerate(structure.cells):
+        for n, (node, found) in enumerate(zip(config.bifpn_nodes, cell, strict=True)):
+            scope = f"fpn_cells/cell_{c}/fnode{n}"
+            for i, conv in found.resample.items():
+                yield _resample_layer(conv, f"{scope}/resample_{i}_{node.inputs[i]}_{node.id}")
+            after = f"{scope}/op_after_combine{node.id}"
+            yield from _separable_layers(found.conv, f"{after}/conv", f"{after}/bn")
+    yield from _head_layers(structure.class_net, "class_net/class", config)
+    yield from _head_layers(structure.box_net, "box_net/box", config)
+
+
+def _block_layers(block: BlockMatch, scope: str) -> Iterator[Layer]:
+    bns = iter(f"{scope}/tpu_batch_normalization{number}" for number in ("", "_1", "_2"))
+    project = "conv2d"
+    if block.expand is not None:
+        project = "conv2d_1"
+        yield Layer(block.expand, f"{scope}/conv2d/kernel", None, next(bns))
+    yield Layer(block.depthwise, f"{scope}/depthwise_conv2d/depthwise_kernel", None, next(bns))
+    yield Layer(block.project, f"{scope}/{project}/kernel", None, next(bns))
+
+
+def _resample_layer(conv: Convolution, scope: str) -> Layer:
+    return Layer(conv, f"{scope}/conv2d/kernel", f"{scope}/conv2d/bias", f"{scope}/bn")
+
+
+def _separable_layers(conv: Separable, scope: str, bn: str | None) -> Iterator[Layer]:
+    yield Layer(conv.depthwise, f"{scope}/depthwise_kernel", None, None)
+    yield Layer(conv.pointwise, f"{scope}/pointwise_kernel", f"{scope}/bias", bn)
+
+
+def _head_layers(head: Head, scope: str, config: EfficientDetConfig) -> Iterator[Layer]:
+    for level, chain in zip(config.levels, head.levels, strict=True):
+        for i, conv in enumerate(chain[:-1]):
+            yield from _separable_layers(conv, f"{scope}-{i}", f"{scope}-{i}-bn-{level}")
+        yield from _separable_layers(chain[-1], f"{scope}-predict", None)
+
+
+def _outputs(structure: Structure) -> Iterator[tuple[str, int]]:
+    for kind, head in (("class", structure.class_net), ("box", structure.box_net)):
+        for level, chain in zip(structure.config.levels, head.levels, strict=True):
+            yield f"{kind}_outputs/{level}", chain[-1].output
+
+
+# --- what the file says beside the variables -------------------------------------------------------------
+
+
+def _stored_as(layers: Sequence[Layer]) -> tuple[str, list[str]]:
+    """How the weights are stored, in a word, and what the user must know about that."""
+    dtypes = {layer.convolution.kernel.dtype for layer in layers}
+    if np.dtype(np.int8) in dtypes:
+        return "int8", [_INT8]
+    if np.dtype(np.float16) in dtypes:
+        return "float16", [_FLOAT16]
+    return "float32", []
+
+
+def _settings(structure: Structure, graph: Graph) -> dict[str, Any]:
+    config = structure.config
+    settled = ("image_size", "act_type", "survival_prob", "conv_after_downsample")  # else it would not match
+    found: dict[str, Any] = {name: getattr(config, name) for name in settled}
+    image = graph.tensors[graph.inputs[0]]
+    if image.is_quantized:
+        found.update(_normalisation(image))
+    if structure.postprocess is not None:
+        _check_options(structure.postprocess, config.num_classes)
+    if structure.anchors is not None:
+        found.update(_anchor_settings(structure, structure.anchors))
+    return found
+
+
+def _normalisation(image: Tensor) -> dict[str, tuple[float, float, float]]:
+    """From the scale and zero point of an 8-bit image, real = scale · (pixel − zero point)."""
+    black = 0 if image.dtype == np.uint8 else -128  # grey level 0 as it is stored
+    if image.dtype not in (np.uint8, np.int8) or len(image.scale) != 1:
+        raise Mismatch("its input is neither float nor an 8-bit image")
+    mean = float(image.zero_point[0]) - black
+    stddev = round(1 / float(image.scale[0]), 4)  # the scale is a float32 near 1/128
+    return {"mean_rgb": (mean,) * 3, "stddev_rgb": (stddev,) * 3}
+
+
+def _check_options(operator: Operator, num_classes: int) -> None:
+    """The postprocessing operator could decode boxes in other units, or know of a background class."""
+    options = flexbuffer_map(operator.custom_options.tobytes())
+    if any(options.get(f"{side}_scale") != 1 for side in "yxhw"):
+        raise Mismatch(f"{operator} scales boxes, which AutoML does not")
+    if options.get("num_classes") != num_classes:
+        raise Mismatch(f"{operator} is not for the {num_classes} classes of the class net")
+
+
+@np.errstate(all="ignore")
+def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
+    """The roundest settings that give the anchors that the postprocessing operator has."""
+    config, per_location = structure.config, structure.num_anchors
+    sizes = list(config.feature_sizes().values())
+    total = per_location * sum(rows * columns for rows, columns in sizes)
+    tolerance = _ANCHOR_TOLERANCE.get(tensor.dtype or np.dtype(object))
+    if tolerance is None or tensor.shape != (total, 4):
+        raise Mismatch(f"it does not have a list of {total} anchors")
+    anchors = tensor.values()
+    # In units of the finest level's stride, those of the first location say how all were made.
+    heights, widths = (anchors[:per_location, 2:] * sizes[0]).T
+    scales, ratios = np.sqrt(heights * widths), widths / heights
+    per_scale = max(1, int(np.isclose(scales, scales[0], rtol=0.01).sum()))
+    for digits in range(1, 7):
+        settings = {
+            "num_scales": per_location // per_scale,
+            "aspect_ratios": tuple(round(float(ratio), digits) for ratio in ratios[:per_scale]),
+            "anchor_scale": round(float(scales[0]), digits),
+        }
+        expected = _centre_sizes(config.replace(**settings))
+        if expected.shape == anchors.shape and np.allclose(anchors, expected, rtol=tolerance, atol=1e-6):
+            return settings
+    raise Mismatch("its anchors are not laid out as AutoML's")
+
+
+def _centre_sizes(config: EfficientDetConfig) -> np.ndarray:
+    """The anchors of ``config`` as the postprocessing operator takes them, float64 [A, 4]."""
+    from pytorch_model.anchors import generate_anchors  # takes torch with it
+
+    corners_yx = generate_anchors(config).double().numpy().reshape(-1, 2, 2) / config.image_size
+    return np.concatenate([corners_yx.mean(axis=1), corners_yx[:, 1] - corners_yx[:, 0]], axis=1)

@@ -1,0 +1,109 @@
+"""A TFLite graph as a dataflow of activations, with what a converter adds or moves looked through.
+
+Values are quantised and dequantised along the way, constants dequantised before use, an activation is part
+of the operator before it or stands alone: here all of that looks the same.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from porting.checkpoint.tflite.graph import Graph, Operator
+from porting.errors import Reason
+
+POSTPROCESS = "TFLite_Detection_PostProcess"
+ADDS = ("ADD", "ADD_N")
+NONE, RELU6 = 0, 3  # schema.fbs ActivationFunctionType
+
+_CASTS = ("QUANTIZE", "DEQUANTIZE")
+
+# Where schema.fbs puts the fused activation among an operator's options.
+_ACTIVATION_FIELD = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 4, "MAX_POOL_2D": 5, "ADD": 0, "CONCATENATION": 1}
+
+
+class Mismatch(Reason):
+    """A TFLite file that is not an EfficientDet-Lite. The text says where it first differs."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """An operator, with the activation after it where there is one.
+
+    ``inputs`` and ``output`` are tensor numbers, of activations alone; a tensor and its quantised or
+    dequantised copies go by the number of the first of them. ``relu``: the activation as an operator apart.
+    """
+
+    operator: Operator
+    inputs: tuple[int, ...]
+    output: int
+    activation: int
+    relu: Operator | None = None
+
+    @property
+    def kind(self) -> str:
+        return self.operator.kind
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        return (self.operator,) if self.relu is None else (self.operator, self.relu)
+
+
+class Flow:
+    """``consumers``: tensor → the steps that read it. ``producers``: tensor → the step that writes it.
+    ``constants``: tensor → what it holds, whether as it is or dequantised."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.constants = {tensor.index: tensor for tensor in graph.tensors if tensor.is_constant}
+        self.consumers: dict[int, list[Step]] = defaultdict(list)
+        self.producers: dict[int, Step] = {}
+        self._first: dict[int, int] = {}  # a cast tensor → the tensor it is a copy of
+        self.casts = {operator.index for operator in graph.operators if self._is_cast(operator)}
+        for step in self._steps():
+            self.producers[step.output] = step
+            for tensor in dict.fromkeys(step.inputs):
+                self.consumers[tensor].append(step)
+
+    def first(self, tensor: int) -> int:
+        return self._first.get(tensor, tensor)
+
+    def shape(self, tensor: int) -> tuple[int, ...]:
+        return self.graph.tensors[tensor].shape
+
+    def _is_cast(self, operator: Operator) -> bool:
+        """Whether ``operator`` only changes how values are stored; if so, remember of what."""
+        if operator.kind not in _CASTS or len(operator.inputs) != 1 or len(operator.outputs) != 1:
+            return False
+        (source,), (target,) = operator.inputs, operator.outputs
+        if source in self.constants:
+            self.constants[target] = self.constants[source]
+        else:
+            self._first[target] = self.first(source)
+        return True
+
+    def _steps(self) -> list[Step]:
+        operators = [operator for operator in self.graph.operators if operator.index not in self.casts]
+        uses = Counter(self.first(tensor) for operator in operators for tensor in operator.inputs)
+        uses.update(self.first(tensor) for tensor in self.graph.outputs)
+        steps: dict[int, Step] = {}  # by what they write
+        for operator in operators:
+            step = self._step(operator)
+            before = steps.get(step.inputs[0]) if step.kind == "RELU6" else None
+            if before is not None and before.activation == NONE and uses[before.output] == 1:
+                del steps[before.output]
+                step = Step(before.operator, before.inputs, step.output, RELU6, operator)
+            steps[step.output] = step
+        return list(steps.values())
+
+    def _step(self, operator: Operator) -> Step:
+        if not operator.inputs or not operator.outputs:
+            raise Mismatch(f"{operator} has no input or no output")
+        read = operator.inputs
+        if operator.kind == POSTPROCESS:
+            read = read[:2]  # boxes and scores; the third is the anchors
+        elif operator.kind not in (*ADDS, "CONCATENATION"):
+            read = read[:1]  # the others are kernel, bias, sizes
+        field = _ACTIVATION_FIELD.get(operator.kind)
+        activation = NONE if field is None else operator.option(field, "b")
+        return Step(operator, tuple(self.first(i) for i in read), operator.outputs[0], activation)

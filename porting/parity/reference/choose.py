@@ -1,0 +1,86 @@
+"""What ``--reference`` chooses from: our reading of AutoML's network, or a file that holds the network.
+
+``ops`` is :mod:`tf_reference`. The others run a file: ``meta`` the graph saved with a checkpoint,
+``savedmodel`` an exported model, ``tflite`` an EfficientDet-Lite file. A file's own arithmetic is float32 or
+less, its pictures' size is usually settled, and it may not show every activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.checkpoint.tflite.checkpoint import is_tflite
+from porting.convert import convert
+from porting.errors import PortingError
+from porting.parity.lockstep import Reference
+from porting.parity.reference.graph import meta_beside, open_meta, open_saved_model
+from porting.parity.reference.tflite import TFLiteReference
+from pytorch_model.config import EfficientDetConfig
+
+OPS, META, SAVED_MODEL, TFLITE = "ops", "meta", "savedmodel", "tflite"
+KINDS = (OPS, META, SAVED_MODEL, TFLITE)
+
+
+class FileReference(Protocol):
+    """A network in a file.
+
+    ``source``: the file. ``size``: the (height, width) of its pictures, None for any. ``exact``: it computes
+    in float32 throughout, so that the float32 tolerances hold. ``taps``: what it shows, once :meth:`on` ran.
+    """
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def size(self) -> tuple[int, int] | None: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def taps(self) -> frozenset[str]: ...
+
+    def on(self, images: np.ndarray) -> Reference:
+        """The reference on ``images``, float32 [N, H, W, 3], normalised. Raises :class:`PortingError`."""
+
+
+def open_reference(
+    kind: str,
+    checkpoint: Checkpoint,
+    graph: Path | None,
+    config: EfficientDetConfig,
+    variables: Mapping[str, np.ndarray],
+) -> FileReference:
+    """The reference of ``kind`` (any of ``KINDS`` but ``ops``), in ``graph`` or else with the checkpoint.
+
+    ``checkpoint`` is open; ``variables`` are what was chosen of it, moving averages or raw. A ``meta`` graph
+    computes with them; the other kinds carry their own. Imports TensorFlow. Raises :class:`PortingError`
+    where there is no such file or it is not ``config``'s network.
+    """
+    if kind == META:
+        path = graph or meta_beside(checkpoint.location)
+        return open_meta(path, config, variables)
+    if kind == SAVED_MODEL:
+        folder = graph or _saved_model_of(checkpoint)
+        if graph is not None:
+            if not graph.is_dir():
+                raise PortingError(f"{graph} is not the folder of a SavedModel; point --graph at the folder")
+            with open_checkpoint(graph) as served:
+                variables = convert(served, config).variables
+        return open_saved_model(folder, config, variables)
+    path = graph or Path(checkpoint.location)
+    if not is_tflite(path):
+        raise PortingError(f"{path} is not a TFLite file; give the one to compare with by --graph")
+    return TFLiteReference(path, config)
+
+
+def _saved_model_of(checkpoint: Checkpoint) -> Path:
+    folder = Path(checkpoint.location).parent.parent  # …/variables/variables
+    if not (folder / "saved_model.pb").is_file():
+        raise PortingError(
+            f"{checkpoint.source} is not a SavedModel ({checkpoint.format}); give the folder of one with "
+            "--graph"
+        )
+    return folder

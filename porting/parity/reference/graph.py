@@ -1,0 +1,431 @@
+"""The other reference: a graph that TensorFlow saved, such as the ``model.meta`` beside a checkpoint.
+
+This is Google's network as Google's code built it, where :mod:`tf_reference` is our reading of it. The part
+between the normalised picture and the heads is cut out of the graph, its variables are replaced by values,
+and what is left runs in a TensorFlow 1 session, operation by operation as it was saved. Nothing depends on
+the names of operations: the picture goes in where the stem's convolution reads it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from porting.errors import PortingError
+from porting.parity.lockstep import Reference
+from porting.parity.reference.graph_taps import SAME_VALUE, find_taps
+from pytorch_model.config import EfficientDetConfig
+from tf_reference.variables import variable_shapes
+
+_PICTURE = "parity/picture"  # the node that takes the place of whatever fed the stem
+_VARIABLES = frozenset({"Variable", "VariableV2", "VarHandleOp", "AutoReloadVariable"})
+_RANDOM = frozenset(
+    {"RandomUniform", "RandomStandardNormal", "StatelessRandomUniform", "StatelessRandomUniformV2"}
+)
+_FLOAT32 = 1  # DT_FLOAT of types.proto
+_BIASED = frozenset({"BiasAdd", "Add", "AddV2"})
+_LAST_BIASES = frozenset({"class_net/class-predict/bias", "box_net/box-predict/bias"})
+_ELSEWHERE = "use --reference ops"
+
+#: Bytes of activations fetched at once, at most: what a run holds beside those still needed.
+_AT_ONCE = 1 << 28
+
+
+@dataclass
+class GraphReference:
+    """A saved graph, cut down to the network and with its weights in it.
+
+    ``source``: the file, for messages. ``size``: the pictures' (height, width) it was built for, None where
+    any will do. ``taps`` are known after :meth:`on`, as they depend on nothing else but the graph.
+    """
+
+    source: str
+    config: EfficientDetConfig
+    graph_def: Any  # tf.compat.v1.GraphDef
+    variables: Mapping[str, str]  # name of a node → AutoML's name of the variable it holds
+    size: tuple[int, int] | None = None
+    exact: bool = field(default=True, init=False)
+    taps: frozenset[str] = field(default=frozenset(), init=False)
+
+    def on(self, images: np.ndarray) -> Reference:
+        """The reference on ``images``, float32 [N, H, W, 3], normalised.
+
+        Raises :class:`PortingError` where the graph does not take such images or lacks an output.
+        """
+        graph, picture = _import(self, images.shape)
+        tensors = find_taps(graph, self.variables, self.config)
+        self.taps = frozenset(tensors)
+
+        def run(emit: Callable[[str, np.ndarray], None]) -> None:
+            _run(graph, picture, tensors, images, emit)
+
+        return run
+
+
+def open_meta(
+    path: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
+) -> GraphReference:
+    """The graph in a ``.meta`` file, computing with ``variables``: AutoML name → float array.
+
+    Imports TensorFlow. Raises :class:`PortingError` for a file that is none or is damaged, for a graph that
+    trains, and for one that is not ``config``'s.
+    """
+    import tensorflow as tf
+
+    meta = _parse(tf.compat.v1.MetaGraphDef, path, "a graph that tf.train.Saver wrote (.meta)")
+    return _reference(meta.graph_def, str(path), config, variables)
+
+
+def open_saved_model(
+    folder: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
+) -> GraphReference:
+    """The graph of a SavedModel folder, by TensorFlow 1 or 2, computing with ``variables``, its own.
+
+    Raises as :func:`open_meta`.
+    """
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    path = Path(folder) / "saved_model.pb"
+    model = _parse(saved_model_pb2.SavedModel, path, "a SavedModel's graph")
+    if not model.meta_graphs:
+        raise PortingError(f"{path} holds no graph; export the model again, or {_ELSEWHERE}")
+    meta = next((m for m in model.meta_graphs if "serve" in m.meta_info_def.tags), model.meta_graphs[0])
+    if meta.HasField("object_graph_def"):
+        return _keras_reference(folder, config, variables)
+    return _reference(meta.graph_def, str(path), config, variables)
+
+
+def meta_beside(source: str) -> Path:
+    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises PortingError without one."""
+    path = Path(f"{source}.meta")
+    if path.is_file():
+        return path
+    raise PortingError(
+        f"there is no {path}, the graph that TensorFlow saves with a checkpoint; give one with --graph, or "
+        f"{_ELSEWHERE}"
+    )
+
+
+# --- from a file to a graph of constants -------------------------------------------------------------
+
+
+def _parse(kind: Any, path: str | os.PathLike[str], what: str) -> Any:
+    from google.protobuf.message import DecodeError
+
+    try:
+        message = kind.FromString(Path(path).read_bytes())
+    except OSError as error:
+        raise PortingError(f"cannot read {path}: {error.strerror or error}; check --graph") from None
+    except DecodeError:
+        raise PortingError(f"{path} is not {what}, or is damaged; fetch it again, or {_ELSEWHERE}") from None
+    return message
+
+
+def _reference(
+    graph_def: Any, source: str, config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
+) -> GraphReference:
+    nodes = {node.name: node for node in graph_def.node}
+    holders = {
+        name: name
+        for name, node in nodes.items()
+        if node.op in _VARIABLES and name in variable_shapes(config)
+    }
+    return _cut(graph_def, nodes, holders, source, config, variables)
+
+
+def _keras_reference(
+    folder: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
+) -> GraphReference:
+    """TensorFlow 2 saves functions that call functions, over variables without AutoML's names. Frozen, they
+    are one graph of constants, and a constant is the variable that has its values."""
+    import tensorflow as tf
+    from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+    try:
+        loaded = tf.saved_model.load(os.fspath(folder))  # held on to: its functions do not own its variables
+        served = loaded.signatures["serving_default"]
+        graph_def = convert_variables_to_constants_v2(served).graph.as_graph_def()
+    except KeyError:
+        raise PortingError(
+            f"{folder} has no serving signature; export the model again, or {_ELSEWHERE}"
+        ) from None
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        raise PortingError(f"TensorFlow cannot load {folder}: {_first_line(error)}; {_ELSEWHERE}") from None
+    by_value: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
+    for name, value in variables.items():
+        by_value.setdefault(_identity(value), []).append(name)
+    holders = {}
+    for node in graph_def.node:
+        if node.op == "Const" and node.attr["dtype"].type == tf.float32.as_datatype_enum:
+            same = by_value.get(_identity(tf.make_ndarray(node.attr["value"].tensor)), [])
+            # Variables of equal values, biases of zero say, are told apart by the scope in the node's name.
+            mine = (
+                same
+                if len(same) == 1
+                else [name for name in same if f"{name.rpartition('/')[0]}/" in node.name]
+            )
+            if mine:
+                holders[node.name] = mine[0]
+    nodes = {node.name: node for node in graph_def.node}
+    return _cut(graph_def, nodes, holders, str(folder), config, variables)
+
+
+def _identity(value: np.ndarray) -> tuple[tuple[int, ...], bytes]:
+    return value.shape, np.ascontiguousarray(value, np.float32).tobytes()
+
+
+def _cut(
+    graph_def: Any,
+    nodes: dict[str, Any],
+    holders: dict[str, str],
+    source: str,
+    config: EfficientDetConfig,
+    values: Mapping[str, np.ndarray],
+) -> GraphReference:
+    """Keep what lies between the stem and the predictions; put ``values`` in place of variables."""
+    import tensorflow as tf
+
+    variable_of = {name: _variable_of(name, nodes, holders) for name in nodes}
+    stem = _stem(nodes, variable_of, source, config)
+    ends = [
+        name
+        for name, node in nodes.items()
+        if node.op in _BIASED and any(variable_of.get(_node_of(x)) in _LAST_BIASES for x in node.input)
+    ]
+    kept = _ancestors(nodes, ends, stem)
+    _refuse_training(nodes, kept, holders, source)
+    cut = tf.compat.v1.GraphDef(library=graph_def.library, versions=graph_def.versions)
+    for name in kept:
+        node = cut.node.add()
+        node.CopyFrom(nodes[name])
+        del node.input[:]
+        node.input.extend(x for x in nodes[name].input if not x.startswith("^"))
+        node.device = ""
+        for attribute in ("_class", "_output_shapes"):
+            node.attr.pop(attribute, None)
+        _fill(node, holders, values, source)
+    picture = next(node for node in cut.node if node.name == stem)
+    picture.input[0] = _PICTURE
+    size = _size(cut, config)
+    return GraphReference(source, config, cut, {n: holders[n] for n in kept if n in holders}, size)
+
+
+def _node_of(tensor: str) -> str:
+    return tensor.lstrip("^").partition(":")[0]
+
+
+def _variable_of(name: str, nodes: Mapping[str, Any], holders: Mapping[str, str]) -> str | None:
+    """The variable whose value the node passes on, if any."""
+    for _ in range(20):
+        if name in holders:
+            return holders[name]
+        node = nodes.get(name)
+        if node is None or node.op not in SAME_VALUE or not node.input:
+            return None
+        name = _node_of(node.input[0])
+    return None
+
+
+def _stem(
+    nodes: Mapping[str, Any], variable_of: Mapping[str, str | None], source: str, config: EfficientDetConfig
+) -> str:
+    kernel = f"{config.backbone.name}/stem/conv2d/kernel"
+    found = [
+        name
+        for name, node in nodes.items()
+        if node.op == "Conv2D" and len(node.input) > 1 and variable_of.get(_node_of(node.input[1])) == kernel
+    ]
+    if len(found) != 1:
+        have = "none" if not found else f"{len(found)}"
+        raise PortingError(
+            f"{source} has {have} of the one convolution that reads {kernel}, where the picture goes in; it "
+            f"is no graph of {config.name}, or {_ELSEWHERE}"
+        )
+    if nodes[found[0]].attr["T"].type != _FLOAT32:
+        raise PortingError(
+            f"{source} does not compute in float32, and a coarser type proves nothing; export it without "
+            f"mixed precision, or {_ELSEWHERE}"
+        )
+    if nodes[found[0]].attr["data_format"].s not in (b"", b"NHWC"):
+        raise PortingError(
+            f"{source} was built for {nodes[found[0]].attr['data_format'].s.decode()} maps, which TensorFlow "
+            f"cannot run on a CPU; {_ELSEWHERE}"
+        )
+    return found[0]
+
+
+def _ancestors(nodes: Mapping[str, Any], ends: list[str], stem: str) -> list[str]:
+    """Nodes that the ends depend on, in the graph's own order; nothing behind the stem's picture."""
+    wanted, pending = set(ends), list(ends)
+    while pending:
+        name = pending.pop()
+        inputs = nodes[name].input[1:] if name == stem else nodes[name].input
+        for parent in (_node_of(x) for x in inputs if not x.startswith("^")):
+            if parent in nodes and parent not in wanted:
+                wanted.add(parent)
+                pending.append(parent)
+    return [name for name in nodes if name in wanted]
+
+
+def _refuse_training(
+    nodes: Mapping[str, Any], kept: list[str], holders: Mapping[str, str], source: str
+) -> None:
+    """A graph saved while training normalises by the batch and drops connections at random."""
+    for name in kept:
+        node = nodes[name]
+        batch = node.op.startswith("FusedBatchNorm") and node.attr["is_training"].b
+        if batch or node.op in _RANDOM:
+            what = "normalises by the batch's own statistics" if batch else "draws random numbers"
+            raise PortingError(
+                f"{source} is the graph of a training run ({name} {what}), which no evaluation can be "
+                f"compared with; export one for inference, or {_ELSEWHERE}"
+            )
+    read = {holders[name] for name in kept if name in holders}
+    means = {name for name in holders.values() if name.endswith("/moving_mean")}
+    if means - read:
+        raise PortingError(
+            f"{source} is the graph of a training run ({min(means - read)} is never read), which no "
+            f"evaluation can be compared with; export one for inference, or {_ELSEWHERE}"
+        )
+
+
+def _fill(node: Any, holders: Mapping[str, str], values: Mapping[str, np.ndarray], source: str) -> None:
+    """Turn a variable into a constant, and the reading of a variable into passing it on."""
+    import tensorflow as tf
+
+    if node.op == "ReadVariableOp":
+        dtype = node.attr["dtype"].type
+        node.op = "Identity"
+        node.attr.clear()
+        node.attr["T"].type = dtype
+    elif node.op in _VARIABLES:
+        name = holders.get(node.name)
+        if name is None or name not in values:
+            raise PortingError(
+                f"{source} reads the variable {node.name}, which the checkpoint does not have; it is another "
+                f"model's graph, or {_ELSEWHERE}"
+            )
+        dtype = tf.dtypes.as_dtype(node.attr["dtype"].type)
+        node.op = "Const"
+        node.attr.clear()
+        node.attr["dtype"].type = dtype.as_datatype_enum
+        value = np.asarray(values[name], dtype.as_numpy_dtype)
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
+
+
+def _size(graph_def: Any, config: EfficientDetConfig) -> tuple[int, int] | None:
+    """The picture's size, from the sizes that maps are enlarged to: the largest is the finest level's."""
+    import tensorflow as tf
+
+    constants = {node.name: node for node in graph_def.node if node.op == "Const"}
+    targets = []
+    for node in graph_def.node:
+        if node.op == "ResizeNearestNeighbor" and _node_of(node.input[1]) in constants:
+            size = tf.make_ndarray(constants[_node_of(node.input[1])].attr["value"].tensor)
+            targets.append((int(size[0]), int(size[1])))
+    if not targets:
+        return None
+    finest = max(targets)
+    if tuple(_halved(side, config.min_level) for side in config.image_size) == finest:
+        return config.image_size
+    return finest[0] << config.min_level, finest[1] << config.min_level
+
+
+def _halved(side: int, times: int) -> int:
+    for _ in range(times):
+        side = (side - 1) // 2 + 1
+    return side
+
+
+# --- running it --------------------------------------------------------------------------------------
+
+
+def _import(reference: GraphReference, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The graph with a picture of ``shape`` at its start."""
+    import tensorflow as tf
+
+    graph = tf.Graph()
+    with graph.as_default():
+        picture = tf.compat.v1.placeholder(tf.float32, shape, _PICTURE)
+        try:
+            tf.import_graph_def(reference.graph_def, {_PICTURE: picture}, name="")
+        except (ValueError, tf.errors.OpError) as error:
+            wanted = reference.size
+            why = (
+                f"it was built for pictures of {wanted[0]}×{wanted[1]}, not {shape[1]}×{shape[2]}; try "
+                f"--size {wanted[0]}x{wanted[1]}"
+                if wanted and wanted != shape[1:3]
+                else f"{_first_line(error)}; {_ELSEWHERE}"
+            )
+            raise PortingError(f"TensorFlow cannot run the graph in {reference.source}: {why}") from None
+    return graph, picture
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _run(
+    graph: Any,
+    picture: Any,
+    tensors: Mapping[str, Any],
+    images: np.ndarray,
+    emit: Callable[[str, np.ndarray], None],
+) -> None:
+    """A stretch of taps at a time: each starts from the earlier taps it needs, which are then let go."""
+    import tensorflow as tf
+
+    options = tf.compat.v1.ConfigProto()
+    # Off: it would fuse, fold and reorder what is to be compared.
+    options.graph_options.rewrite_options.disable_meta_optimizer = True
+    stretches = list(_stretches(tensors))
+    needs = [_needs(names, tensors, picture, stretches[:i]) for i, names in enumerate(stretches)]
+    held: dict[str, np.ndarray] = {picture.name: np.asarray(images, np.float32)}
+    with tf.compat.v1.Session(graph=graph, config=options) as session:
+        for i, names in enumerate(stretches):
+            fed = {key: held[key] for key in needs[i]}
+            # Two taps may be one tensor: a resampling that has nothing to do.
+            asked = {tensors[name].name: tensors[name] for name in names if tensors[name].name not in fed}
+            values = {**fed, **session.run(asked, fed)}
+            later = set().union(*needs[i + 1 :])
+            held = {key: value for key, value in {**held, **values}.items() if key in later}
+            for name in names:
+                # A session's arrays may be views of TensorFlow's memory; torch wants ones it may write to.
+                emit(name, np.array(values[tensors[name].name]))
+
+
+def _stretches(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
+    names: list[str] = []
+    total = 0
+    for name, tensor in tensors.items():
+        size = int(np.prod([n or 1 for n in tensor.shape])) * tensor.dtype.size
+        if names and total + size > _AT_ONCE:
+            yield names
+            names, total = [], 0
+        names.append(name)
+        total += size
+    if names:
+        yield names
+
+
+def _needs(names: list[str], tensors: Mapping[str, Any], picture: Any, before: list[list[str]]) -> set[str]:
+    """The earlier taps, or the picture, that these are computed from."""
+    known = {tensors[name].name for stretch in before for name in stretch} | {picture.name}
+    needed: set[str] = set()
+    pending = [tensors[name] for name in names]
+    seen = {tensor.name for tensor in pending}
+    while pending:
+        tensor = pending.pop()
+        if tensor.name in known:
+            needed.add(tensor.name)
+            continue
+        for parent in tensor.op.inputs:
+            if parent.name not in seen:
+                seen.add(parent.name)
+                pending.append(parent)
+    return needed

@@ -1,0 +1,131 @@
+"""The other reference: a TFLite file itself, run by TensorFlow Lite's interpreter.
+
+What an int8 file computes differs from its ported weights by the rounding of its activations, so this shows
+what quantisation did, layer by layer, where :mod:`tf_reference` shows whether the port is right.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
+from porting.errors import PortingError
+from porting.parity.lockstep import Reference
+from porting.rules import taps
+from pytorch_model.config import EfficientDetConfig
+
+
+class TFLiteReference:
+    """The EfficientDet-Lite file at ``path`` as a reference for ``config``, see :class:`FileReference`.
+
+    It shows what its convolutions end in, activation and batch norm included; where AutoML's tap lies between
+    the two, or after a pooling, it shows nothing. Raises :class:`CheckpointError` for another file and
+    :class:`PortingError` where it lacks an output of ``config``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], config: EfficientDetConfig) -> None:
+        self.source = str(path)
+        checkpoint = TFLiteCheckpoint(path)
+        image_size: tuple[int, int] = checkpoint.settings["image_size"]
+        self.size = image_size
+        self.exact = {layer.convolution.kernel.dtype for layer in checkpoint.layers} == {np.dtype(np.float32)}
+        found = {**dict(_layer_taps(checkpoint, config)), **checkpoint.outputs}
+        self._tensors = {pair.tap: found[pair.tap] for pair in taps(config) if pair.tap in found}
+        self.taps = frozenset(self._tensors)
+        missing = [pair.tap for pair in taps(config) if pair.output is not None and pair.tap not in self.taps]
+        if missing:
+            raise PortingError(f"{path} has no {missing[0]}: it is not {config.name}'s; check --graph")
+
+    def on(self, images: np.ndarray) -> Reference:
+        values = tflite_tensors(self.source, images, self._tensors)
+
+        def run(emit: Callable[[str, np.ndarray], None]) -> None:
+            for name in list(values):
+                emit(name, values.pop(name))
+
+        return run
+
+
+def _layer_taps(checkpoint: TFLiteCheckpoint, config: EfficientDetConfig) -> Iterator[tuple[str, int]]:
+    """Tap → tensor, by the scope of each convolution's batch norm."""
+    blocks = {f"{config.backbone.name}/blocks_{i}": block for i, block in enumerate(config.backbone.blocks)}
+    for layer in checkpoint.layers:
+        scope, _, leaf = (layer.bn or "").rpartition("/")
+        output = layer.convolution.output
+        if scope.startswith("fpn_cells/") and leaf == "bn" and "/op_after_combine" in scope:
+            yield scope.rpartition("/")[0], output
+        elif scope.endswith("/stem"):
+            yield scope, output
+        elif scope in blocks:
+            yield layer.bn or "", output
+            is_last = leaf.endswith("_2" if blocks[scope].expand_ratio != 1 else "_1")
+            if is_last and not blocks[scope].has_residual:
+                yield scope, output
+
+
+def tflite_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    """The head outputs of the file at ``path``: ``class_outputs/3``, …, ``box_outputs/7``, by name.
+
+    ``images``: [N, H, W, 3], normalised, of the file's own size. Each output is float32 [N, H_l, W_l, C],
+    before any sigmoid or decoding, dequantised where the file is quantised. Imports TensorFlow. Raises
+    :class:`CheckpointError` for a file that is no EfficientDet-Lite, :class:`PortingError` for another size.
+    """
+    return tflite_tensors(path, images, TFLiteCheckpoint(path).outputs)
+
+
+def tflite_tensors(
+    path: str | os.PathLike[str], images: np.ndarray, tensors: Mapping[str, int]
+) -> dict[str, np.ndarray]:
+    """Any activations of a TFLite file: ``tensors`` is name → number of the tensor in the file.
+
+    Returns name → float32 [N, …], one batch entry per image. Otherwise as :func:`tflite_outputs`.
+    """
+    interpreter = _interpreter(path)
+    (image,) = interpreter.get_input_details()
+    if tuple(image["shape"]) != (1, *images.shape[1:]):
+        raise PortingError(
+            f"{path} takes images of {image['shape'][1:].tolist()}, not {list(images.shape[1:])}; resize them"
+        )
+    details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
+    for one in images[:, None]:
+        interpreter.set_tensor(image["index"], _quantize(one, image))
+        interpreter.invoke()
+        for name, index in tensors.items():
+            values[name].append(_dequantize(interpreter.get_tensor(index), details[index]))
+    return {name: np.concatenate(found) for name, found in values.items()}
+
+
+def _interpreter(path: str | os.PathLike[str]):  # type: ignore[no-untyped-def]  # TensorFlow ships no types
+    import tensorflow as tf
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorFlow announces that the interpreter will move house
+        interpreter = tf.lite.Interpreter(
+            os.fspath(path),
+            experimental_op_resolver_type=tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+            experimental_preserve_all_tensors=True,  # else their memory is used again, layer after layer
+        )
+    interpreter.allocate_tensors()
+    return interpreter
+
+
+def _quantize(values: np.ndarray, detail: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Real values → what the tensor of ``detail`` takes."""
+    dtype = np.dtype(detail["dtype"])
+    scale, zero_point = detail["quantization"]
+    if not scale:
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(values / scale + zero_point), limits.min, limits.max).astype(dtype)
+
+
+def _dequantize(stored: np.ndarray, detail: Mapping[str, np.ndarray]) -> np.ndarray:
+    scale, zero_point = detail["quantization"]
+    if not scale:
+        return stored.astype(np.float32)
+    return ((stored.astype(np.float64) - zero_point) * scale).astype(np.float32)

@@ -1,0 +1,227 @@
+"""What a parity run found, as one JSON document: for machines to read, and for the HTML report to draw.
+
+Schema, version 1. Figures are relative L2 differences and largest absolute ones (:class:`Difference`). JSON
+has no infinity: a figure that is one is the string ``"Infinity"``, ``"-Infinity"`` or ``"NaN"``, which
+JavaScript's ``Number`` and Python's ``float`` both read back. ::
+
+    schema      1
+    passed      bool: every run passed; null where none was judged
+    model       the configuration: EfficientDetConfig.to_dict(), plus "levels" [min … max]
+    metadata    the caller's own facts about checkpoint and run, unchanged
+    diagnosis   str or null: what is wrong, where that was found out
+    runs        one object per run, in the caller's order:
+        dtype             "float64"
+        passed            bool
+        judged            bool: false where the reference is too coarse for the tolerances to mean anything
+        activations       int: compared taps
+        absent            taps that the reference could not show
+        tolerances        {"accumulated": number, "isolated": number}
+        worst             {"accumulated": {"layer": index, "relative": number}, "isolated": {…}};
+                          each null without layers
+        first_divergence  index of a layer, or null
+    layers      one object per compared activation, in execution order:
+        module, tap, output   the pair: PyTorch module, TensorFlow scope, level index or null
+        shape                 [N, H, W, C] of the reference
+        passed                bool: in every run
+        runs                  dtype → {"passed": bool, "accumulated": {"relative", "maximum"},
+                              "isolated": {…}}
+    variants    the same weights run in other ways, against the network in float64:
+        name                       "bfloat16"
+        classes, boxes             {"relative", "maximum"} of the head's outputs, all levels together, or null
+        score                      largest change of a class score, 0…1, or null
+        skipped                    why it was not run, or null
+    histograms  null, or of one run's output taps:
+        dtype        "float32"
+        log10_edges  edges of the bins, log10 of |ours − reference|; one more than there are counts
+        taps         tap → {"counts": [int], "equal": int, "not_finite": int}; values beyond the edges are
+                     in the first and last count, values without any difference in "equal"
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from porting.parity.lockstep import ParityResult, TapResult
+from porting.parity.measure import Difference, tolerances
+from porting.parity.precision import Cost
+from porting.parity.report.thumbnails import Thumbnails, bin_edges
+from pytorch_model.config import EfficientDetConfig
+from pytorch_model.files import replacing
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a report is made of.
+
+    ``results``: one or more runs of the same network on the same picture, each in another float type.
+    ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in its order.
+    ``diagnosis``: what is wrong and where, in words. ``thumbnails``: what an observer kept of one run.
+    ``variants``: the same weights run in other ways. ``not_the_port``: the weights of the runs, held against
+    the port tensor by tensor, are something else, whatever the layers let pass.
+
+    Raises ``ValueError`` where the runs do not belong together.
+    """
+
+    config: EfficientDetConfig
+    results: tuple[ParityResult, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    diagnosis: str | None = None
+    thumbnails: Thumbnails | None = None
+    variants: tuple[Cost, ...] = ()
+    not_the_port: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.results:
+            raise ValueError("a report needs at least one run")
+        if len({result.dtype for result in self.results}) != len(self.results):
+            raise ValueError("two runs of one float type cannot be told apart")
+        pairs = [tap.pair for tap in self.results[0].taps]
+        if any([tap.pair for tap in result.taps] != pairs for result in self.results):
+            raise ValueError("the runs compared different layers")
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether every judged run passed, of the right weights; None where there is none."""
+        if self.not_the_port:
+            return False
+        judged = [result.passed for result in self.results if result.judged]
+        return all(judged) if judged else None
+
+
+def report_dict(report: Report) -> dict[str, Any]:
+    """The document described above: dicts, lists, str, int, bool, None and finite floats only.
+
+    Raises ``TypeError`` on metadata JSON cannot hold.
+    """
+    config = report.config
+    document = {
+        "schema": SCHEMA,
+        "passed": report.passed,
+        "model": {**config.to_dict(), "levels": [config.min_level, config.max_level]},
+        "metadata": report.metadata,
+        "diagnosis": report.diagnosis,
+        "runs": [_run(result) for result in report.results],
+        "layers": [
+            _layer({result.dtype: tap for result, tap in zip(report.results, taps, strict=True)})
+            for taps in zip(*(result.taps for result in report.results), strict=True)
+        ],
+        "variants": variant_rows(report.variants),
+        "histograms": _histograms(report.thumbnails),
+    }
+    plain: dict[str, Any] = _plain(document)
+    return plain
+
+
+def write_json(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write :func:`report_dict` to ``path``, indented, complete or not at all.
+
+    Raises :class:`OutputError` where the disk refuses.
+    """
+    text = json.dumps(report_dict(report), indent=1, allow_nan=False)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text + "\n", encoding="ascii")
+
+
+def _run(result: ParityResult) -> dict[str, Any]:
+    accumulated, isolated = tolerances(result.dtype)
+    first = result.first_divergence
+    return {
+        "dtype": result.dtype,
+        "passed": result.passed,
+        "judged": result.judged,
+        "activations": len(result.taps),
+        "absent": result.absent,
+        "tolerances": {"accumulated": accumulated, "isolated": isolated},
+        "worst": {figure: _worst(result, figure) for figure in ("accumulated", "isolated")},
+        "first_divergence": None if first is None else result.taps.index(first),
+    }
+
+
+def _worst(result: ParityResult, figure: str) -> dict[str, Any] | None:
+    if not result.taps:
+        return None
+    tap = result.worst(figure)
+    return {"layer": result.taps.index(tap), "relative": getattr(tap, figure).relative}
+
+
+def _layer(by_dtype: Mapping[str, TapResult]) -> dict[str, Any]:
+    tap = next(iter(by_dtype.values()))
+    return {
+        "module": tap.pair.module,
+        "tap": tap.pair.tap,
+        "output": tap.pair.output,
+        "shape": tap.shape,
+        "passed": all(tap.passed for tap in by_dtype.values()),
+        "runs": {
+            dtype: {
+                "passed": tap.passed,
+                "accumulated": _difference(tap.accumulated),
+                "isolated": _difference(tap.isolated),
+            }
+            for dtype, tap in by_dtype.items()
+        },
+    }
+
+
+def variant_rows(costs: Iterable[Cost]) -> list[dict[str, Any]]:
+    """``variants`` of the document, infinities as strings."""
+    rows = [
+        {
+            "name": cost.name,
+            "classes": cost.classes and _difference(cost.classes),
+            "boxes": cost.boxes and _difference(cost.boxes),
+            "score": cost.score,
+            "skipped": cost.skipped,
+        }
+        for cost in costs
+    ]
+    plain: list[dict[str, Any]] = _plain(rows)
+    return plain
+
+
+def _difference(difference: Difference) -> dict[str, float]:
+    return {"relative": difference.relative, "maximum": difference.maximum}
+
+
+def _histograms(thumbnails: Thumbnails | None) -> dict[str, Any] | None:
+    if thumbnails is None or not thumbnails.histograms:
+        return None
+    return {
+        "dtype": thumbnails.dtype,
+        "log10_edges": bin_edges(),
+        "taps": {
+            tap: {
+                "counts": histogram.counts.tolist(),
+                "equal": histogram.equal,
+                "not_finite": histogram.not_finite,
+            }
+            for tap, histogram in thumbnails.histograms.items()
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """``value`` in JSON's own types; what JSON has no number for becomes a string."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    raise TypeError(f"a report cannot hold a {type(value).__name__}: {value!r}")

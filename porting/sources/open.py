@@ -1,0 +1,47 @@
+"""What ``--ckpt`` accepts, turned into an open checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.sources.download import Listener
+from porting.sources.google_releases import fetch, release_named
+from pytorch_model.config import model_config
+
+SYNTHETIC = "synthetic:"
+
+
+def open_source(
+    spec: str,
+    folder: Path,
+    step: int | None = None,
+    cache: Path | None = None,
+    listener: Listener | None = None,
+) -> Checkpoint:
+    """Open ``spec``: a path, the name of a release such as ``efficientdet-d0``, or ``synthetic:MODEL``.
+
+    A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other.
+    A release is first downloaded into ``cache``, unless it is there; ``listener`` hears how that goes.
+    ``step`` picks one of several checkpoints in a folder. Raises :class:`PortingError` with what to do.
+    """
+    if spec.startswith(SYNTHETIC):
+        return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
+    release = release_named(spec, cache)
+    if release:
+        return open_checkpoint(fetch(release, cache, listener), step)
+    return open_checkpoint(spec, step)
+
+
+def write_synthetic(model: str, folder: Path, seed: int = 0) -> Path:
+    """Write a seeded checkpoint of ``model`` to ``folder/synthetic/MODEL/`` and return that folder.
+
+    Raises :class:`ConfigError` on an unknown model, :class:`OutputError` if it cannot be written.
+    """
+    from porting.checkpoint.v2.writer import write_bundle
+    from porting.synthetic import synthetic_checkpoint
+
+    config = model_config(model)
+    target = folder / "synthetic" / config.name
+    write_bundle(target / "model", synthetic_checkpoint(config, seed))
+    return target

@@ -1,0 +1,439 @@
+"""COCO's formats and figures: annotations in, results out, average precision by pycocotools.
+
+Sources: COCO's data and results formats (cocodataset.org); AutoML ``coco_metric.py`` for the names of the
+figures and the rounding of test-dev files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from porting.errors import PortingError, Reason
+from pytorch_model.detection.labels import given_names
+from pytorch_model.files import check_regular, read_bounded
+from pytorch_model.json_text import parse_json
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
+
+#: Of an annotation file. COCO's largest have 0.5 GB, and parsed they take ten times as much memory.
+MOST_BYTES = 4 << 30
+
+ImageId: TypeAlias = "int | str"
+#: One line of a COCO results file: image_id, category_id, bbox (x, y, width, height in pixels), score.
+Result: TypeAlias = "dict[str, Any]"
+
+
+class DatasetError(PortingError):
+    """Annotations or pictures are missing, not in COCO's format, or of other classes than the model's."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``size`` is (height, width) as the annotations have it, None where they do not say."""
+
+    id: ImageId
+    path: Path
+    size: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``content`` is what the annotation file holds, in COCO's format; ``categories`` id → name."""
+
+    annotations: Path
+    folder: Path
+    pictures: tuple[Picture, ...]
+    categories: Mapping[int, str]
+    content: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def has_ground_truth(self) -> bool:
+        """False for lists of pictures alone, such as COCO's ``image_info_test-dev2017.json``."""
+        return "annotations" in self.content
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reading a data set
+# ---------------------------------------------------------------------------------------------------
+
+
+def read_dataset(
+    folder: Path | None, annotations: Path | None = None, images: Path | None = None, limit: int | None = None
+) -> Dataset:
+    """Read a data set in COCO's format.
+
+    ``folder`` holds ``annotations/instances_*.json`` (or any one ``instances_*.json``, or one ``.json``) and
+    the pictures; ``annotations`` and ``images`` override what is found there. ``limit`` takes the first so
+    many pictures of the annotations' own order. Raises :class:`DatasetError` in one sentence.
+    """
+    if folder is not None and not os.path.isdir(folder):  # Path.is_dir raises on a name that is too long
+        raise DatasetError(f"--coco {folder} is no folder; give the one that holds annotations and pictures")
+    file = annotations or _find_annotations(folder)
+    content = _read_annotations(file)
+    folder = images or _find_pictures(folder or file.parent, content["images"], file)
+    if not os.path.isdir(folder):
+        raise DatasetError(f"--images {folder} is no folder; give the one that holds the pictures")
+    entries = content["images"][:limit]
+    pictures = tuple(Picture(image["id"], folder / image["file_name"], _size(image)) for image in entries)
+    categories = {category["id"]: str(category["name"]) for category in content["categories"]}
+    notes = _repair(content, categories) if "annotations" in content else []
+    strangers = _files_without_entry(folder, content["images"])
+    if strangers:
+        notes.append(f"{strangers} pictures in {folder} are not in {file.name}: left out")
+    return Dataset(file, folder, pictures, categories, content, tuple(notes))
+
+
+def _find_annotations(folder: Path | None) -> Path:
+    if folder is None:
+        raise DatasetError("there are no annotations; give --coco or --annotations")
+    for place, pattern in (
+        ("annotations", "instances_*.json"),
+        (".", "instances_*.json"),
+        (".", "*.json"),
+        ("annotations", "*.json"),
+    ):
+        found = sorted((folder / place).glob(pattern))
+        validation = [file for file in found if "val" in file.stem]
+        if len(found) > 1 and len(validation) == 1:
+            found = validation
+        if len(found) > 1:
+            names = ", ".join(file.name for file in found[:4])
+            raise DatasetError(
+                f"{folder / place} holds several annotation files ({names}); give --annotations"
+            )
+        if found:
+            return found[0]
+    raise DatasetError(
+        f"{folder} holds no annotation file (annotations/instances_*.json); give --annotations"
+    )
+
+
+def _find_pictures(folder: Path, entries: Sequence[Mapping[str, Any]], annotations: Path) -> Path:
+    """The folder below ``folder`` that holds most of the first pictures."""
+    split = annotations.stem.partition("_")[2]  # instances_val2017 → val2017
+    root = folder.parent if folder.name == "annotations" else folder
+    candidates = [root / split, root / "images" / split, root / "images", root]
+    candidates += sorted(place for place in root.iterdir() if place.is_dir())
+    names = [entry["file_name"] for entry in entries[:20]]
+    counts = [sum(os.path.isfile(place / name) for name in names) for place in candidates]
+    if not any(counts):
+        raise DatasetError(
+            f"{folder} holds no picture of {annotations.name} ({reprlib.repr(names[0])}, …); give --images"
+        )
+    return candidates[counts.index(max(counts))]
+
+
+def _read_annotations(file: Path) -> dict[str, Any]:
+    try:
+        data = read_bounded(file, MOST_BYTES)
+    except (OSError, ValueError) as error:  # a ValueError: no name that a file can have
+        reason = getattr(error, "strerror", None) or error
+        raise DatasetError(
+            f"cannot read the annotations {file}: {reason}; give a JSON file in COCO's format"
+        ) from None
+    try:
+        content = parse_json(data)
+        _check_form(content)
+    except Reason as reason:
+        raise DatasetError(
+            f"{file} is not in COCO's format: {reason}; correct it, or give another --annotations"
+        ) from None
+    return dict(content)
+
+
+def _check_form(content: Any) -> None:
+    """Raises :class:`Reason` unless ``content`` is a data set in COCO's format."""
+    if not isinstance(content, dict):
+        raise Reason("it holds no object")
+    for key, required in (("images", True), ("categories", True), ("annotations", False)):
+        if key not in content and required:
+            raise Reason(f"it lacks {key!r}")
+        entries = content.get(key, [])
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise Reason(f"its {key} are no list of objects")
+        if required and not entries:
+            raise Reason(f"its {key} are an empty list")
+    try:
+        for image in content["images"]:
+            _check_image(image)
+        for category in content["categories"]:
+            _check_category(category)
+        for entry in content.get("annotations", ()):
+            _check_annotation(entry)
+    except KeyError as error:
+        raise Reason(f"an entry lacks {error}") from None
+    for what, key in (("image", "images"), ("category", "categories")):
+        counts = Counter(entry["id"] for entry in content[key])
+        twice = [id_ for id_, count in counts.items() if count > 1]
+        if twice:
+            raise Reason(f"it has two entries for {what} {reprlib.repr(twice[0])}")
+
+
+def _check_image(image: Mapping[str, Any]) -> None:
+    if type(image["id"]) not in (int, str):
+        raise Reason(f"the image id {reprlib.repr(image['id'])} is neither a whole number nor text")
+    if not isinstance(image["file_name"], str):
+        raise Reason(f"the file_name of image {reprlib.repr(image['id'])} is not text")
+
+
+def _check_category(category: Mapping[str, Any]) -> None:
+    if type(category["id"]) is not int:
+        raise Reason(f"the category id {reprlib.repr(category['id'])} is no whole number")
+    if type(category["name"]) not in (str, int) or category["name"] == "":  # digits are called 0 … 9
+        raise Reason(f"the name of category {category['id']} is {reprlib.repr(category['name'])}, not text")
+
+
+def _check_annotation(entry: Mapping[str, Any]) -> None:
+    box = entry["bbox"]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_finite, box)):
+        raise Reason(_said_of(entry, "bbox", "four numbers"))
+    if entry.get("iscrowd", 0) not in (0, 1):
+        raise Reason(_said_of(entry, "iscrowd", "0 or 1"))
+    if not _is_finite(entry.get("area", 0)):
+        raise Reason(_said_of(entry, "area", "a number"))
+    for key in ("image_id", "category_id"):
+        if type(entry[key]) not in (int, str):
+            raise Reason(_said_of(entry, key, "an id"))
+
+
+def _is_finite(value: Any) -> bool:
+    """A number that a float can hold; JSON's whole numbers have no end."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _said_of(entry: Mapping[str, Any], key: str, expected: str) -> str:
+    annotation = reprlib.repr(entry.get("id"))
+    return f"the {key} of annotation {annotation} is {reprlib.repr(entry[key])}, not {expected}"
+
+
+def _repair(content: dict[str, Any], categories: Mapping[int, str]) -> list[str]:
+    """Fill in what custom annotations often leave out, drop what belongs to nothing; say what was done."""
+    known = {image["id"] for image in content["images"]}
+    kept: list[dict[str, Any]] = []
+    counts = Counter[str]()
+    for number, entry in enumerate(content["annotations"], start=1):
+        if entry["image_id"] not in known:
+            counts["annotations of pictures that are not listed: left out"] += 1
+        elif entry["category_id"] not in categories:
+            counts["annotations of categories that are not listed: left out"] += 1
+        else:
+            full = {"iscrowd": 0, "area": entry["bbox"][2] * entry["bbox"][3], **entry}
+            if "area" not in entry:
+                counts["annotations without an area: that of their box is used"] += 1
+            if min(entry["bbox"][2:]) < 0:
+                counts["annotations whose box has a negative side: nothing can match them"] += 1
+            kept.append({**full, "id": number})  # pycocotools takes a match with id 0 for none
+    content["annotations"] = kept
+    return [f"{count} {what}" for what, count in counts.items()]
+
+
+def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:
+    height, width = image.get("height"), image.get("width")
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+def _files_without_entry(folder: Path, entries: Sequence[Mapping[str, Any]]) -> int:
+    suffixes = {Path(entry["file_name"]).suffix for entry in entries}
+    here = {file.name for file in folder.iterdir() if file.suffix in suffixes}
+    return len(here - {entry["file_name"] for entry in entries})
+
+
+def dataset_digest(dataset: Dataset) -> str:
+    """SHA-256 over the list of pictures, in order, wherever they lie: id, name and content of each.
+
+    All are read for it: of val2017 5,000 pictures and 0.8 GB, which takes seconds, where detecting takes an
+    hour. Sizes alone would take another uncompressed picture of the same name for the one that was there.
+    """
+    listed = [(picture.id, picture.path.name, _content_digest(picture.path)) for picture in dataset.pictures]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def _content_digest(path: Path) -> str | None:
+    try:
+        return file_digest(path)
+    except (
+        OSError,
+        ValueError,
+    ):  # a ValueError: no name that a file can have
+        return None  # it will be passed over, and counted
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content. Raises OSError, also for what is no file, and ValueError."""
+    check_regular(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Classes
+# ---------------------------------------------------------------------------------------------------
+
+
+def class_to_category(dataset: Dataset, num_classes: int, labels: Path | None) -> dict[int, int]:
+    """The category id that each of the model's class ids, from 1, stands for; some may stand for none.
+
+    Without ``labels`` a class id is the category id: COCO's 90-id space, and custom data sets whose ids run
+    from 1. With ``labels``, the names of the model's classes, classes and categories of one name go together.
+    Raises :class:`DatasetError` where a category has no class, or another class has its id, or two
+    categories to be told apart by name have the same.
+    """
+    names = given_names(labels, num_classes)
+    categories, file = dataset.categories, dataset.annotations.name
+    if labels is not None:
+        twice = [name for name, count in Counter(categories.values()).items() if count > 1]
+        if twice:
+            raise DatasetError(
+                f"{file} has two categories {twice[0]!r}, so names do not tell which is meant; rename one"
+            )
+        by_name = {name: index for index, name in names.items()}
+        missing = [name for name in categories.values() if name not in by_name]
+        if missing or len(by_name) < len(names):
+            what = f"does not name {missing[0]!r}" if missing else "names two classes alike"
+            raise DatasetError(f"--labels {labels} {what}; have it name each category of {file}, once")
+        return {by_name[name]: category for category, name in categories.items()}
+    outside = [category for category in categories if not 1 <= category <= num_classes]
+    if outside:
+        raise DatasetError(
+            f"{file} has category id {outside[0]} ({categories[outside[0]]}), but the model has classes 1 to "
+            f"{num_classes}; if its classes go by name, give them with --labels"
+        )
+    for category, name in categories.items():
+        if names and names.get(category) != name:
+            raise DatasetError(
+                f"category {category} of {file} is {name!r}, but class {category} of a model with "
+                f"{num_classes} classes is COCO's {names.get(category, 'nothing')!r}; give the names of the "
+                "model's classes with --labels"
+            )
+    return {category: category for category in categories}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Results
+# ---------------------------------------------------------------------------------------------------
+
+
+def to_results(
+    image_id: ImageId, detections: Mapping[str, Tensor], categories: Mapping[int, int] | None = None
+) -> list[Result]:
+    """One picture's detections (``boxes`` xyxy, ``scores``, ``labels``) as lines of a COCO results file.
+
+    ``categories``: class id → category id; detections of classes without one are left out, and boxes that
+    are not finite (a network gone wild), which JSON cannot hold.
+    """
+    left, top, right, bottom = detections["boxes"].unbind(1)
+    boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1)
+    finite = boxes_xywh.isfinite().all(dim=1)
+    parts = (boxes_xywh, detections["scores"], detections["labels"])
+    rows = zip(*(part[finite].tolist() for part in parts), strict=True)
+    return [
+        {
+            "image_id": image_id,
+            "category_id": categories[label] if categories is not None else label,
+            "bbox": box_xywh,
+            "score": score,
+        }
+        for box_xywh, score, label in rows
+        if categories is None or label in categories
+    ]
+
+
+def server_file_name(algorithm: str) -> str:
+    """The file name COCO's evaluation server asks for. Raises :class:`DatasetError` on an unusable name."""
+    if not algorithm or not all(sign.isalnum() or sign in "-." for sign in algorithm):
+        raise DatasetError(
+            f"--test-dev {algorithm!r} cannot be in a file name there; give letters, digits, - and . only"
+        )
+    return f"detections_test-dev2017_{algorithm}_results.json"
+
+
+def server_results(results: Sequence[Result]) -> list[Result]:
+    """``results`` as AutoML hands them in: boxes with 2 decimals, scores with 3."""
+    return [
+        {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 3)}
+        for row in results
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Figures
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """``figures``: the twelve by name, -1 where nothing is annotated. ``per_class``: category id → AP."""
+
+    figures: dict[str, float]
+    per_class: dict[int, float]
+
+
+def evaluate(
+    content: Mapping[str, Any], results: Sequence[Result], image_ids: Collection[ImageId]
+) -> Evaluation:
+    """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format, annotated).
+
+    By pycocotools. Raises :class:`PortingError` where it is not installed.
+    """
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise PortingError("COCO's figures need the package pycocotools: pip install pycocotools") from None
+
+    # pycocotools sorts ids in one array: numbers beside names become text, large ones lose their last digits.
+    in_order = sorted(set(image_ids), key=lambda id_: (isinstance(id_, str), id_))
+    numbers = {id_: number for number, id_ in enumerate(in_order)}
+    ours = _renumbered(results, numbers)
+    dataset = {
+        "images": [{"id": number} for number in numbers.values()],
+        "categories": list(content["categories"]),
+        "annotations": _renumbered(content["annotations"], numbers),
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+        truth = COCO()
+        truth.dataset = dataset
+        truth.createIndex()
+        if ours:
+            found = truth.loadRes(ours)
+        else:
+            found = COCO()
+            found.dataset = {**dataset, "annotations": []}
+            found.createIndex()
+        run = COCOeval(truth, found, "bbox")
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    figures = {name: float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
+    precision = run.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category; all areas, 100 detections
+    per_class = {
+        int(category): float(known.mean()) if (known := values[values > -1]).size else -1.0
+        for category, values in zip(run.params.catIds, precision.transpose(2, 0, 1), strict=True)
+    }
+    return Evaluation(figures, per_class)
+
+
+def _renumbered(rows: Sequence[Mapping[str, Any]], numbers: Mapping[ImageId, int]) -> list[dict[str, Any]]:
+    """Copies of the ``rows`` of the pictures in ``numbers``, with these in place of their ids."""
+    return [{**row, "image_id": numbers[row["image_id"]]} for row in rows if row["image_id"] in numbers]

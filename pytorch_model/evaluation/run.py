@@ -1,0 +1,220 @@
+"""One pass over a data set: every picture through one or two networks, kept batch by batch.
+
+A reference sees the very input of ours, and its outputs take the very same way to detections, so a
+difference is the networks' own. Batches are the same whatever the number of processes and however often the
+run was interrupted; so are the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from porting.errors import ConfigError
+from porting.hparams import Hparams
+from pytorch_model.config import EfficientDetConfig
+from pytorch_model.detection.detector import Detector, Network
+from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.detection.preprocess import DecodedImage, ImageError
+from pytorch_model.evaluation.coco import Dataset, ImageId, Picture, Result, dataset_digest, to_results
+from pytorch_model.evaluation.processes import Processes
+from pytorch_model.evaluation.shards import Shards, damaged
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One network under evaluation. ``network`` None is the detector's own model.
+
+    ``exact``: it computes in float32, so that its detections can be asked to be ours.
+    """
+
+    name: str
+    network: Network | None
+    shards: Shards
+    exact: bool = True
+
+
+@dataclass
+class Outcome:
+    """What the networks found: stream name → lines in COCO's results format, in the data set's order.
+
+    ``unreadable``: picture → why it was passed over. ``decoders``: what read how many pictures.
+    ``resized``: pictures whose size is not the annotations'.
+    """
+
+    results: dict[str, list[Result]]
+    evaluated: list[ImageId] = field(default_factory=list)
+    unreadable: dict[ImageId, str] = field(default_factory=dict)
+    decoders: Counter[str] = field(default_factory=Counter)
+    resized: list[ImageId] = field(default_factory=list)
+
+
+def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfig, tuple[int, int]]:
+    """What ``--hparams`` mean for weights that are ported already: the suppression, the input's size.
+
+    Raises :class:`ConfigError` where they ask for another network than the weights are.
+    """
+    if hparams.model not in (None, config.name):
+        raise ConfigError(f"--hparams name the model {hparams.model}, the weights are of {config.name}")
+    for name, value in hparams.overrides.items():
+        if name != "image_size" and getattr(config, name) != value:
+            raise ConfigError(
+                f"--hparams say {name}={value}, the weights were ported with {getattr(config, name)}; leave "
+                "it out, or port them again with --hparams"
+            )
+    return NMSConfig(**hparams.nms), hparams.overrides.get("image_size", config.image_size)
+
+
+def settings(
+    detector: Detector, dataset: Dataset, batch_size: int, categories: Mapping[int, int], weights: str
+) -> dict[str, Any]:
+    """Everything that detections depend on. ``weights``: a digest of the network's own."""
+    return {
+        "weights": weights,
+        "model": detector.model.config.name,
+        "config": _digest(detector.model.config.to_dict()),
+        "image_size": list(detector.image_size),
+        "decoder": detector.decoder,
+        "tta": detector.tta,
+        "nms_configs": asdict(detector.nms),
+        "batch_size": batch_size,
+        "device": next(detector.model.parameters()).device.type,
+        "categories": {str(label): category for label, category in categories.items()},
+        "pictures": dataset_digest(dataset),
+    }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def detect_dataset(
+    detector: Detector,
+    dataset: Dataset,
+    streams: Sequence[Stream],
+    categories: Mapping[int, int],
+    batch_size: int,
+    processes: Processes,
+    progress: Callable[[int, int], None],
+) -> Outcome | None:
+    """Detect in every picture by every stream; what is kept already is not done again.
+
+    ``progress`` hears of (pictures done, pictures of this process). Returns the outcome in the first process
+    and None in the others. Raises :class:`PortingError`.
+    """
+    batches = _batches(dataset, batch_size)
+    kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []
+    done = processes.from_first([set(batches_kept) for batches_kept in kept])
+    todo = []
+    for number, pictures in enumerate(batches):
+        missing = [stream for stream, numbers in zip(streams, done, strict=True) if number not in numbers]
+        if missing:
+            todo.append((number, pictures, missing))
+    todo = todo[processes.rank :: processes.count]
+    finished, total = 0, sum(len(pictures) for _, pictures, _ in todo)
+    progress(finished, total)
+    own: dict[str, dict[int, Any]] = {stream.name: {} for stream in streams}
+    for number, pictures, missing in todo:
+        for stream, content in _detect_batch(detector, pictures, missing, categories):
+            stream.shards.append(processes.rank, number, content)
+            own[stream.name][number] = json.loads(json.dumps(content))  # as it will read again
+        finished += len(pictures)
+        progress(finished, total)
+    gathered = processes.to_first(own)
+    if not processes.is_first:
+        return None
+    for stream, batches_kept in zip(streams, kept, strict=True):
+        for found in gathered:
+            batches_kept.update(found[stream.name])
+    return _merge({stream.name: numbers for stream, numbers in zip(streams, kept, strict=True)})
+
+
+def kept_batches(stream: Stream, dataset: Dataset, batch_size: int) -> dict[int, Any]:
+    """Batch number → what an earlier run kept of it.
+
+    Raises :class:`ShardError` where it was another evaluation's, or is not what was kept.
+    """
+    kept, batches = stream.shards.read(), _batches(dataset, batch_size)
+    for number, content in kept.items():
+        try:
+            sound = 0 <= number < len(batches) and _is_of(content, batches[number])
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise damaged(stream.shards.folder)
+    return kept
+
+
+def _batches(dataset: Dataset, batch_size: int) -> list[tuple[Picture, ...]]:
+    starts = range(0, len(dataset.pictures), batch_size)
+    return [dataset.pictures[start : start + batch_size] for start in starts]
+
+
+def _is_of(content: Any, pictures: Collection[Picture]) -> bool:
+    """Is ``content`` what :func:`_detect_batch` yields, of these pictures? It may also raise where not."""
+    ids = [picture["id"] for picture in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
+    rows = [row for picture in content["pictures"] for row in picture["detections"]]
+    return (
+        sorted(map(repr, ids)) == sorted(repr(picture.id) for picture in pictures)
+        and all(isinstance(reason, str) for _, reason in content["unreadable"])
+        and all(isinstance(picture["decoder"], str) for picture in content["pictures"])
+        and all(isinstance(picture["size_differs"], bool) for picture in content["pictures"])
+        and {len(row) for row in rows} <= {6}
+        and {type(value) for row in rows for value in row} <= {int, float}
+    )
+
+
+def _detect_batch(
+    detector: Detector,
+    pictures: Collection[Picture],
+    streams: Sequence[Stream],
+    categories: Mapping[int, int],
+) -> Iterator[tuple[Stream, dict[str, Any]]]:
+    images: dict[Picture, DecodedImage] = {}
+    unreadable: list[tuple[ImageId, str]] = []
+    for picture in pictures:
+        try:
+            images[picture] = detector.load(picture.path)
+        except ImageError as error:
+            unreadable.append((picture.id, f"{picture.path}: {error}"))
+    batch = detector.preprocess([image.pixels for image in images.values()]) if images else None
+    for stream in streams:
+        found = detector.detect(batch, stream.network) if batch else []
+        content = [
+            {
+                "id": picture.id,
+                "decoder": image.decoder,
+                "size_differs": picture.size not in (None, tuple(image.pixels.shape[1:])),
+                "detections": [_compact(row) for row in to_results(picture.id, detections, categories)],
+            }
+            for (picture, image), detections in zip(images.items(), found, strict=True)
+        ]
+        yield stream, {"pictures": content, "unreadable": unreadable}
+
+
+def _compact(row: Result) -> list[Any]:
+    return [row["category_id"], *row["bbox"], row["score"]]
+
+
+def _merge(kept: Mapping[str, Mapping[int, Any]]) -> Outcome:
+    """All batches in order. What is said of pictures is the same in every stream; the first is asked."""
+    outcome = Outcome(results={name: [] for name in kept})
+    for name, batches in kept.items():
+        for _, content in sorted(batches.items()):
+            for picture in content["pictures"]:
+                outcome.results[name] += [
+                    {"image_id": picture["id"], "category_id": category, "bbox": bbox, "score": score}
+                    for category, *bbox, score in picture["detections"]
+                ]
+    for _, content in sorted(next(iter(kept.values())).items()):
+        outcome.unreadable.update(content["unreadable"])
+        for picture in content["pictures"]:
+            outcome.evaluated.append(picture["id"])
+            outcome.decoders[picture["decoder"]] += 1
+            if picture["size_differs"]:
+                outcome.resized.append(picture["id"])
+    return outcome

@@ -1,0 +1,150 @@
+"""Results of numbered batches kept on disk as they come, so that a run that was killed goes on where it was.
+
+One file per process, one line per batch, appended. The first line holds the settings that the results depend
+on: results of other settings are never mixed in. Each line begins with a SHA-256 over the rest of it and the
+settings: what the disk has changed is no result. A last line that was cut short is as if it never was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from porting.errors import OutputError, PortingError
+from pytorch_model.files import check_regular
+
+
+class ShardError(PortingError):
+    """Kept results belong to other settings, or are damaged."""
+
+
+class Shards:
+    """The kept batches of one network: files ``NAME-PROCESS.jsonl`` in ``folder``.
+
+    ``settings`` is what the results depend on, in JSON's types. Whoever reads sees the batches of every
+    process, also of an earlier run with another number of them.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.name = name
+        self.settings = json.loads(json.dumps(settings))
+        self._seal = json.dumps(self.settings).encode()  # goes into the checksum of every batch
+
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
+
+    def read(self) -> dict[int, Any]:
+        """Batch number → what was kept of it. Raises :class:`ShardError`: other settings, damage."""
+        kept: dict[int, Any] = {}
+        for file in self.files():
+            try:
+                lines = _whole_lines(file)
+            except OSError as error:
+                raise ShardError(f"cannot read {file}: {error.strerror}; choose another --out") from None
+            if not lines:
+                continue
+            try:
+                found = dict(_unsealed(lines[0], b"")["settings"])
+                if found == self.settings:
+                    entries = [_unsealed(line, self._seal) for line in lines[1:]]
+                    kept.update((entry["batch"], entry["content"]) for entry in entries)
+            except (KeyError, TypeError, ValueError, RecursionError):
+                raise damaged(file) from None
+            if found != self.settings:
+                raise ShardError(
+                    f"{self.folder.parent} holds an evaluation with other settings ("
+                    f"{_changes(found, self.settings)}); choose another --out, or --restart to overwrite it"
+                )
+        return kept
+
+    def clear(self) -> None:
+        """Remove every kept batch. Raises :class:`OutputError` where the disk refuses."""
+        try:
+            for file in self.files():
+                file.unlink()
+        except OSError as error:
+            raise OutputError(
+                f"cannot remove {error.filename}: {error.strerror}; remove it, or choose another --out"
+            ) from None
+
+    def append(self, process: int, batch: int, content: Any) -> None:
+        """Keep one batch; it survives the end of the process, however that comes.
+
+        Raises :class:`OutputError` where the disk refuses.
+        """
+        file = self.folder / f"{self.name}-{process}.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(file, "ab", buffering=0) as stream:
+                stream.truncate(_whole_size(file))
+                lines = [_sealed({"batch": batch, "content": content}, self._seal)]
+                if stream.seek(0, os.SEEK_END) == 0:
+                    lines.insert(0, _sealed({"settings": self.settings}, b""))
+                stream.write(b"".join(lines))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {file}: {error.strerror or error}; free some space, then start again to go on"
+            ) from None
+
+
+_START, _MIDDLE = b'{"sha256": "', b'", '
+
+
+def _sealed(entry: Mapping[str, Any], seal: bytes) -> bytes:
+    """A line: JSON whose first member is the SHA-256 of ``seal`` and of all that comes after that member."""
+    rest = json.dumps(entry).encode()[1:]
+    return _START + hashlib.sha256(seal + rest).hexdigest().encode() + _MIDDLE + rest + b"\n"
+
+
+def _unsealed(line: bytes, seal: bytes) -> Any:
+    """The entry of a line without its end. Raises ValueError unless :func:`_sealed` wrote it."""
+    start = len(_START) + 64 + len(_MIDDLE)
+    rest = line[start:]
+    digest = hashlib.sha256(seal + rest).hexdigest().encode()
+    if line[:start] != _START + digest + _MIDDLE:
+        raise ValueError("another checksum")
+    return json.loads(b"{" + rest)
+
+
+def damaged(place: Path) -> ShardError:
+    """What to raise where kept results at ``place`` are not what was kept."""
+    return ShardError(
+        f"{place} is damaged, or an older version of this tool wrote it; --restart removes what is there and "
+        "begins anew"
+    )
+
+
+def _whole_lines(file: Path) -> list[bytes]:
+    """Without their ends; what follows the last end was cut short."""
+    check_regular(file)
+    return file.read_bytes().split(b"\n")[:-1]
+
+
+def _whole_size(file: Path) -> int:
+    """Bytes up to the end of the last whole line, found from the back."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        end = size
+        while end:
+            start = max(0, end - 65536)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {_shown(before.get(key))} there, {_shown(now.get(key))} now" for key in keys)
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:12]}…"
