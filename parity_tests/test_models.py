@@ -19,7 +19,7 @@ import torch
 from parity_tests.conftest import Case
 from parity_tests.helpers.recordings import normalise
 from porting.convert import apply_rules, convert
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.infer import infer_config
 from porting.parity import ParityResult, compare, tensorflow_reference
 from porting.rules import rules, taps
@@ -65,7 +65,7 @@ def proof(case: Case) -> ParityResult:
 def test_parity(case: Case) -> None:
     try:
         result = proof(case)
-    except PortingError as error:
+    except EfficientDetError as error:
         pytest.fail(str(error), pytrace=False)
     accumulated, isolated = result.worst("accumulated"), result.worst("isolated")
     print(

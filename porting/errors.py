@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from pytorch_model.errors import ConfigError, PortingError, Reason, WeightsError
+from pytorch_model.errors import (
+    ConfigError,
+    EfficientDetError,
+    OutputError,
+    PortingError,
+    Reason,
+    WeightsError,
+)
 
 __all__ = [
     "CheckFailedError",
     "CheckpointError",
     "ConfigError",
     "ConversionError",
+    "EfficientDetError",
     "OutputError",
     "PortingError",
     "Reason",
@@ -16,17 +24,13 @@ __all__ = [
 ]
 
 
-class CheckpointError(PortingError):
+class CheckpointError(EfficientDetError):
     """A checkpoint file is missing, damaged, or not what it claims to be."""
 
 
-class ConversionError(PortingError):
+class ConversionError(EfficientDetError):
     """The checkpoint is readable but does not fit the model: a missing, unknown or misshapen variable."""
 
 
 class CheckFailedError(ConversionError):
     """What was made does not do what it was made for. Command lines exit with status 1, not 2."""
-
-
-class OutputError(PortingError):
-    """A result could not be written. Nothing half-written is left behind."""

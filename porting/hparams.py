@@ -24,11 +24,12 @@ from pytorch_model.config import (
     MOST_ASPECT_RATIOS,
     WEIGHT_METHODS,
     BackboneConfig,
+    EfficientDetConfig,
     backbone_config,
     model_config,
     shown,
 )
-from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.files import read_bounded
 
 _YAML_SUFFIXES = (".yaml", ".yml")
@@ -91,6 +92,22 @@ def read_hparams(text: str) -> Hparams:
     if text.lower().endswith(_YAML_SUFFIXES) and ("=" not in text or os.path.isfile(text)):
         return _interpret(_read_yaml(Path(text)))
     return _interpret(_read_text(text))
+
+
+def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfig, tuple[int, int]]:
+    """What ``--hparams`` mean for weights that are ported already: the suppression, the input's size.
+
+    Raises :class:`ConfigError` where they ask for another network than the weights are.
+    """
+    if hparams.model not in (None, config.name):
+        raise ConfigError(f"--hparams name the model {hparams.model}, the weights are of {config.name}")
+    for name, value in hparams.overrides.items():
+        if name != "image_size" and getattr(config, name) != value:
+            raise ConfigError(
+                f"--hparams say {name}={value}, the weights were ported with {getattr(config, name)}; leave "
+                "it out, or port them again with --hparams"
+            )
+    return NMSConfig(**hparams.nms), hparams.overrides.get("image_size", config.image_size)
 
 
 # Syntax

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pytorch_model.config import MODELS, EfficientDetConfig, model_config
     from pytorch_model.detection.detector import Detector
     from pytorch_model.efficientdet import EfficientDet, create_model
-    from pytorch_model.errors import ConfigError, PortingError, WeightsError
+    from pytorch_model.errors import ConfigError, EfficientDetError, PortingError, WeightsError
     from pytorch_model.weights.files import load_model
 
 _HOMES = {
@@ -21,6 +21,7 @@ _HOMES = {
     "Detector": "detection.detector",
     "EfficientDet": "efficientdet",
     "EfficientDetConfig": "config",
+    "EfficientDetError": "errors",
     "PortingError": "errors",
     "WeightsError": "errors",
     "create_model": "efficientdet",
@@ -34,6 +35,7 @@ __all__ = [
     "Detector",
     "EfficientDet",
     "EfficientDetConfig",
+    "EfficientDetError",
     "PortingError",
     "WeightsError",
     "create_model",

@@ -1,4 +1,4 @@
-"""The root of the one family of errors a user may meet, and those that need no TensorFlow file to happen.
+"""The errors a user may meet: one root, and the ones that need no TensorFlow checkpoint to happen.
 
 Every message says what is wrong, where, and what to do. ``porting.errors`` adds the rest of the family.
 """
@@ -6,18 +6,23 @@ Every message says what is wrong, where, and what to do. ``porting.errors`` adds
 from __future__ import annotations
 
 
-class PortingError(Exception):
-    """Bad input or a refused job. Command lines print the message alone and exit with status 2.
+class EfficientDetError(Exception):
+    """The root of the family: bad input, or a job that cannot be done.
 
-    The message is one line, whatever names from files it quotes: signs that are not printable are escaped.
+    Command lines print the message alone and exit with status 2. The message is always one line: characters
+    that are not printable, in names quoted from files, are escaped.
     """
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
+#: The former name of the root, kept for callers.
+PortingError = EfficientDetError
+
+
 def one_line(text: str) -> str:
-    """``text`` with each sign that is not printable as Python escapes it: ``\\n``, ``\\x1b``, ``\\udc80``."""
+    """``text``, its characters that are not printable escaped: ``\\n``, ``\\x1b``, ``\\udc80``."""
     if text.isprintable():
         return text
     return "".join(
@@ -25,13 +30,17 @@ def one_line(text: str) -> str:
     )
 
 
-class ConfigError(PortingError):
+class ConfigError(EfficientDetError):
     """A hyper-parameter has a value no EfficientDet can have. The message names it."""
 
 
-class WeightsError(PortingError):
+class WeightsError(EfficientDetError):
     """A PyTorch weight file is missing, damaged, or does not fit the model."""
 
 
+class OutputError(EfficientDetError):
+    """A result could not be written. Nothing half-written is left behind."""
+
+
 class Reason(Exception):  # noqa: N818
-    """What is wrong, on its way to the one who knows where: it becomes part of a :class:`PortingError`."""
+    """Internal: a problem without its file name; the caller adds the file and raises an EfficientDetError."""

@@ -1,19 +1,24 @@
-"""Reading what is a file and no larger than it should be; writing so that the target is the complete old one
-or the complete new one, never part of either.
+"""Files: bounded reads, JSON, checksums, atomic writes, locks.
+
+A file that is written is either the complete old one or the complete new one, never part of either.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import secrets
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from porting.errors import OutputError
+from pytorch_model.errors import OutputError, Reason
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
@@ -45,6 +50,42 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
         if os.fstat(file.fileno()).st_size <= most:
             return file.read()
     raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", os.fspath(path))
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's content, in hexadecimal. Raises OSError, also if it is not a file, and ValueError."""
+    check_regular(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Parse JSON text. Bytes may be UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
+
+    Raises :class:`Reason`, also for what Python's own reader accepts: an object that has a key twice.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+        return json.loads(text, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise Reason(f"it is not JSON: byte {error.start} is not text") from None
+    except json.JSONDecodeError as error:
+        raise Reason(f"it is not JSON: {error}") from None
+    except RecursionError:
+        raise Reason("it is nested too deep") from None
+    except ValueError:  # Python's advice is for programmers
+        raise Reason("it holds a number of thousands of digits") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise Reason(f"an object in it has the key {key[:40]!r} twice")
+    return found
 
 
 @contextmanager
@@ -168,21 +209,26 @@ def _temporary_beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{start}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
-def lock(file: int, busy: Callable[[], object]) -> bool:
-    """Lock an open file against other runs, until it is closed or the process ends.
+@contextmanager
+def locked(path: Path, busy: Callable[[], object]) -> Iterator[bool]:
+    """Hold the lock file ``path`` against other runs; it is created, and stays.
 
-    Where another run holds it, ``busy`` is called, which may raise; then this waits. False where files cannot
-    be locked.
+    If another run holds it, ``busy`` is called, which may raise; then this waits. Yields False if files
+    cannot be locked there. Raises ``OSError`` if ``path`` cannot be written.
     """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return False
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            busy()
+            lock.acquire()
+    except NotImplementedError:  # some network file systems
+        yield False
+        return
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        busy()
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:  # some network file systems
-        return False
-    return True
+        yield True
+    finally:
+        lock.release()

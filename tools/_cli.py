@@ -55,7 +55,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Run a tool's ``main`` and exit with its status; what a user can cause ends in one sentence."""
-    from porting.errors import CheckFailedError, PortingError
+    from porting.errors import CheckFailedError, EfficientDetError
 
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -69,7 +69,7 @@ def run(main: Callable[[], int]) -> NoReturn:
     except CheckFailedError as error:
         fail(str(error))
         status = EXIT_FAILED
-    except PortingError as error:
+    except EfficientDetError as error:
         status = fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; nothing was left half-written")
@@ -143,11 +143,11 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """``auto`` is the GPU where there is one, of several the one numbered ``local_rank``.
 
-    Raises :class:`PortingError` when the device cannot be used.
+    Raises :class:`EfficientDetError` when the device cannot be used.
     """
     import torch
 
-    from porting.errors import PortingError
+    from porting.errors import EfficientDetError
 
     if name == "auto":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -156,7 +156,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise PortingError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        raise EfficientDetError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     return device
 
 

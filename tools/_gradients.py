@@ -23,7 +23,7 @@ def verify_gradients(console: Console, conversion: Conversion) -> dict[str, Grad
     """Compare every gradient of the port with the TensorFlow reference's, in float64, in both modes.
 
     On two seeded pictures, small ones: a backward pass keeps every activation. Mode → result, as in
-    :data:`MODES`. Raises :class:`PortingError` where TensorFlow is not installed.
+    :data:`MODES`. Raises :class:`EfficientDetError` where TensorFlow is not installed.
     """
     require_tensorflow()
     config = conversion.config

@@ -22,8 +22,9 @@ from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError
 from porting.hparams import Hparams, read_hparams
 from porting.infer import Inference, infer_config, named_config
-from porting.parity.reference.choose import KINDS, OPS
-from porting.sources.open import SYNTHETIC, open_source
+from porting.parity.reference import KINDS, OPS
+from porting.sources import SYNTHETIC
+from porting.sources.open import open_source
 from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig
 
 HPARAMS_HELP = "AutoML's hyper-parameters, as it takes them: NAME=VALUE,… or a .yaml file"
@@ -91,7 +92,7 @@ def check_options(arguments: argparse.Namespace) -> None:
 
 
 def open_checkpoint(arguments: argparse.Namespace, console: Console, folder: Path) -> Checkpoint:
-    """Open what ``--ckpt`` says; a synthetic checkpoint is written into ``folder``. Raises PortingError."""
+    """Open what ``--ckpt`` says; a synthetic checkpoint is written into ``folder``. Raises EfficientDetError."""
     if arguments.ckpt.startswith(SYNTHETIC):
         console.print(f"writing a seeded checkpoint to {folder / 'synthetic'} …", markup=False)
     with DownloadBar(console, arguments.ckpt) as bar:
@@ -99,7 +100,7 @@ def open_checkpoint(arguments: argparse.Namespace, console: Console, folder: Pat
 
 
 def find_config(arguments: argparse.Namespace, checkpoint: Checkpoint) -> Inference:
-    """The configuration of ``checkpoint``, with ``--model`` and ``--hparams``. Raises PortingError."""
+    """The configuration of ``checkpoint``, with ``--model`` and ``--hparams``. Raises EfficientDetError."""
     hparams: Hparams = arguments.hparams
     model = arguments.model or hparams.model
     if model:

@@ -16,12 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, apply_rules
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.parity import ParityResult, TapResult, compare, tensorflow_reference, tolerances
 from porting.parity.diagnose import Diagnosis, diagnose
 from porting.parity.lockstep import Observer
 from porting.parity.precision import NAMES, QUICK, Cost, measure_variants
-from porting.parity.reference.choose import OPS, FileReference, open_reference
+from porting.parity.reference import OPS
+from porting.parity.reference.choose import FileReference, open_reference
 from porting.parity.report.content import variant_rows
 from porting.rules import rules, taps
 from porting.synthetic import synthetic_image
@@ -56,10 +57,10 @@ class Outcome:
 def chosen_reference(
     arguments: argparse.Namespace, checkpoint: Checkpoint, conversion: Conversion
 ) -> FileReference | None:
-    """What ``--reference`` and ``--graph`` say; None for ``ops``. Raises PortingError."""
+    """What ``--reference`` and ``--graph`` say; None for ``ops``. Raises EfficientDetError."""
     if arguments.reference == OPS:
         if arguments.graph:
-            raise PortingError("--graph is for --reference meta, savedmodel or tflite; say which it is")
+            raise EfficientDetError("--graph is for --reference meta, savedmodel or tflite; say which it is")
         return None
     require_tensorflow()
     return open_reference(
@@ -68,21 +69,21 @@ def chosen_reference(
 
 
 def chosen_size(config: EfficientDetConfig, text: str, reference: FileReference | None) -> tuple[int, int]:
-    """``--size``, or without it the size that the reference was built for. Raises PortingError."""
+    """``--size``, or without it the size that the reference was built for. Raises EfficientDetError."""
     if not text and reference is not None and reference.size:
         return reference.size
     return picture_size(config, text)
 
 
 def picture_size(config: EfficientDetConfig, text: str) -> tuple[int, int]:
-    """``--size`` as (height, width). Raises PortingError on anything else than N, HxW, native or nothing."""
+    """``--size`` as (height, width). Raises EfficientDetError on anything else than N, HxW, native or nothing."""
     if text == "native":
         return config.image_size
     if not text:
         return min(config.image_size[0], DEFAULT_SIZE), min(config.image_size[1], DEFAULT_SIZE)
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise PortingError(f"--size {text} is not a size; say 512, 384x640 (height x width) or native")
+        raise EfficientDetError(f"--size {text} is not a size; say 512, 384x640 (height x width) or native")
     return int(sides[0]), int(sides[-1])
 
 
@@ -107,7 +108,7 @@ def verify(
 
     ``images`` float32 [N, H, W, 3]. The float32 run is of ``state_dict``, the conversion's own unless given.
     ``raw_variables`` help a diagnosis. ``reference``: a file to compare with instead, in float32 alone.
-    Raises :class:`PortingError` where TensorFlow is not installed or the file cannot be run.
+    Raises :class:`EfficientDetError` where TensorFlow is not installed or the file cannot be run.
     """
     require_tensorflow()
     config, (height, width) = conversion.config, images.shape[1:3]
@@ -149,7 +150,7 @@ def require_tensorflow() -> None:
     try:
         import tensorflow  # noqa: F401
     except ImportError:
-        raise PortingError(
+        raise EfficientDetError(
             "the reference needs TensorFlow, which is not installed: pip install -e '.[tensorflow]'"
         ) from None
 

@@ -19,12 +19,13 @@ from rich.table import Table
 
 from porting.audit import audit_parameters
 from porting.convert import Conversion, convert, metadata
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.hparams import Hparams
 from porting.infer import Inference
-from porting.parity.reference.choose import OPS
+from porting.parity.reference import OPS
 from pytorch_model.files import check_writable, replacing
-from pytorch_model.weights.files import SUFFIXES, write_weights
+from pytorch_model.weights import SUFFIXES
+from pytorch_model.weights.files import write_weights
 
 if TYPE_CHECKING:
     from porting.checkpoint import Checkpoint
@@ -73,7 +74,9 @@ def main() -> int:
     console = Console(stderr=arguments.json, highlight=False)
     _source.check_options(arguments)
     if arguments.size and not arguments.verify:
-        raise PortingError("--size is the picture that --verify compares on; add --verify, or leave it out")
+        raise EfficientDetError(
+            "--size is the picture that --verify compares on; add --verify, or leave it out"
+        )
     out: Path = arguments.out or Path()
     if arguments.out:
         check_output(out)
@@ -120,7 +123,7 @@ def is_proven(
 
 def check_output(out: Path) -> None:
     if out.suffix not in SUFFIXES:
-        raise PortingError(f"cannot write {out}: use a name that ends in {' or '.join(SUFFIXES)}")
+        raise EfficientDetError(f"cannot write {out}: use a name that ends in {' or '.join(SUFFIXES)}")
     check_writable(out)
 
 

@@ -29,13 +29,13 @@ from rich.table import Table
 from torch import Tensor
 
 from porting.errors import OutputError
-from porting.hparams import read_hparams
+from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import load_names
-from pytorch_model.detection.preprocess import DECODERS, FORMATS, DecodedImage, ImageError
+from pytorch_model.detection.preprocess import DecodedImage, ImageError
+from pytorch_model.detection.settings import DECODERS, FORMATS
 from pytorch_model.evaluation.coco import to_results
-from pytorch_model.evaluation.run import nms_and_size
 from pytorch_model.files import is_special, make_folder, replacing
 
 if TYPE_CHECKING:

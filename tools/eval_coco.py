@@ -8,7 +8,6 @@ import _cli  # first: finds the packages
 # isort: split
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,25 +22,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from porting.convert import convert
 from porting.errors import ConfigError, OutputError
-from porting.hparams import read_hparams
+from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
-from pytorch_model.detection.detector import TTA, Detector
-from pytorch_model.detection.preprocess import DECODERS
+from pytorch_model.detection.detector import Detector
+from pytorch_model.detection.settings import DECODERS, TTA
 from pytorch_model.evaluation.coco import (
     Dataset,
     Evaluation,
     class_to_category,
     evaluate,
-    file_digest,
     read_dataset,
     server_file_name,
     server_results,
 )
 from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections
 from pytorch_model.evaluation.processes import Processes, has_others, joined
-from pytorch_model.evaluation.run import Outcome, Stream, detect_dataset, kept_batches, nms_and_size, settings
+from pytorch_model.evaluation.run import Outcome, Stream, detect_dataset, kept_batches, settings
 from pytorch_model.evaluation.shards import Shards
-from pytorch_model.files import lock, make_folder, replacing
+from pytorch_model.files import locked, make_folder, replacing, sha256_of_file
 from pytorch_model.weights.files import weight_file
 
 EXAMPLES = f"""
@@ -159,7 +157,7 @@ def build_streams(
     categories: dict[int, int],
 ) -> list[Stream]:
     shards, size = arguments.out / "shards", arguments.batch_size
-    of_ours = settings(detector, dataset, size, categories, file_digest(weight_file(arguments.weights)))
+    of_ours = settings(detector, dataset, size, categories, sha256_of_file(weight_file(arguments.weights)))
     streams = [Stream("ours", None, Shards(shards, "ours", of_ours))]
     if arguments.reference:
         streams.append(reference_stream(arguments, console, detector, of_ours))
@@ -169,7 +167,7 @@ def build_streams(
 def reference_stream(
     arguments: argparse.Namespace, console: Console, detector: Detector, of_ours: Mapping[str, Any]
 ) -> Stream:
-    """Raises :class:`PortingError` where the reference cannot be run or is of another network."""
+    """Raises :class:`EfficientDetError` where the reference cannot be run or is of another network."""
     from _verify import chosen_reference, require_tensorflow
 
     from porting.parity.reference.networks import file_network, ops_network
@@ -184,7 +182,7 @@ def reference_stream(
         network = ops_network(conversion.variables, config)
     else:
         network, exact = file_network(reference, config), reference.exact
-        digests += [file_digest(file) for file in files_of(Path(reference.source))]
+        digests += [sha256_of_file(file) for file in files_of(Path(reference.source))]
         if reference.size not in (None, detector.image_size):
             height, width = reference.size
             raise ConfigError(
@@ -211,21 +209,18 @@ def alone_in(out: Path) -> Iterator[None]:
 
     make_folder(out)
     make_folder(out / "shards")
-    try:
-        file = os.open(out / ".lock", os.O_WRONLY | os.O_CREAT)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write in {out}: {error.strerror or error}; choose another folder"
-        ) from None
-    try:
-        lock(file, refuse)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(out / ".lock", refuse))
+        except OSError as error:
+            raise OutputError(
+                f"cannot write in {out}: {error.strerror or error}; choose another folder"
+            ) from None
         yield
-    finally:
-        os.close(file)
 
 
 def prepare_output(arguments: argparse.Namespace, dataset: Dataset, streams: Sequence[Stream]) -> None:
-    """Raises :class:`PortingError` where earlier results belong to other settings, or are damaged."""
+    """Raises :class:`EfficientDetError` where earlier results belong to other settings, or are damaged."""
     if arguments.restart:
         forget(arguments.out)
     for stream in streams:

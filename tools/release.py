@@ -25,7 +25,7 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
-from porting.errors import CheckFailedError, PortingError, Reason
+from porting.errors import CheckFailedError, EfficientDetError, Reason
 from porting.publish.model_card import FIGURES
 from porting.publish.release_folder import (
     REQUIRED_FIGURES,
@@ -37,10 +37,9 @@ from porting.publish.release_folder import (
     verify_release,
     write_release,
 )
+from porting.sources import SYNTHETIC
 from porting.sources.google_releases import release_named
-from porting.sources.open import SYNTHETIC
-from pytorch_model.files import check_new_folder, make_folder, new_folder, read_bounded
-from pytorch_model.json_text import parse_json
+from pytorch_model.files import check_new_folder, make_folder, new_folder, parse_json, read_bounded
 
 GOOGLES_LICENSE = "apache-2.0"  # of every checkpoint that AutoML released
 
@@ -192,7 +191,7 @@ def source_name(spec: str, checkpoint: Checkpoint) -> str:
 
 
 def read_metrics(path: Path | None) -> bytes | None:
-    """The file's content. Raises :class:`PortingError` unless it is of the form of metrics.json."""
+    """The file's content. Raises :class:`EfficientDetError` unless it is of the form of metrics.json."""
     if path is None:
         return None
     try:
@@ -200,9 +199,11 @@ def read_metrics(path: Path | None) -> bytes | None:
         check_metrics(parse_json(data.decode("utf-8")))  # as it is read for the card
     except (OSError, ValueError) as error:  # a ValueError: no UTF-8, or no name that a file can have
         reason = getattr(error, "strerror", None) or error
-        raise PortingError(f"cannot read {path}: {reason}; give metrics.json of tools/eval_coco.py") from None
+        raise EfficientDetError(
+            f"cannot read {path}: {reason}; give metrics.json of tools/eval_coco.py"
+        ) from None
     except Reason as reason:
-        raise PortingError(
+        raise EfficientDetError(
             f"{path} is no metrics.json: {reason}; give the one that tools/eval_coco.py wrote"
         ) from None
     return data

@@ -22,8 +22,8 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, choose_variables, convert
-from porting.errors import PortingError
-from porting.parity.reference.choose import OPS
+from porting.errors import EfficientDetError
+from porting.parity.reference import OPS
 from porting.parity.weight_comparison import (
     CheckpointComparison,
     WeightComparison,
@@ -36,7 +36,8 @@ from porting.parity.weight_comparison import (
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import make_folder
-from pytorch_model.weights.files import SUFFIXES, check_state_dict, read_weights
+from pytorch_model.weights import SUFFIXES
+from pytorch_model.weights.files import check_state_dict, read_weights
 
 if TYPE_CHECKING:
     from _verify import Outcome
@@ -217,10 +218,10 @@ def report(
 
 
 def check_settings(weights: str, stored: EfficientDetConfig, source: str, config: EfficientDetConfig) -> None:
-    """A reference built by a wrong setting of the weight file would agree with it. Raises PortingError."""
+    """A reference built by a wrong setting of the weight file would agree with it. Raises EfficientDetError."""
     differing = network_settings_that_differ(Weights(weights, {}, stored), Weights(source, {}, config))
     if differing:
-        raise PortingError(
+        raise EfficientDetError(
             f"{differing[0]}; convert again, or say with --hparams what the checkpoint was trained with"
         )
 
@@ -241,7 +242,7 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise PortingError(f"cannot run on device {device!r}: {reason}; try --device cpu") from None
+        raise EfficientDetError(f"cannot run on device {device!r}: {reason}; try --device cpu") from None
 
 
 def read_raw(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, np.ndarray] | None:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import porting.checkpoint
 from porting.checkpoint import Checkpoint, archive, open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
-from porting.errors import CheckpointError, PortingError
+from porting.errors import CheckpointError, EfficientDetError
 
 RNG = np.random.default_rng(0)
 VARIABLES: dict[str, np.ndarray] = {
@@ -634,7 +634,7 @@ def test_a_damaged_stream_of_any_method_is_damage(folder: Path, tmp_path: Path, 
 def read_or_refuse(path: Path) -> bool:
     try:
         check(path)
-    except PortingError as error:
+    except EfficientDetError as error:
         message = str(error)
     else:
         return True

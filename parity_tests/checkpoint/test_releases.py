@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from parity_tests.helpers.paths import ROOT, TOOLS
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
-from porting.errors import CheckpointError, OutputError, PortingError
+from porting.errors import CheckpointError, EfficientDetError, OutputError
 from porting.infer import ADVPROP, infer_config
 from porting.sources import download
 from porting.sources import google_releases as releases
@@ -323,14 +323,14 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", home)
-    with pytest.raises(PortingError, match="say --cache-dir"):
+    with pytest.raises(EfficientDetError, match="say --cache-dir"):
         default_cache()
 
 
 def test_a_mirror_must_be_on_the_web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(releases.BASE_URL_VARIABLE, "file:///etc")
     with pytest.raises(
-        PortingError, match=r"EFFICIENTDET_RELEASES_URL is 'file:///etc', must begin with https"
+        EfficientDetError, match=r"EFFICIENTDET_RELEASES_URL is 'file:///etc', must begin with https"
     ):
         fetch(D0, tmp_path)
     monkeypatch.setenv(releases.BASE_URL_VARIABLE, "")
@@ -830,7 +830,11 @@ def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> 
         "import sys; from pathlib import Path; from porting.sources import download; "
         "from porting.sources import google_releases as releases; "
         "download.BACKOFF_SECONDS = 0.01; "
-        + ("" if locks else "download.lock = lambda *a: False; ")
+        + (
+            ""
+            if locks
+            else "from contextlib import nullcontext; download.locked = lambda *a: nullcontext(False); "
+        )
         + "releases.fetch(releases.RELEASES['efficientdet-d0'], Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]

@@ -18,7 +18,7 @@ from porting.checkpoint import open_checkpoint
 from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
 from porting.checkpoint.tflite.weights import Layer
 from porting.convert import apply_rules, convert
-from porting.errors import CheckpointError, PortingError
+from porting.errors import CheckpointError, EfficientDetError
 from porting.infer import infer_config
 from porting.rules import rules
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig, model_config
@@ -391,5 +391,5 @@ def test_every_layer_of_an_int8_file_against_the_interpreter(tensorflow: object)
 def test_interpreter_refuses_another_size(tensorflow: object) -> None:
     from porting.parity.reference.tflite import tflite_outputs
 
-    with pytest.raises(PortingError, match=r"takes images of \[96, 72, 3\], not \[96, 96, 3\]"):
+    with pytest.raises(EfficientDetError, match=r"takes images of \[96, 72, 3\], not \[96, 96, 3\]"):
         tflite_outputs(golden("int8"), np.zeros((1, 96, 96, 3), np.float32))

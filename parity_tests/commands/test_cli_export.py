@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from parity_tests.helpers.paths import TOOLS
+from parity_tests.helpers.paths import ROOT, TOOLS
 from porting.checkpoint import open_checkpoint
 from pytorch_model import create_model
 from pytorch_model.weights.files import write_weights
@@ -18,7 +18,7 @@ from pytorch_model.weights.files import write_weights
 def export(*arguments: object, cwd: Path, before: str = "") -> subprocess.CompletedProcess[str]:
     """Run the tool, ``before`` ahead of it in the same process."""
     tool = TOOLS / "export.py"
-    code = f"import sys, runpy; sys.path[0] = {str(tool.parent)!r}; import _cli\n{before}\n"
+    code = f"import sys, runpy; sys.path[0] = {str(ROOT)!r}; import porting.cli.process\n{before}\n"
     code += f"sys.argv[0] = {str(tool)!r}; runpy.run_path({str(tool)!r}, run_name='__main__')"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)

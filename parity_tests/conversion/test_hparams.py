@@ -19,7 +19,7 @@ from porting.errors import ConfigError
 from porting.hparams import _FIELDS, _NMS_FIELDS, FIXED, IGNORED, Hparams, read_hparams
 from porting.infer import infer_config, named_config
 from pytorch_model.config import ACTIVATIONS, MODELS, WEIGHT_METHODS, EfficientDetConfig, model_config
-from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.detection.settings import NMSConfig
 from tf_reference.variables import variable_shapes
 
 # What AutoML's training of a D1 on COCO leaves in its config.yaml: every hyper-parameter, at its default.

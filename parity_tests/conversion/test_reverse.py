@@ -19,7 +19,7 @@ from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.recordings import golden_recording, normalise
 from porting.checkpoint import open_checkpoint
 from porting.convert import apply_rules, convert
-from porting.errors import ConversionError, OutputError, PortingError, WeightsError
+from porting.errors import ConversionError, EfficientDetError, OutputError, WeightsError
 from porting.export import TARGETS, Weights
 from porting.export.h5 import keras_layers
 from porting.parity.measure import difference
@@ -299,7 +299,7 @@ def change(key: str, value: float) -> Callable[[dict[str, torch.Tensor]], None]:
     return apply
 
 
-REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], type[PortingError], str]] = {
+REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], type[EfficientDetError], str]] = {
     "missing": (lambda s: s.pop("backbone.stem.bn.weight"), WeightsError, "lacks tensor backbone.stem.bn.w"),
     "unknown": (lambda s: s.update(extra=torch.zeros(1)), WeightsError, "unknown tensor extra"),
     "misshapen": (

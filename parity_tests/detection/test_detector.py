@@ -26,10 +26,11 @@ from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.detection import labels
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES, load_names
-from pytorch_model.detection.postprocess import NMSConfig, postprocess_global
-from pytorch_model.detection.preprocess import FORMATS, ImageError, preprocess
+from pytorch_model.detection.postprocess import postprocess_global
+from pytorch_model.detection.preprocess import ImageError, preprocess
+from pytorch_model.detection.settings import FORMATS, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.errors import ConfigError, PortingError, WeightsError
+from pytorch_model.errors import ConfigError, EfficientDetError, WeightsError
 from pytorch_model.weights.files import write_weights
 from tf_reference.variables import variable_shapes
 
@@ -641,27 +642,33 @@ BAD_LABEL_FILES = [
 )
 def test_bad_label_files(tmp_path: Path, text: str | bytes, reason: str) -> None:
     (tmp_path / "labels").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(PortingError, match=rf"labels is not a label file: {reason}.*; give one name a line"):
+    with pytest.raises(
+        EfficientDetError, match=rf"labels is not a label file: {reason}.*; give one name a line"
+    ):
         load_names(tmp_path / "labels", 5)
 
 
 def test_labels_of_another_model(tmp_path: Path) -> None:
     for text in ("0: nothing\n", "a\nb\n"):
         (tmp_path / "labels").write_text(text)
-        with pytest.raises(PortingError, match=r"has classes 1 to 1; give the names of this model's classes"):
+        with pytest.raises(
+            EfficientDetError, match=r"has classes 1 to 1; give the names of this model's classes"
+        ):
             load_names(tmp_path / "labels", 1)
 
 
 def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (pipe, Path("/dev/zero")):
-        with pytest.raises(PortingError, match="it is a pipe or a device, not a file; give a file of class"):
+        with pytest.raises(
+            EfficientDetError, match="it is a pipe or a device, not a file; give a file of class"
+        ):
             load_names(path, 5)
     for name in ("absent", "no\0name"):
-        with pytest.raises(PortingError, match=r"cannot be read: .*; give a file of class names"):
+        with pytest.raises(EfficientDetError, match=r"cannot be read: .*; give a file of class names"):
             load_names(tmp_path / name, 5)
     (tmp_path / "labels").write_text("cat\n" * 30)
     monkeypatch.setattr(labels, "MOST_BYTES", 100)
-    with pytest.raises(PortingError, match="it has more than 100 bytes"):
+    with pytest.raises(EfficientDetError, match="it has more than 100 bytes"):
         load_names(tmp_path / "labels", 5)
 
 

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from parity_tests.helpers.paths import GOLDENS, TOOLS
-from porting.errors import OutputError, PortingError
-from porting.hparams import read_hparams
+from porting.errors import EfficientDetError, OutputError
+from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
 from pytorch_model.config import model_config
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES
-from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.errors import ConfigError
 from pytorch_model.evaluation import coco as coco_module
 from pytorch_model.evaluation.coco import (
@@ -42,7 +42,6 @@ from pytorch_model.evaluation.coco import (
 )
 from pytorch_model.evaluation.detection_parity import compare_detections
 from pytorch_model.evaluation.processes import Processes, joined
-from pytorch_model.evaluation.run import nms_and_size
 from pytorch_model.evaluation.run import settings as settings_of
 from pytorch_model.evaluation.shards import ShardError, Shards
 from pytorch_model.weights.files import write_weights
@@ -176,7 +175,7 @@ def test_any_ids_give_the_same_figures(ids: tuple[int | str, int | str]) -> None
 
 def test_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(PortingError, match="pip install pycocotools"):
+    with pytest.raises(EfficientDetError, match="pip install pycocotools"):
         evaluate(truth(box(0, 0)), [], [0])
 
 
@@ -361,7 +360,7 @@ def test_pictures_of_another_data_set(coco: Path) -> None:
         ('{"images": ' + "9" * 6000 + "}", "it holds a number of thousands of digits"),
         ('{"annotations": [], "annotations": []}', "an object in it has the key 'annotations' twice"),
         ('{"images": [{"id": 1, "id": 2}]}', "an object in it has the key 'id' twice"),
-        (b"{\xff}", "it is not JSON: byte 1 is no text"),
+        (b"{\xff}", "it is not JSON: byte 1 is not text"),
     ],
     ids=["cut", "deep", "list", "digits", "two lists", "two ids", "bytes"],
 )
@@ -904,7 +903,7 @@ def test_a_process_that_dies_ends_the_others(talk: str, call: str, monkeypatch: 
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(torch.distributed, talk, closed)
-    with pytest.raises(PortingError, match="another of the processes has stopped"):
+    with pytest.raises(EfficientDetError, match="another of the processes has stopped"):
         getattr(Processes(rank=1, count=2), call)(None)
 
 
@@ -912,7 +911,7 @@ def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) 
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(PortingError, match=r"did not find each other.*torchrun"), joined():
+    with pytest.raises(EfficientDetError, match=r"did not find each other.*torchrun"), joined():
         pass
 
 
@@ -1075,7 +1074,7 @@ def test_a_file_that_takes_one_picture_at_a_time(tensorflow: object) -> None:
 
     network = file_network(OneAtATime(), model_config("efficientdet-d0"))
     message = r"one.meta on 2 pictures at once \(Cannot reshape\); try --batch-size 1"
-    with pytest.raises(PortingError, match=message):
+    with pytest.raises(EfficientDetError, match=message):
         network(torch.zeros(2, 3, 64, 64))
 
 

@@ -22,12 +22,12 @@ from pytorch_model.detection import postprocess
 from pytorch_model.detection.postprocess import (
     Candidates,
     Detections,
-    NMSConfig,
     non_max_suppression,
     postprocess_global,
     postprocess_per_class,
     pre_nms,
 )
+from pytorch_model.detection.settings import PYFUNC_METHODS, NMSConfig
 from pytorch_model.errors import ConfigError
 
 # Two float32 implementations of sigmoid and exp differ by an ulp: 6e-8 of a score, and 1e-7 of a box side,
@@ -493,7 +493,7 @@ ALL_METHODS = [
     NMSConfig(max_output_size=20),
     NMSConfig(method="hard", max_output_size=20),
     NMSConfig(method="hard", score_thresh=0.3, max_output_size=20),
-    *(NMSConfig(method=method, pyfunc=True, max_output_size=20) for method in postprocess.PYFUNC_METHODS),
+    *(NMSConfig(method=method, pyfunc=True, max_output_size=20) for method in PYFUNC_METHODS),
 ]
 
 

@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 from parity_tests.helpers.paths import GOLDENS
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.detection.preprocess import (
-    DECODERS,
-    FORMATS,
     ImageError,
     ImageSource,
     load_image,
@@ -28,6 +26,7 @@ from pytorch_model.detection.preprocess import (
     resize_bilinear,
     scale_to_fit,
 )
+from pytorch_model.detection.settings import DECODERS, FORMATS
 
 D0, LITE0 = model_config("efficientdet-d0"), model_config("efficientdet-lite0")
 GOLDEN_TARGETS = [("d0", (32, 48)), ("d0", (70, 90)), ("lite0", (48, 32)), ("lite0", (41, 56))]

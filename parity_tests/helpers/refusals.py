@@ -24,7 +24,7 @@ from typing import Any
 from parity_tests.helpers.paths import ROOT
 
 ROOMS = ("porting", "pytorch_model", "tools")
-FAMILY = ("PortingError", "Reason")
+FAMILY = ("EfficientDetError", "Reason")
 FOLDER = "PORTING_REFUSALS"  # environment variable: the folder where processes note
 DEPTH = 6  # calls between a refusing function and the one that says why
 
@@ -59,7 +59,7 @@ def start(folder: Path) -> None:
 
 def note() -> None:
     """Have errors of the family and parsers note where in the code they are made, and on whose behalf."""
-    from porting.errors import PortingError, Reason
+    from porting.errors import EfficientDetError, Reason
 
     seen: set[str] = set()
 
@@ -88,7 +88,7 @@ def note() -> None:
         note_callers("error")
         error(self, message)
 
-    PortingError.__init__ = noting  # type: ignore
+    EfficientDetError.__init__ = noting  # type: ignore
     Reason.__init__ = noting  # type: ignore
     argparse.ArgumentParser.error = noting_error  # type: ignore
 

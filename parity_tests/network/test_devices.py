@@ -18,14 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from pytorch_model import create_model
 from pytorch_model.anchors import generate_anchors
-from pytorch_model.detection.postprocess import (
-    PYFUNC_METHODS,
-    TF_METHODS,
-    NMSConfig,
-    postprocess_global,
-    postprocess_per_class,
-)
+from pytorch_model.detection.postprocess import postprocess_global, postprocess_per_class
 from pytorch_model.detection.preprocess import preprocess
+from pytorch_model.detection.settings import PYFUNC_METHODS, TF_METHODS, NMSConfig
 
 DEVICE = "lazy:0"  # any that is not the CPU; PyTorch knows this one in every build
 SIZE = (128, 192)

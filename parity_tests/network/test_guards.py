@@ -28,7 +28,7 @@ from porting.checkpoint.v2.bundle import TensorBundle, read_index
 from porting.checkpoint.v2.table import MAGIC, read_table
 from porting.checkpoint.wire import Malformed
 from porting.convert import check_targets
-from porting.errors import CheckFailedError, CheckpointError, ConversionError, OutputError, PortingError
+from porting.errors import CheckFailedError, CheckpointError, ConversionError, EfficientDetError, OutputError
 from porting.export import Weights, h5, onnx_detector
 from porting.parity.lockstep import _Stream
 from porting.sources import download
@@ -73,7 +73,7 @@ def test_a_variable_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_tap_that_the_reference_lacks() -> None:
     with (
         _Stream(lambda tap: tap("stem", torch.zeros(1).numpy())) as stream,
-        pytest.raises(PortingError, match=r"names the tap stern, which the reference does not have"),
+        pytest.raises(EfficientDetError, match=r"names the tap stern, which the reference does not have"),
     ):
         stream.take("stern")
 

@@ -26,7 +26,7 @@ from porting.checkpoint import open_checkpoint
 from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import apply_rules
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.parity import ParityResult, compare
 from porting.parity.reference import graph as graph_reference
 from porting.parity.reference.choose import FileReference, open_reference
@@ -158,24 +158,36 @@ def test_one_activation_at_a_time_gives_the_same(
 def test_a_training_graph_is_refused(tmp_path: Path) -> None:
     config = model_config("efficientdet-d0")
     variables = golden_recording("efficientdet-d0").variables()
-    with pytest.raises(PortingError, match=r"is the graph of a training run .*the batch's own statistics"):
+    with pytest.raises(
+        EfficientDetError, match=r"is the graph of a training run .*the batch's own statistics"
+    ):
         open_meta(unpacked("d0_train", tmp_path), config, variables)
 
 
 def test_what_does_not_fit_is_told(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]) -> None:
     path, config, variables, images = d0
-    with pytest.raises(PortingError, match="built for pictures of 128×128, not 96×96; try --size 128x128"):
+    with pytest.raises(
+        EfficientDetError, match="built for pictures of 128×128, not 96×96; try --size 128x128"
+    ):
         open_meta(path, config, variables).on(np.zeros((1, 96, 96, 3), np.float32))
-    with pytest.raises(PortingError, match=r"none of the one convolution that reads efficientnet-b1/stem"):
+    with pytest.raises(
+        EfficientDetError, match=r"none of the one convolution that reads efficientnet-b1/stem"
+    ):
         open_meta(path, model_config("efficientdet-d1"), variables)
-    with pytest.raises(PortingError, match=r"reads the variable fpn_cells/.* it is another model's graph"):
+    with pytest.raises(
+        EfficientDetError, match=r"reads the variable fpn_cells/.* it is another model's graph"
+    ):
         open_meta(path, model_config("efficientdet-d0", max_level=8), variables)
     reference = open_meta(path, config, variables)
     reference.variables = {name: name for name in variables if name != "class_net/class-predict/bias"}
-    with pytest.raises(PortingError, match=r"does not show class_outputs/3 \(5 of 10 outputs are missing\)"):
+    with pytest.raises(
+        EfficientDetError, match=r"does not show class_outputs/3 \(5 of 10 outputs are missing\)"
+    ):
         reference.on(images)
     del variables["resample_p6/bn/gamma"]
-    with pytest.raises(PortingError, match=r"reads the variable resample_p6/bn/gamma, which the checkpoint"):
+    with pytest.raises(
+        EfficientDetError, match=r"reads the variable resample_p6/bn/gamma, which the checkpoint"
+    ):
         open_meta(path, config, variables)
 
 
@@ -215,29 +227,31 @@ def test_other_graphs_of_the_model_are_told(
     meta = tensorflow.compat.v1.MetaGraphDef.FromString(path.read_bytes())
     change({node.name: node for node in meta.graph_def.node})
     path.write_bytes(meta.SerializeToString())
-    with pytest.raises(PortingError, match=message):
+    with pytest.raises(EfficientDetError, match=message):
         open_meta(path, config, variables)
 
 
 def test_saved_models_that_cannot_be_run_are_told(tensorflow: Any, tmp_path: Path) -> None:
     tf, config = tensorflow, small()
     (tmp_path / "saved_model.pb").write_bytes(b"")
-    with pytest.raises(PortingError, match=r"saved_model\.pb holds no graph; export the model again"):
+    with pytest.raises(EfficientDetError, match=r"saved_model\.pb holds no graph; export the model again"):
         open_saved_model(tmp_path, config, {})
     module = tf.Module()
     module.held = tf.Variable(1.0)
     tf.saved_model.save(module, str(tmp_path))
-    with pytest.raises(PortingError, match="has no serving signature; export the model again"):
+    with pytest.raises(EfficientDetError, match="has no serving signature; export the model again"):
         open_saved_model(tmp_path, config, {})
     shutil.rmtree(tmp_path / "variables")
-    with pytest.raises(PortingError, match=r"TensorFlow cannot load .*; use --reference ops"):
+    with pytest.raises(EfficientDetError, match=r"TensorFlow cannot load .*; use --reference ops"):
         open_saved_model(tmp_path, config, {})
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x0a\xff\xff"], ids=["empty", "text", "cut"])
 def test_a_file_that_is_no_graph_is_told(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.meta").write_bytes(content)
-    with pytest.raises(PortingError, match=r"model\.meta (is not a graph|has none of the one convolution)"):
+    with pytest.raises(
+        EfficientDetError, match=r"model\.meta (is not a graph|has none of the one convolution)"
+    ):
         open_meta(tmp_path / "model.meta", model_config("efficientdet-d0"), {})
 
 
@@ -250,11 +264,13 @@ def test_a_missing_graph_is_told(tmp_path: Path) -> None:
             ("savedmodel", "is not a SavedModel .*; give the folder of one with --graph"),
             ("tflite", "is not a TFLite file; give the one to compare with by --graph"),
         ]:
-            with pytest.raises(PortingError, match=message):
+            with pytest.raises(EfficientDetError, match=message):
                 open_reference(kind, checkpoint, None, config, values)
-        with pytest.raises(PortingError, match=r"cannot read .*: No such file or directory; check --graph"):
+        with pytest.raises(
+            EfficientDetError, match=r"cannot read .*: No such file or directory; check --graph"
+        ):
             open_reference("meta", checkpoint, tmp_path / "other.meta", config, values)
-        with pytest.raises(PortingError, match="is not the folder of a SavedModel"):
+        with pytest.raises(EfficientDetError, match="is not the folder of a SavedModel"):
             open_reference("savedmodel", checkpoint, tmp_path / "x", config, values)
 
 
@@ -381,7 +397,7 @@ def test_saved_models(tensorflow: Any, tmp_path: Path, version: int) -> None:
 
 def test_a_tflite_file_of_another_model_is_told() -> None:
     config = TINY.replace(max_level=TINY.max_level + 1)
-    with pytest.raises(PortingError, match=rf"has no class_outputs/{config.max_level}: it is not"):
+    with pytest.raises(EfficientDetError, match=rf"has no class_outputs/{config.max_level}: it is not"):
         TFLiteReference(golden("float32"), config)
 
 

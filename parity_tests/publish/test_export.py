@@ -18,12 +18,12 @@ import torch
 from parity_tests.helpers.paths import ROOT, SHARED
 from parity_tests.helpers.recordings import Recording, golden_recording, shared_recording, tap_of
 from porting.convert import apply_rules
-from porting.errors import CheckFailedError, ConversionError, OutputError, PortingError
+from porting.errors import CheckFailedError, ConversionError, EfficientDetError, OutputError
 from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file
 from porting.parity.lockstep import tapped
 from porting.rules import TapPair, rules
 from pytorch_model.config import MODELS, model_config
-from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 
 needs_effdet = pytest.mark.skipif(
@@ -317,7 +317,7 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("target", ["effdet", "onnx", "onnx-detector", "torch-export"])
 def test_names_of_files(tmp_path: Path, target: str) -> None:
-    with pytest.raises(PortingError, match=r"use a name that ends in \.(onnx|pt2|pth)"):
+    with pytest.raises(EfficientDetError, match=r"use a name that ends in \.(onnx|pt2|pth)"):
         TARGETS[target].write(Weights({}, model_config("efficientdet-d0")), tmp_path / "network.bin")
 
 

@@ -221,7 +221,7 @@ class _Reader:
 
 
 def _serve(use: Callable[[Path], str], connection: Connection) -> None:
-    from porting.errors import PortingError
+    from porting.errors import EfficientDetError
 
     warnings.simplefilter("ignore")
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -231,7 +231,7 @@ def _serve(use: Callable[[Path], str], connection: Connection) -> None:
             tracemalloc.start()
             try:
                 status, result = "read", use(path)
-            except PortingError as error:
+            except EfficientDetError as error:
                 status, result = REFUSED, str(error)
                 if "\n" in result or len(result) > 2000:
                     status, result = "another exception", f"not one sentence: {result[:300]!r}"

@@ -183,7 +183,7 @@ def small_detector() -> Detector:
     import torch
 
     from pytorch_model.detection.detector import Detector
-    from pytorch_model.detection.postprocess import NMSConfig
+    from pytorch_model.detection.settings import NMSConfig
     from pytorch_model.efficientdet import EfficientDet
 
     torch.manual_seed(0)
@@ -385,7 +385,8 @@ def release(folder: Path) -> Path:
     import torch
 
     from pytorch_model.efficientdet import EfficientDet
-    from pytorch_model.weights.files import CONFIG_FILE, config_text
+    from pytorch_model.weights import CONFIG_FILE
+    from pytorch_model.weights.files import config_text
 
     torch.manual_seed(0)
     path = folder / "model.pth"

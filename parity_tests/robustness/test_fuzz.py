@@ -16,7 +16,7 @@ import torch
 
 from parity_tests.robustness.fuzz import FAULTS, IDENTICAL, REFUSED, _Sample, fuzz, resident_measured
 from parity_tests.robustness.targets import TARGETS, Target
-from porting.errors import CheckpointError, PortingError
+from porting.errors import CheckpointError, EfficientDetError
 
 SEED, INPUTS = 20260, 30
 
@@ -144,7 +144,7 @@ def test_what_is_sealed_passes_every_checksum(tmp_path: Path, name: str) -> None
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} != sound
         try:
             target.use(path)
-        except PortingError as error:
+        except EfficientDetError as error:
             refused.append(str(error))
         for file, content in sound.items():
             file.write_bytes(content)

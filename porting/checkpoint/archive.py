@@ -29,7 +29,7 @@ import numpy as np
 
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.v2.locate import STATE_FILE, locate
-from porting.errors import CheckpointError, PortingError, Reason
+from porting.errors import CheckpointError, EfficientDetError, Reason
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
@@ -179,7 +179,7 @@ def _translated(archive: Path, folder: Path) -> Iterator[None]:
     """Errors raised inside name the archive where they would name the temporary folder."""
     try:
         yield
-    except PortingError as error:
+    except EfficientDetError as error:
         raise type(error)(_spoken(str(error), archive, folder)) from None
 
 

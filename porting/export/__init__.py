@@ -10,10 +10,12 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pytorch_model.config import EfficientDetConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Target:
     module: str
 
     def write(self, weights: Weights, out: Path) -> Written:
-        """Write, read back, compare; complete or not at all. Raises :class:`PortingError`."""
+        """Write, read back, compare; complete or not at all. Raises :class:`EfficientDetError`."""
         written: Written = importlib.import_module(f"{__name__}.{self.module}").write(weights, out)
         return written
 

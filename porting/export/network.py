@@ -16,7 +16,8 @@ from porting.export import Weights
 from porting.synthetic import synthetic_image
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.detection.postprocess import NMSConfig, postprocess_per_class
+from pytorch_model.detection.postprocess import postprocess_per_class
+from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 
 #: How many times PyTorch's own float32 rounding a float32 program may be off.

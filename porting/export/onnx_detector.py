@@ -16,7 +16,7 @@ from porting.errors import CheckFailedError
 from porting.export import Weights, Written
 from porting.export.network import FLOAT32_EPSILON, ROUNDING, DetectingNetwork, example_images, loaded
 from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
-from pytorch_model.detection.postprocess import NMSConfig
+from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.files import replacing
 
 OUTPUTS = ("boxes_yxyx", "scores", "classes", "valid_len")

@@ -1,7 +1,27 @@
-"""The proof: both networks on the same input, compared at every tap."""
+"""The proof: both networks on the same input, compared at every tap.
 
-from porting.parity.lockstep import ParityResult, TapResult, compare, tapped, tensorflow_reference
-from porting.parity.measure import Difference, difference, tolerances
+Names are imported when they are first used, so that ``porting.parity.reference`` alone does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from porting.parity.lockstep import ParityResult, TapResult, compare, tapped, tensorflow_reference
+    from porting.parity.measure import Difference, difference, tolerances
+
+_HOMES = {
+    "Difference": "measure",
+    "ParityResult": "lockstep",
+    "TapResult": "lockstep",
+    "compare": "lockstep",
+    "difference": "measure",
+    "tapped": "lockstep",
+    "tensorflow_reference": "lockstep",
+    "tolerances": "measure",
+}
 
 __all__ = [
     "Difference",
@@ -13,3 +33,9 @@ __all__ = [
     "tensorflow_reference",
     "tolerances",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

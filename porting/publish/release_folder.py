@@ -14,7 +14,6 @@ machine with the same PyTorch and TensorFlow, whose rounding parity.json shows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -30,7 +29,7 @@ from porting import __version__
 from porting.audit import audit_parameters
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, metadata
-from porting.errors import CheckFailedError, PortingError
+from porting.errors import CheckFailedError, EfficientDetError
 from porting.parity.measure import tolerances
 from porting.parity.report.content import Report, write_json
 from porting.parity.report.html import write_html
@@ -39,9 +38,9 @@ from porting.rules import taps
 from porting.sources.google_releases import Release
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.files import sha256_of_file
+from pytorch_model.weights import CONFIG_FILE, MODEL_FILE
 from pytorch_model.weights.files import (
-    CONFIG_FILE,
-    MODEL_FILE,
     check_state_dict,
     config_text,
     read_tensors,
@@ -74,9 +73,9 @@ class Check:
 
 
 def check_name(name: str) -> str:
-    """``name`` itself. Raises :class:`PortingError` unless torch.hub can find the hash behind it."""
+    """``name`` itself. Raises :class:`EfficientDetError` unless torch.hub can find the hash behind it."""
     if not _NAME.fullmatch(name):
-        raise PortingError(f"{name!r} is no name for a release; use letters, digits and _ alone")
+        raise EfficientDetError(f"{name!r} is no name for a release; use letters, digits and _ alone")
     return name
 
 
@@ -117,36 +116,28 @@ def write_release(
 ) -> None:
     """Fill ``folder``, which is empty. ``about``: :func:`origin`; ``metrics``: the contents of METRICS.
 
-    Raises :class:`PortingError` where ``metrics`` are not of these weights; ``OSError`` from the disk.
+    Raises :class:`EfficientDetError` where ``metrics`` are not of these weights; ``OSError`` from the disk.
     """
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     write_weights(folder / MODEL_FILE, conversion.state_dict, conversion.config, texts)
     (folder / CONFIG_FILE).write_text(config_text(conversion.config, about), encoding="utf-8")
     (folder / "weights").write_bytes(torch_bytes(dict(conversion.state_dict)))
-    (folder / "weights").rename(folder / f"{name}-{sha256(folder / 'weights')[:8]}.pth")
+    (folder / "weights").rename(folder / f"{name}-{sha256_of_file(folder / 'weights')[:8]}.pth")
     write_json(report, folder / PARITY)
     write_html(report, folder / PARITY_PAGE)
     if metrics is not None:
         (folder / METRICS).write_bytes(metrics)
         problem = _metrics_problem(folder)
         if problem:
-            raise PortingError(f"the COCO metrics {problem}")
+            raise EfficientDetError(f"the COCO metrics {problem}")
     (folder / CARD).write_text(card_of(folder), encoding="utf-8")
     (folder / SUMS).write_text(sums_of(folder), encoding="ascii")
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def sums_of(folder: Path) -> str:
     """What SUMS has to be, from the files there: ``sha256sum``'s format, sorted by name."""
     names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
-    return "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+    return "".join(f"{sha256_of_file(folder / name)}  {name}\n" for name in names)
 
 
 def card_of(folder: Path) -> str:
@@ -157,7 +148,7 @@ def card_of(folder: Path) -> str:
         about=_json(folder / CONFIG_FILE),
         parity=_json(folder / PARITY),
         metrics=_json(folder / METRICS) if METRICS in names else None,
-        files={name: ((folder / name).stat().st_size, sha256(folder / name)) for name in names},
+        files={name: ((folder / name).stat().st_size, sha256_of_file(folder / name)) for name in names},
     )
 
 
@@ -168,10 +159,10 @@ def verify_release(folder: Path, conversion: Conversion | None = None) -> Iterat
     """Check a release from its bytes up, yielding each check as it is done.
 
     ``conversion``: what the checkpoint it claims to come from converts to, if that is at hand. Raises
-    :class:`PortingError` where ``folder`` is no folder.
+    :class:`EfficientDetError` where ``folder`` is no folder.
     """
     if not folder.is_dir():
-        raise PortingError(f"there is no folder {folder}; give one that tools/release.py wrote")
+        raise EfficientDetError(f"there is no folder {folder}; give one that tools/release.py wrote")
     found = Check("the files are those of a release", _files_problem(folder))
     yield found
     if found.problem:  # the rest would stumble over what is missing
@@ -192,7 +183,7 @@ def verify_release(folder: Path, conversion: Conversion | None = None) -> Iterat
             continue
         try:
             problem = problem_of(folder)
-        except PortingError as error:
+        except EfficientDetError as error:
             problem = str(error)
         except (*_UNREADABLE, AttributeError, OSError) as error:
             problem = f"cannot be read ({type(error).__name__}: {error})"
@@ -203,7 +194,7 @@ def verify_release(folder: Path, conversion: Conversion | None = None) -> Iterat
 
 def holds_raw(folder: Path) -> bool:
     """Were the raw values released? Where the folder cannot tell: False, and a check fails."""
-    with suppress(PortingError):
+    with suppress(EfficientDetError):
         return read_weights(folder)[2].get("weights") == "raw"
     return False
 
@@ -243,7 +234,7 @@ def _json(path: Path) -> Any:
 
 def _tensors_problem(folder: Path) -> str | None:
     path = _pth(folder)
-    if sha256(path)[:8] != path.stem.rpartition("-")[2]:
+    if sha256_of_file(path)[:8] != path.stem.rpartition("-")[2]:
         return f"{path.name} has another SHA-256 than its name says"
     state_dict, config, _ = read_weights(folder)
     with torch.device("meta"):
@@ -340,7 +331,7 @@ def _metrics_problem(folder: Path) -> str | None:
         digest = metrics["settings"]["ours"]["weights"]
     if digest is None:
         return "are not what tools/eval_coco.py writes as metrics.json"
-    if digest not in (sha256(folder / MODEL_FILE), sha256(_pth(folder))):
+    if digest not in (sha256_of_file(folder / MODEL_FILE), sha256_of_file(_pth(folder))):
         return f"are of another weight file; evaluate this release's {MODEL_FILE}"
     return None
 

@@ -29,7 +29,7 @@ from typing import Any, NoReturn, Protocol
 import google_crc32c
 
 from porting.errors import CheckpointError, OutputError, Reason
-from pytorch_model.files import lock, replacing
+from pytorch_model.files import locked, replacing
 
 STALL_SECONDS = 30.0  # without a byte, before the connection is given up
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubled for each further one
@@ -150,17 +150,19 @@ def _part_of(target: Path, listener: Listener) -> Iterator[Path]:
 
     Where files can be locked it outlives a failure, to be resumed. Elsewhere each run has its own.
     """
-    with open(_beside(target, ".lock"), "ab") as file:
-        if lock(
-            file.fileno(), lambda: listener.note(f"another run is fetching {target.name}; waiting for it")
-        ):
+
+    def busy() -> None:
+        listener.note(f"another run is fetching {target.name}; waiting for it")
+
+    with locked(_beside(target, ".lock"), busy) as alone:
+        if alone:
             yield _beside(target, ".part")
             return
-    part = _beside(target, f".{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        yield part
-    finally:
-        _discard(part)
+        part = _beside(target, f".{os.getpid()}-{secrets.token_hex(4)}.part")
+        try:
+            yield part
+        finally:
+            _discard(part)
 
 
 def _store(part: Path, target: Path, record: dict[str, Any]) -> None:

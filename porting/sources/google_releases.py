@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from porting.errors import CheckpointError, PortingError
+from porting.errors import CheckpointError, EfficientDetError
 from porting.sources.download import Listener, download
 
 BASE_URL = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientdet"
@@ -44,10 +44,10 @@ class Release:
 
     @property
     def url(self) -> str:
-        """Raises :class:`PortingError` where the environment names a base that is no web address."""
+        """Raises :class:`EfficientDetError` where the environment names a base that is no web address."""
         base = os.environ.get(BASE_URL_VARIABLE) or BASE_URL
         if not base.startswith(("https://", "http://")):
-            raise PortingError(
+            raise EfficientDetError(
                 f"{BASE_URL_VARIABLE} is {base!r}, must begin with https:// or http://; correct or unset it"
             )
         return f"{base.rstrip('/')}/{self.path}"
@@ -164,7 +164,7 @@ def _is_kept_in(place: Path, cache: Path | None) -> bool:
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/efficientdet-porting``, else ``~/.cache/efficientdet-porting``.
 
-    Raises :class:`PortingError` where there is no home.
+    Raises :class:`EfficientDetError` where there is no home.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):  # the XDG specification has relative ones ignored
@@ -172,7 +172,9 @@ def default_cache() -> Path:
     try:
         return Path.home() / ".cache" / CACHE_FOLDER
     except RuntimeError:
-        raise PortingError("there is no home folder to keep downloads in; say --cache-dir FOLDER") from None
+        raise EfficientDetError(
+            "there is no home folder to keep downloads in; say --cache-dir FOLDER"
+        ) from None
 
 
 def fetch(release: Release, cache: Path | None = None, listener: Listener | None = None) -> Path:

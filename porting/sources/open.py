@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.sources import SYNTHETIC
 from porting.sources.download import Listener
 from porting.sources.google_releases import fetch, release_named
 from pytorch_model.config import model_config
-
-SYNTHETIC = "synthetic:"
 
 
 def open_source(
@@ -23,7 +22,7 @@ def open_source(
 
     A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other.
     A release is first downloaded into ``cache``, unless it is there; ``listener`` hears how that goes.
-    ``step`` picks one of several checkpoints in a folder. Raises :class:`PortingError` with what to do.
+    ``step`` picks one of several checkpoints in a folder. Raises :class:`EfficientDetError` with what to do.
     """
     if spec.startswith(SYNTHETIC):
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.detection.ensemble import mirrored, weighted_boxes_fusion
-from pytorch_model.detection.postprocess import NMSConfig, postprocess_per_class
+from pytorch_model.detection.postprocess import postprocess_per_class
 from pytorch_model.detection.preprocess import (
     DecodedImage,
     ImageSource,
@@ -19,13 +19,12 @@ from pytorch_model.detection.preprocess import (
     preprocess,
     scale_to_fit,
 )
+from pytorch_model.detection.settings import TTA, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, WeightsError
 
 #: float32 [N, 3, H, W] → (class_outputs, box_outputs), as ``EfficientDet`` returns them.
 Network: TypeAlias = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
-
-TTA = ("none", "flip")
 
 
 class Detector:

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from porting.errors import PortingError, Reason
-from pytorch_model.files import read_bounded
-from pytorch_model.json_text import parse_json
+from pytorch_model.errors import EfficientDetError, Reason
+from pytorch_model.files import parse_json, read_bounded
 
 # COCO's 90 class ids in order, from 1; ten of them name nothing.
 _COCO_NAMES = (
@@ -41,7 +40,7 @@ def given_names(path: Path | None, num_classes: int) -> dict[int, str]:
 
     The file is UTF-8 text with one name a line (the first is class 1; an empty line names nothing) or lines
     ``id: name``, or JSON: a list, an ``{id: name}`` object, or COCO annotations; there a whole number
-    for a name is its digits. Raises :class:`PortingError` when it is none of these, names a class twice, or
+    for a name is its digits. Raises :class:`EfficientDetError` when it is none of these, names a class twice, or
     one that a model of ``num_classes`` lacks.
     """
     if path is None:
@@ -51,14 +50,14 @@ def given_names(path: Path | None, num_classes: int) -> dict[int, str]:
             names = _parse_labels(read_bounded(path, MOST_BYTES))
         except (OSError, ValueError) as error:  # a ValueError: no name that a file can have
             reason = getattr(error, "strerror", None) or error
-            raise PortingError(
+            raise EfficientDetError(
                 f"--labels {path} cannot be read: {reason}; give a file of class names"
             ) from None
         except Reason as reason:
-            raise PortingError(f"--labels {path} is not a label file: {reason}; {_FORMS}") from None
+            raise EfficientDetError(f"--labels {path} is not a label file: {reason}; {_FORMS}") from None
     unknown = [index for index in names if not 1 <= index <= num_classes]
     if unknown:
-        raise PortingError(
+        raise EfficientDetError(
             f"--labels {path} names class {max(unknown)}, but the model has classes 1 to {num_classes}; give "
             "the names of this model's classes"
         )

@@ -9,76 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pytorch_model.anchors import decode_boxes
+from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.errors import ConfigError
 
 CLASS_OFFSET = 1  # AutoML's class ids start at 1; 0 stands for background
-TF_METHODS = ("gaussian", "hard")
-PYFUNC_METHODS = ("gaussian", "hard", "linear", "diou")
-
-
-@dataclass(frozen=True)
-class NMSConfig:
-    """AutoML's ``nms_configs``. The defaults are what AutoML evaluates COCO with.
-
-    ``method``: ``gaussian`` (soft), ``hard``, and for ``pyfunc`` also ``linear`` (soft) and ``diou``.
-    ``iou_thresh``: None is the method's own, 0.3 for ``linear`` and 0.5 otherwise; ``gaussian`` has none.
-    ``score_thresh``: 0 is the method's own, 0.001 for the soft ones and no threshold for the hard ones
-    (``pyfunc``'s hard ones can have none).
-    ``sigma``: None is 0.5; only for ``gaussian``, whose weights are exp(-iou² / sigma).
-    ``pyfunc``: AutoML's NumPy variant, whose boxes are one pixel larger, whose score threshold keeps
-    scores that equal it, and which always keeps the best box of every class.
-    ``max_nms_inputs``: how many (anchor, class) pairs enter; 0 lets every anchor enter with its best class.
-    ``max_output_size``: detections per image.
-
-    Raises :class:`ConfigError` on a value that means nothing.
-    """
-
-    method: str = "gaussian"
-    iou_thresh: float | None = None
-    score_thresh: float = 0.0
-    sigma: float | None = None
-    pyfunc: bool = False
-    max_nms_inputs: int = 5000
-    max_output_size: int = 100
-
-    def __post_init__(self) -> None:
-        methods = PYFUNC_METHODS if self.pyfunc else TF_METHODS
-        if self.method not in methods:
-            raise ConfigError(f"nms_configs.method is {self.method!r}, must be one of {', '.join(methods)}")
-        if self.max_nms_inputs < 0:
-            raise ConfigError(f"nms_configs.max_nms_inputs is {self.max_nms_inputs}, must be 0 or more")
-        if self.max_output_size < 1:
-            raise ConfigError(f"nms_configs.max_output_size is {self.max_output_size}, must be at least 1")
-        if self.pyfunc and not self.is_soft and self.score_thresh:
-            raise ConfigError(
-                f"nms_configs.score_thresh: pyfunc's {self.method} suppression has no threshold"
-            )
-        if self.sigma is not None and self.sigma <= 0:
-            raise ConfigError(f"nms_configs.sigma is {self.sigma}, must be above 0")
-
-    @property
-    def is_soft(self) -> bool:
-        """Whether an overlapping box is kept with a lower score rather than dropped."""
-        return self.method in ("gaussian", "linear")
-
-    @property
-    def effective_iou_thresh(self) -> float:
-        return self.iou_thresh or (0.3 if self.method == "linear" else 0.5)
-
-    @property
-    def effective_score_thresh(self) -> float:
-        return self.score_thresh or (0.001 if self.is_soft else -math.inf)
-
-    @property
-    def effective_sigma(self) -> float:
-        return self.sigma or 0.5
 
 
 class Candidates(NamedTuple):

@@ -23,25 +23,14 @@ import torch
 from torch import Tensor
 
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.errors import PortingError
+from pytorch_model.detection.settings import DECODERS, FORMATS
+from pytorch_model.errors import EfficientDetError
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
-DECODERS = ("pillow", "fast-dct")
-# Pillow's names of the formats that are read, and the suffixes of such files: what cameras, phones and
-# browsers write, and what tests and fuzzing cover. Pillow knows three dozen more; one of them (EPS) starts
-# another program, others fail in ways of their own. JPEG includes MPO, several pictures in a file.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "PNG": (".png",),
-    "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-}
 # Of a picture in a file. Reading and normalising take some 27 bytes a pixel: 3.6 GB. Panoramas of 20,000 x
 # 2,000 and the 108 million pixels of a telephone's camera are fewer; more show no more once resized. Pillow's
 # own limits are a warning beyond 89 million, which is kept quiet, and a refusal beyond 179 million.
@@ -49,7 +38,7 @@ MOST_PIXELS = 1 << 27
 MOST_BYTES = 8 * MOST_PIXELS  # of such a file: four channels of 16 bits, uncompressed
 
 
-class ImageError(PortingError):
+class ImageError(EfficientDetError):
     """An image cannot be read, or is not one the network can be given."""
 
 

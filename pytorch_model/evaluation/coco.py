@@ -22,10 +22,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from porting.errors import PortingError, Reason
 from pytorch_model.detection.labels import given_names
-from pytorch_model.files import check_regular, read_bounded
-from pytorch_model.json_text import parse_json
+from pytorch_model.errors import EfficientDetError, Reason
+from pytorch_model.files import parse_json, read_bounded, sha256_of_file
 
 FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
 
@@ -37,7 +36,7 @@ ImageId: TypeAlias = "int | str"
 Result: TypeAlias = "dict[str, Any]"
 
 
-class DatasetError(PortingError):
+class DatasetError(EfficientDetError):
     """Annotations or pictures are missing, not in COCO's format, or of other classes than the model's."""
 
 
@@ -268,22 +267,12 @@ def dataset_digest(dataset: Dataset) -> str:
 
 def _content_digest(path: Path) -> str | None:
     try:
-        return file_digest(path)
+        return sha256_of_file(path)
     except (
         OSError,
         ValueError,
     ):  # a ValueError: no name that a file can have
         return None  # it will be passed over, and counted
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content. Raises OSError, also for what is no file, and ValueError."""
-    check_regular(path)
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -394,13 +383,15 @@ def evaluate(
 ) -> Evaluation:
     """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format, annotated).
 
-    By pycocotools. Raises :class:`PortingError` where it is not installed.
+    By pycocotools. Raises :class:`EfficientDetError` where it is not installed.
     """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError:
-        raise PortingError("COCO's figures need the package pycocotools: pip install pycocotools") from None
+        raise EfficientDetError(
+            "COCO's figures need the package pycocotools: pip install pycocotools"
+        ) from None
 
     # pycocotools sorts ids in one array: numbers beside names become text, large ones lose their last digits.
     in_order = sorted(set(image_ids), key=lambda id_: (isinstance(id_, str), id_))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from porting.errors import PortingError
+from pytorch_model.errors import EfficientDetError
 
 _PATIENCE = timedelta(days=7)  # how long one process may wait for the others: as long as they work
 
@@ -52,7 +52,7 @@ def _others_present() -> Iterator[None]:
     try:
         yield
     except RuntimeError:  # gloo's, when a connection closes
-        raise PortingError("another of the processes has stopped; its own message says why") from None
+        raise EfficientDetError("another of the processes has stopped; its own message says why") from None
 
 
 def has_others() -> bool:
@@ -64,7 +64,7 @@ def has_others() -> bool:
 def joined() -> Iterator[Processes]:
     """Join the other processes of ``torchrun``, if there are any.
 
-    Objects travel over gloo, whatever the devices of the work. Raises :class:`PortingError` when the
+    Objects travel over gloo, whatever the devices of the work. Raises :class:`EfficientDetError` when the
     processes do not find each other.
     """
     if not has_others():
@@ -74,7 +74,7 @@ def joined() -> Iterator[Processes]:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise PortingError(
+        raise EfficientDetError(
             f"the processes did not find each other: {reason}; start them by torchrun"
         ) from None
     try:

@@ -14,11 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from porting.errors import ConfigError
-from porting.hparams import Hparams
-from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.detector import Detector, Network
-from pytorch_model.detection.postprocess import NMSConfig
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.evaluation.coco import Dataset, ImageId, Picture, Result, dataset_digest, to_results
 from pytorch_model.evaluation.processes import Processes
@@ -51,22 +47,6 @@ class Outcome:
     unreadable: dict[ImageId, str] = field(default_factory=dict)
     decoders: Counter[str] = field(default_factory=Counter)
     resized: list[ImageId] = field(default_factory=list)
-
-
-def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfig, tuple[int, int]]:
-    """What ``--hparams`` mean for weights that are ported already: the suppression, the input's size.
-
-    Raises :class:`ConfigError` where they ask for another network than the weights are.
-    """
-    if hparams.model not in (None, config.name):
-        raise ConfigError(f"--hparams name the model {hparams.model}, the weights are of {config.name}")
-    for name, value in hparams.overrides.items():
-        if name != "image_size" and getattr(config, name) != value:
-            raise ConfigError(
-                f"--hparams say {name}={value}, the weights were ported with {getattr(config, name)}; leave "
-                "it out, or port them again with --hparams"
-            )
-    return NMSConfig(**hparams.nms), hparams.overrides.get("image_size", config.image_size)
 
 
 def settings(
@@ -104,7 +84,7 @@ def detect_dataset(
     """Detect in every picture by every stream; what is kept already is not done again.
 
     ``progress`` hears of (pictures done, pictures of this process). Returns the outcome in the first process
-    and None in the others. Raises :class:`PortingError`.
+    and None in the others. Raises :class:`EfficientDetError`.
     """
     batches = _batches(dataset, batch_size)
     kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from porting.errors import OutputError, PortingError
+from pytorch_model.errors import EfficientDetError, OutputError
 from pytorch_model.files import check_regular
 
 
-class ShardError(PortingError):
+class ShardError(EfficientDetError):
     """Kept results belong to other settings, or are damaged."""
 
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, Reason, WeightsError
+from pytorch_model.files import sha256_of_file
+from pytorch_model.weights import CONFIG_FILE, MODEL_FILE, SUFFIXES
 from pytorch_model.weights.pickles import check_pickles
 
-SUFFIXES = (".safetensors", ".pth")
 DIGEST = "content_sha256"  # the metadata entry that vouches for all others and for the tensors
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 #: The tensors whose shape depends on the number of classes: those a change of it starts anew.
 CLASS_PREDICTOR = ("class_net.predict.pointwise.weight", "class_net.predict.pointwise.bias")
@@ -323,7 +323,7 @@ def load_pth(path: Path) -> Any:
             raise
         raise _not_tensors(path, "its pickle holds more than tensors, such as code, or is broken") from None
     named = _NAMED_BY_HASH.fullmatch(path.name)
-    if named and not _has_digest(content) and not _sha256(path).startswith(named[1]):
+    if named and not _has_digest(content) and not sha256_of_file(path).startswith(named[1]):
         raise WeightsError(
             f"{path} is damaged or misnamed: its SHA-256 does not begin with the {named[1]} in its name; "
             "fetch it again, or, if you chose these eight digits for something else, rename it"
@@ -361,14 +361,6 @@ def _advises_danger(error: Exception) -> bool:
 def _has_digest(content: Any) -> bool:
     metadata = content.get("metadata") if isinstance(content, dict) else None
     return isinstance(metadata, dict) and DIGEST in metadata
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,14 +16,12 @@ import numpy as np
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.tflite.checkpoint import is_tflite
 from porting.convert import convert
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
+from porting.parity.reference import META, SAVED_MODEL
 from porting.parity.reference.graph import meta_beside, open_meta, open_saved_model
 from porting.parity.reference.tflite import TFLiteReference
 from pytorch_model.config import EfficientDetConfig
-
-OPS, META, SAVED_MODEL, TFLITE = "ops", "meta", "savedmodel", "tflite"
-KINDS = (OPS, META, SAVED_MODEL, TFLITE)
 
 
 class FileReference(Protocol):
@@ -43,7 +41,7 @@ class FileReference(Protocol):
     def taps(self) -> frozenset[str]: ...
 
     def on(self, images: np.ndarray) -> Reference:
-        """The reference on ``images``, float32 [N, H, W, 3], normalised. Raises :class:`PortingError`."""
+        """The reference on ``images``, float32 [N, H, W, 3], normalised. Raises :class:`EfficientDetError`."""
 
 
 def open_reference(
@@ -56,7 +54,7 @@ def open_reference(
     """The reference of ``kind`` (any of ``KINDS`` but ``ops``), in ``graph`` or else with the checkpoint.
 
     ``checkpoint`` is open; ``variables`` are what was chosen of it, moving averages or raw. A ``meta`` graph
-    computes with them; the other kinds carry their own. Imports TensorFlow. Raises :class:`PortingError`
+    computes with them; the other kinds carry their own. Imports TensorFlow. Raises :class:`EfficientDetError`
     where there is no such file or it is not ``config``'s network.
     """
     if kind == META:
@@ -66,20 +64,22 @@ def open_reference(
         folder = graph or _saved_model_of(checkpoint)
         if graph is not None:
             if not graph.is_dir():
-                raise PortingError(f"{graph} is not the folder of a SavedModel; point --graph at the folder")
+                raise EfficientDetError(
+                    f"{graph} is not the folder of a SavedModel; point --graph at the folder"
+                )
             with open_checkpoint(graph) as served:
                 variables = convert(served, config).variables
         return open_saved_model(folder, config, variables)
     path = graph or Path(checkpoint.location)
     if not is_tflite(path):
-        raise PortingError(f"{path} is not a TFLite file; give the one to compare with by --graph")
+        raise EfficientDetError(f"{path} is not a TFLite file; give the one to compare with by --graph")
     return TFLiteReference(path, config)
 
 
 def _saved_model_of(checkpoint: Checkpoint) -> Path:
     folder = Path(checkpoint.location).parent.parent  # …/variables/variables
     if not (folder / "saved_model.pb").is_file():
-        raise PortingError(
+        raise EfficientDetError(
             f"{checkpoint.source} is not a SavedModel ({checkpoint.format}); give the folder of one with "
             "--graph"
         )

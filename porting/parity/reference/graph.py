@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
 from porting.parity.reference.graph_taps import SAME_VALUE, find_taps
 from pytorch_model.config import EfficientDetConfig
@@ -55,7 +55,7 @@ class GraphReference:
     def on(self, images: np.ndarray) -> Reference:
         """The reference on ``images``, float32 [N, H, W, 3], normalised.
 
-        Raises :class:`PortingError` where the graph does not take such images or lacks an output.
+        Raises :class:`EfficientDetError` where the graph does not take such images or lacks an output.
         """
         graph, picture = _import(self, images.shape)
         tensors = find_taps(graph, self.variables, self.config)
@@ -72,7 +72,7 @@ def open_meta(
 ) -> GraphReference:
     """The graph in a ``.meta`` file, computing with ``variables``: AutoML name → float array.
 
-    Imports TensorFlow. Raises :class:`PortingError` for a file that is none or is damaged, for a graph that
+    Imports TensorFlow. Raises :class:`EfficientDetError` for a file that is none or is damaged, for a graph that
     trains, and for one that is not ``config``'s.
     """
     import tensorflow as tf
@@ -93,7 +93,7 @@ def open_saved_model(
     path = Path(folder) / "saved_model.pb"
     model = _parse(saved_model_pb2.SavedModel, path, "a SavedModel's graph")
     if not model.meta_graphs:
-        raise PortingError(f"{path} holds no graph; export the model again, or {_ELSEWHERE}")
+        raise EfficientDetError(f"{path} holds no graph; export the model again, or {_ELSEWHERE}")
     meta = next((m for m in model.meta_graphs if "serve" in m.meta_info_def.tags), model.meta_graphs[0])
     if meta.HasField("object_graph_def"):
         return _keras_reference(folder, config, variables)
@@ -101,11 +101,11 @@ def open_saved_model(
 
 
 def meta_beside(source: str) -> Path:
-    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises PortingError without one."""
+    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises EfficientDetError without one."""
     path = Path(f"{source}.meta")
     if path.is_file():
         return path
-    raise PortingError(
+    raise EfficientDetError(
         f"there is no {path}, the graph that TensorFlow saves with a checkpoint; give one with --graph, or "
         f"{_ELSEWHERE}"
     )
@@ -120,9 +120,11 @@ def _parse(kind: Any, path: str | os.PathLike[str], what: str) -> Any:
     try:
         message = kind.FromString(Path(path).read_bytes())
     except OSError as error:
-        raise PortingError(f"cannot read {path}: {error.strerror or error}; check --graph") from None
+        raise EfficientDetError(f"cannot read {path}: {error.strerror or error}; check --graph") from None
     except DecodeError:
-        raise PortingError(f"{path} is not {what}, or is damaged; fetch it again, or {_ELSEWHERE}") from None
+        raise EfficientDetError(
+            f"{path} is not {what}, or is damaged; fetch it again, or {_ELSEWHERE}"
+        ) from None
     return message
 
 
@@ -151,11 +153,13 @@ def _keras_reference(
         served = loaded.signatures["serving_default"]
         graph_def = convert_variables_to_constants_v2(served).graph.as_graph_def()
     except KeyError:
-        raise PortingError(
+        raise EfficientDetError(
             f"{folder} has no serving signature; export the model again, or {_ELSEWHERE}"
         ) from None
     except (OSError, ValueError, tf.errors.OpError) as error:
-        raise PortingError(f"TensorFlow cannot load {folder}: {_first_line(error)}; {_ELSEWHERE}") from None
+        raise EfficientDetError(
+            f"TensorFlow cannot load {folder}: {_first_line(error)}; {_ELSEWHERE}"
+        ) from None
     by_value: dict[tuple[tuple[int, ...], bytes], list[str]] = {}
     for name, value in variables.items():
         by_value.setdefault(_identity(value), []).append(name)
@@ -242,17 +246,17 @@ def _stem(
     ]
     if len(found) != 1:
         have = "none" if not found else f"{len(found)}"
-        raise PortingError(
+        raise EfficientDetError(
             f"{source} has {have} of the one convolution that reads {kernel}, where the picture goes in; it "
             f"is no graph of {config.name}, or {_ELSEWHERE}"
         )
     if nodes[found[0]].attr["T"].type != _FLOAT32:
-        raise PortingError(
+        raise EfficientDetError(
             f"{source} does not compute in float32, and a coarser type proves nothing; export it without "
             f"mixed precision, or {_ELSEWHERE}"
         )
     if nodes[found[0]].attr["data_format"].s not in (b"", b"NHWC"):
-        raise PortingError(
+        raise EfficientDetError(
             f"{source} was built for {nodes[found[0]].attr['data_format'].s.decode()} maps, which TensorFlow "
             f"cannot run on a CPU; {_ELSEWHERE}"
         )
@@ -281,14 +285,14 @@ def _refuse_training(
         batch = node.op.startswith("FusedBatchNorm") and node.attr["is_training"].b
         if batch or node.op in _RANDOM:
             what = "normalises by the batch's own statistics" if batch else "draws random numbers"
-            raise PortingError(
+            raise EfficientDetError(
                 f"{source} is the graph of a training run ({name} {what}), which no evaluation can be "
                 f"compared with; export one for inference, or {_ELSEWHERE}"
             )
     read = {holders[name] for name in kept if name in holders}
     means = {name for name in holders.values() if name.endswith("/moving_mean")}
     if means - read:
-        raise PortingError(
+        raise EfficientDetError(
             f"{source} is the graph of a training run ({min(means - read)} is never read), which no "
             f"evaluation can be compared with; export one for inference, or {_ELSEWHERE}"
         )
@@ -306,7 +310,7 @@ def _fill(node: Any, holders: Mapping[str, str], values: Mapping[str, np.ndarray
     elif node.op in _VARIABLES:
         name = holders.get(node.name)
         if name is None or name not in values:
-            raise PortingError(
+            raise EfficientDetError(
                 f"{source} reads the variable {node.name}, which the checkpoint does not have; it is another "
                 f"model's graph, or {_ELSEWHERE}"
             )
@@ -362,7 +366,7 @@ def _import(reference: GraphReference, shape: tuple[int, ...]) -> tuple[Any, Any
                 if wanted and wanted != shape[1:3]
                 else f"{_first_line(error)}; {_ELSEWHERE}"
             )
-            raise PortingError(f"TensorFlow cannot run the graph in {reference.source}: {why}") from None
+            raise EfficientDetError(f"TensorFlow cannot run the graph in {reference.source}: {why}") from None
     return graph, picture
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.rules import taps
 from pytorch_model.config import Block, EfficientDetConfig, Node
 
@@ -31,7 +31,7 @@ def find_taps(graph: Any, variables: Mapping[str, str], config: EfficientDetConf
     """Tap name → tensor [N, H, W, C], in the order of :func:`porting.rules.taps`; those that are there.
 
     ``graph``: a ``tf.Graph`` whose shapes are known. ``variables``: name of the operation that holds a
-    variable → AutoML's name of it. Raises :class:`PortingError` unless all outputs of the network are found.
+    variable → AutoML's name of it. Raises :class:`EfficientDetError` unless all outputs of the network are found.
     """
     finder = _Finder(graph, variables, config)
     finder.backbone()
@@ -44,7 +44,7 @@ def find_taps(graph: Any, variables: Mapping[str, str], config: EfficientDetConf
     order = [pair.tap for pair in taps(config)]
     missing = [name for name in order if "_outputs/" in name and name not in finder.found]
     if missing:
-        raise PortingError(
+        raise EfficientDetError(
             f"the graph does not show {missing[0]} ({len(missing)} of {2 * len(config.levels)} outputs are "
             "missing); it is another model's graph, or use --reference ops"
         )

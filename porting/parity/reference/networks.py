@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.parity.reference.choose import FileReference
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.detector import Network
@@ -41,7 +41,7 @@ def ops_network(
 def file_network(reference: FileReference, config: EfficientDetConfig) -> Network:
     """A network in a file: a saved graph, a SavedModel, a TFLite file with its own rounding.
 
-    The network raises :class:`PortingError` where the file cannot take as many pictures at once.
+    The network raises :class:`EfficientDetError` where the file cannot take as many pictures at once.
     """
     import tensorflow as tf
 
@@ -57,7 +57,7 @@ def file_network(reference: FileReference, config: EfficientDetConfig) -> Networ
         try:
             reference.on(_to_nhwc(images))(take)
         except (ValueError, tf.errors.OpError) as error:
-            raise PortingError(
+            raise EfficientDetError(
                 f"TensorFlow cannot run {reference.source} on {len(images)} pictures at once "
                 f"({str(error).splitlines()[0]}); try --batch-size 1"
             ) from None

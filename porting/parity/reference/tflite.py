@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
-from porting.errors import PortingError
+from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
 from porting.rules import taps
 from pytorch_model.config import EfficientDetConfig
@@ -24,7 +24,7 @@ class TFLiteReference:
 
     It shows what its convolutions end in, activation and batch norm included; where AutoML's tap lies between
     the two, or after a pooling, it shows nothing. Raises :class:`CheckpointError` for another file and
-    :class:`PortingError` where it lacks an output of ``config``.
+    :class:`EfficientDetError` where it lacks an output of ``config``.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: EfficientDetConfig) -> None:
@@ -38,7 +38,7 @@ class TFLiteReference:
         self.taps = frozenset(self._tensors)
         missing = [pair.tap for pair in taps(config) if pair.output is not None and pair.tap not in self.taps]
         if missing:
-            raise PortingError(f"{path} has no {missing[0]}: it is not {config.name}'s; check --graph")
+            raise EfficientDetError(f"{path} has no {missing[0]}: it is not {config.name}'s; check --graph")
 
     def on(self, images: np.ndarray) -> Reference:
         values = tflite_tensors(self.source, images, self._tensors)
@@ -72,7 +72,7 @@ def tflite_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str
 
     ``images``: [N, H, W, 3], normalised, of the file's own size. Each output is float32 [N, H_l, W_l, C],
     before any sigmoid or decoding, dequantised where the file is quantised. Imports TensorFlow. Raises
-    :class:`CheckpointError` for a file that is no EfficientDet-Lite, :class:`PortingError` for another size.
+    :class:`CheckpointError` for a file that is no EfficientDet-Lite, :class:`EfficientDetError` for another size.
     """
     return tflite_tensors(path, images, TFLiteCheckpoint(path).outputs)
 
@@ -87,7 +87,7 @@ def tflite_tensors(
     interpreter = _interpreter(path)
     (image,) = interpreter.get_input_details()
     if tuple(image["shape"]) != (1, *images.shape[1:]):
-        raise PortingError(
+        raise EfficientDetError(
             f"{path} takes images of {image['shape'][1:].tolist()}, not {list(images.shape[1:])}; resize them"
         )
     details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}

@@ -1,0 +1,115 @@
+"""Options that several commands have: which checkpoint, which model, which reference."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from porting.errors import ConfigError
+from porting.hparams import Hparams, read_hparams
+from porting.parity.reference import KINDS, OPS
+from porting.sources import SYNTHETIC
+from pytorch_model.config import MODELS
+
+SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
+HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
+DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
+JSON_HELP = "print a machine-readable summary on stdout"
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Which checkpoint: ``ckpt`` is a path, a release by name, or ``synthetic:MODEL``."""
+
+    ckpt: str
+    step: int | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, as far as the user says. Raises :class:`ConfigError` if the two say different models."""
+
+    model: str | None
+    hparams: Hparams
+
+    def __post_init__(self) -> None:
+        named = self.hparams.model
+        if self.model and named not in (None, self.model):
+            raise ConfigError(f"--model says {self.model}, the name in --hparams {named}; leave one out")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """What to compare with: one of ``KINDS``, and its file unless that lies with the checkpoint."""
+
+    kind: str = OPS
+    graph: Path | None = None
+
+
+def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = True) -> None:
+    """``--ckpt``, ``--step``, ``--cache-dir``."""
+    parser.add_argument(
+        "--ckpt",
+        required=required,
+        help="checkpoint folder, prefix, file or archive; one of Google's releases, such as efficientdet-d0; "
+        f"or {SYNTHETIC}MODEL",
+    )
+    parser.add_argument("--step", type=int, help="which of several steps in the folder (default: the newest)")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where releases are kept (default: ~/.cache/efficientdet-porting)",
+    )
+
+
+def read_checkpoint_options(arguments: argparse.Namespace) -> SourceOptions:
+    return SourceOptions(arguments.ckpt, arguments.step, arguments.cache_dir)
+
+
+def add_model_options(parser: argparse._ActionsContainer) -> None:
+    """``--model``, ``--hparams``."""
+    parser.add_argument(
+        "--model",
+        type=lambda name: name.lower().replace("_", "-"),
+        choices=MODELS,
+        metavar="MODEL",
+        help="model variant (default: inferred from the checkpoint)",
+    )
+    add_hparams_option(parser)
+
+
+def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
+    return ModelOptions(arguments.model, arguments.hparams)
+
+
+def add_hparams_option(parser: argparse._ActionsContainer) -> None:
+    """``--hparams``; a bad one is rejected before anything is downloaded."""
+    parser.add_argument(
+        "--hparams", type=read_hparams, default=read_hparams(""), metavar="TEXT", help=HPARAMS_HELP
+    )
+
+
+def add_reference_options(parser: argparse._ActionsContainer, default: str | None = OPS) -> None:
+    """``--reference``, ``--graph``."""
+    parser.add_argument(
+        "--reference",
+        choices=KINDS,
+        default=default,
+        help=f"what to compare with (default: {default or 'nothing'}): AutoML's network rebuilt in plain "
+        "operations (ops); the graph saved with the checkpoint (meta); an exported model (savedmodel); a "
+        "Lite file (tflite)",
+    )
+    parser.add_argument(
+        "--graph",
+        type=Path,
+        metavar="PATH",
+        help="the file of that reference: .meta, SavedModel folder or .tflite (default: the "
+        "checkpoint's own)",
+    )
+
+
+def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
+    return ReferenceOptions(arguments.reference, arguments.graph)

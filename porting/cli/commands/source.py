@@ -1,0 +1,101 @@
+"""Open what ``--ckpt`` names, with a progress bar for downloads; describe configurations in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from porting.checkpoint import Checkpoint
+from porting.cli.arguments.shared import ModelOptions, SourceOptions
+from porting.infer import Inference, infer_config, named_config
+from porting.sources import SYNTHETIC
+from porting.sources.open import open_source
+from pytorch_model.config import BackboneConfig, EfficientDetConfig
+
+
+def open_checkpoint(options: SourceOptions, console: Console, folder: Path) -> Checkpoint:
+    """Open what ``--ckpt`` names; a synthetic checkpoint is written into ``folder``.
+
+    Raises :class:`EfficientDetError`.
+    """
+    if options.ckpt.startswith(SYNTHETIC):
+        console.print(f"writing a seeded checkpoint to {folder / 'synthetic'} …", markup=False)
+    with DownloadBar(console, options.ckpt) as bar:
+        return open_source(options.ckpt, folder, options.step, options.cache_dir, bar)
+
+
+def find_config(options: ModelOptions, checkpoint: Checkpoint) -> Inference:
+    """The configuration of ``checkpoint``, with ``--model`` and ``--hparams``.
+
+    Raises :class:`EfficientDetError`.
+    """
+    hparams = options.hparams
+    model = options.model or hparams.model
+    if model:
+        return named_config(
+            model, checkpoint.shapes, hparams.overrides, checkpoint.source, checkpoint.settings
+        )
+    return infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides, checkpoint.settings)
+
+
+def describe(config: EfficientDetConfig) -> str:
+    return (
+        f"{config.name}: {config.num_classes} classes, P{config.min_level}–P{config.max_level}, "
+        f"{config.backbone.name}, BiFPN {config.fpn_cell_repeats}×{config.fpn_num_filters} "
+        f"({config.fpn_weight_method}), heads ×{config.box_class_repeats}"
+    )
+
+
+def describe_settings(checkpoint: Checkpoint, overrides: Collection[str] = ()) -> str:
+    """Settings that the file states beside its weights and the user does not override; often none."""
+    return "; ".join(
+        f"{name} {setting_text(value)}"
+        for name, value in checkpoint.settings.items()
+        if name not in overrides
+    )
+
+
+def setting_text(value: Any) -> str:
+    """A setting's value in a few characters: ``640×480``, ``1/2/0.5``, a backbone's name."""
+    if isinstance(value, tuple):
+        return ("×" if len(value) == 2 else "/").join(f"{number:.5g}" for number in value)
+    return value.name if isinstance(value, BackboneConfig) else str(value)
+
+
+class DownloadBar:
+    """A :class:`porting.sources.download.Listener` that draws a bar from the first byte on."""
+
+    def __init__(self, console: Console, description: str) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+        rates = (TransferSpeedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, *rates, console=console)
+        self._task = self._progress.add_task(f"fetching {description}", total=None)
+        self._console = console
+
+    def progress(self, done: int, total: int | None) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+        self._progress.start()
+
+    def note(self, text: str) -> None:
+        self._console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+    def __enter__(self) -> DownloadBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress.live.is_started:
+            self._progress.stop()
