@@ -47,6 +47,24 @@ class EfficientDet(nn.Module):
         return self.class_net(features), self.box_net(features)
 
     @classmethod
+    def from_state_dict(
+        cls,
+        state_dict: Mapping[str, Tensor],
+        config: EfficientDetConfig,
+        source: str = "the state dict",
+        num_classes: int | None = None,
+    ) -> EfficientDet:
+        """``EfficientDet(config)`` with these very tensors (they are not copied), in evaluation mode.
+
+        ``source`` names them in errors. If ``num_classes`` differs from ``config``'s, the class predictor is
+        re-initialised and everything else kept. Raises :class:`WeightsError` unless every key, shape and type
+        fits.
+        """
+        from pytorch_model.weights.files import build
+
+        return build(state_dict, config, source, num_classes)
+
+    @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], num_classes: int | None = None) -> EfficientDet:
         """:func:`pytorch_model.weights.files.load_model`: the model in a weight file or folder.
 

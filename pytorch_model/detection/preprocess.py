@@ -112,7 +112,7 @@ def _preprocess_batch(
 ) -> tuple[Tensor, np.float32]:
     """uint8 [n, 3, h, w] → (float32 [n, 3, H, W], original pixels per network pixel)."""
     scale, scaled_size = scale_to_fit((pixels.shape[2], pixels.shape[3]), target)
-    resized = resize_bilinear(normalize(pixels, config), scaled_size)
+    resized = resize_bilinear(normalise(pixels, config), scaled_size)
     padding = (0, target[1] - scaled_size[1], 0, target[0] - scaled_size[0])
     return torch.nn.functional.pad(resized, padding), np.float32(1) / scale
 
@@ -134,13 +134,19 @@ def scale_to_fit(size: tuple[int, int], target: tuple[int, int]) -> tuple[np.flo
     return scale, scaled
 
 
-def normalize(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
+def normalise(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
     """uint8 [..., 3, h, w] → float32 of the same shape, (pixels - mean_rgb) / stddev_rgb."""
     mean, stddev = (
         torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
         for values in (config.mean_rgb, config.stddev_rgb)
     )
     return (pixels.float() - mean) / stddev
+
+
+def normalise_array(pixels: np.ndarray, config: EfficientDetConfig) -> np.ndarray:
+    """uint8 [..., h, w, 3] → float32 of the same shape: :func:`normalise` for NumPy, as TensorFlow lays it out."""
+    mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
+    return (pixels.astype(np.float32) - mean) / stddev
 
 
 def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:

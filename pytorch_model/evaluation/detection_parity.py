@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pytorch_model.detection.boxes import iou
 from pytorch_model.evaluation.coco import ImageId, Result, evaluate
 
 MATCHED_IOU = 0.5  # what overlaps less is another object
@@ -128,16 +129,6 @@ def pair(ours: Sequence[Result], reference: Sequence[Result]) -> list[tuple[int,
                 free_ours[i] = free_reference[j] = False
                 pairs.append((int(i), int(j)))
     return pairs
-
-
-def iou(boxes_xyxy: np.ndarray, others_xyxy: np.ndarray) -> np.ndarray:
-    """Intersection over union of [n, 4] with [m, 4] → [n, m]; boxes without area overlap by 0."""
-    top_left = np.maximum(boxes_xyxy[:, None, :2], others_xyxy[:, :2])
-    bottom_right = np.minimum(boxes_xyxy[:, None, 2:], others_xyxy[:, 2:])
-    intersection = (bottom_right - top_left).clip(min=0).prod(axis=2)
-    areas, other_areas = ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) for boxes in (boxes_xyxy, others_xyxy))
-    union = areas[:, None] + other_areas - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
 
 
 def _xyxy(rows: Sequence[Result]) -> np.ndarray:

@@ -1,0 +1,24 @@
+"""Which device PyTorch computes on."""
+
+from __future__ import annotations
+
+import torch
+
+from pytorch_model.errors import EfficientDetError
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called ``name``; ``auto`` is a GPU if there is one, of several the one numbered ``local_rank``.
+
+    Raises :class:`EfficientDetError` if the device cannot be used.
+    """
+    if name == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        return torch.device("cuda", local_rank % count) if count else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise EfficientDetError(f"--device {name} cannot be used: {reason}; try --device cpu") from None
+    return device
