@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from porting import __version__
 from porting.cli import process
@@ -21,7 +21,7 @@ PROGRAM = "efficientdet-porting"
 
 @dataclass(frozen=True)
 class Command:
-    """One command. ``module``: of that name in ``arguments`` and in ``commands``.
+    """One command. ``module``: of that name in ``arguments`` and in ``commands``. ``script``: in ``tools/``.
 
     ``one_thread``: what it writes must not depend on the number of threads, whose sums end in other digits.
     """
@@ -29,12 +29,15 @@ class Command:
     name: str
     summary: str
     module: str
+    script: str
     one_thread: bool = False
 
 
 COMMANDS: Mapping[str, Command] = {
     command.name: command
-    for command in (Command("export", "write PyTorch weights in the format of another program", "export"),)
+    for command in (
+        Command("export", "write PyTorch weights in the format of another program", "export", "export.py"),
+    )
 }
 
 _THREAD_COUNTS = (
@@ -69,15 +72,20 @@ def execute(name: str, arguments: Sequence[str], prog: str | None = None) -> int
     command = COMMANDS[name]
     if command.one_thread:  # before NumPy is imported
         os.environ.update(dict.fromkeys(_THREAD_COUNTS, "1"))
+    options = parse(command, arguments, prog)
+    status: int = importlib.import_module(f"porting.cli.commands.{command.module}").run(options)
+    return status
+
+
+def parse(command: Command, arguments: Sequence[str], prog: str | None = None) -> Any:
+    """The options of ``command``, a frozen dataclass. Raises ``SystemExit`` for ``--help`` and bad usage."""
     declared = importlib.import_module(f"porting.cli.arguments.{command.module}")
     parser = argparse.ArgumentParser(
         prog=prog, description=declared.__doc__, epilog=declared.EPILOG, formatter_class=HelpFormatter
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     declared.add_arguments(parser)
-    options = declared.read_options(parser, parser.parse_args(arguments))
-    status: int = importlib.import_module(f"porting.cli.commands.{command.module}").run(options)
-    return status
+    return declared.read_options(parser, parser.parse_args(arguments))
 
 
 def _dispatch(arguments: Sequence[str]) -> int:
