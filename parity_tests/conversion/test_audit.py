@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from parity_tests.conversion.test_variables import RELEASED
 from parity_tests.helpers.paths import ROOT, TOOLS
+from parity_tests.helpers.recordings import RELEASED
 from porting.audit import PUBLISHED, audit, audit_parameters, multiply_adds, rounds_to
 from porting.publish.zoo import EVIDENCE, SYNTHETIC, markdown, rows
 from porting.sources.google_releases import RELEASES

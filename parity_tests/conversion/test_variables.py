@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import RELEASED
 from porting.audit import PUBLISHED, audit_parameters
 from porting.checkpoint.v2.bundle import read_index
 from porting.scopes import model_name
@@ -50,17 +51,6 @@ def test_every_entry_of_googles_checkpoint_is_explained(model: str, shared: Path
         base = model_name(name)
         assert base is None or tuple(entry["shape"]) == expected[base], name
     assert {model_name(name) for name in content} == {*expected, None}
-
-
-RELEASED = {
-    "d0_ap3346": "efficientdet-d0",
-    "d0_ap3429": "efficientdet-d0",
-    "d1": "efficientdet-d1",
-    "d2": "efficientdet-d2",
-    "d2_other": "efficientdet-d2",
-    "d3": "efficientdet-d3",
-    "d4": "efficientdet-d4",
-}
 
 
 @pytest.mark.parametrize("folder", RELEASED)

@@ -12,8 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from parity_tests.helpers.paths import GOLDENS, SHARED
-from parity_tests.helpers.recordings import shared_recording
-from parity_tests.parity.test_recordings import GOLDEN_MODELS, native_size
+from parity_tests.helpers.recordings import GOLDEN_MODELS, native_size, shared_recording
 from pytorch_model.config import MODELS
 
 KEPT = 60  # values an endpoint

@@ -11,8 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parity_tests.detection.test_postprocess import CONFIGS, GENERATED
 from parity_tests.helpers.paths import GOLDENS, SHARED
+from parity_tests.helpers.recordings import CONFIGS, GENERATED
 from pytorch_model.config import MODELS
 
 ANCHOR_VALUES = 120  # kept per array

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from parity_tests.detection.test_preprocess import D0, GOLDEN_TARGETS, LITE0, tensorflow_preprocess
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import GOLDEN_TARGETS, tensorflow_preprocess
 from porting.synthetic import synthetic_image
+from pytorch_model.config import model_config
 
 
 def jpegs() -> dict[str, bytes]:
@@ -54,7 +55,7 @@ def main() -> None:
         accurate = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE").numpy()
         arrays[f"{kind}/accurate"] = accurate
     for model, target in GOLDEN_TARGETS:
-        config = {"d0": D0, "lite0": LITE0}[model]
+        config = model_config(f"efficientdet-{model}")
         key = f"input/{model}/{target[0]}x{target[1]}"
         arrays[key] = tensorflow_preprocess(tf, arrays["420/accurate"], config, target)
     np.savez_compressed(GOLDENS / "preprocess.npz", **arrays)

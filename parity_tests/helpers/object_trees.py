@@ -6,16 +6,23 @@ objects, so that one proves the other.
 
 from __future__ import annotations
 
+import json
+import lzma
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parity_tests.helpers.paths import GOLDENS
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.objects.graph import GRAPH_KEY
 from pytorch_model.config import EfficientDetConfig
 from tf_reference.variables import variables
 
+#: The models whose Keras names are recorded.
+LISTED = ["efficientdet-d0", "efficientdet-d4", "efficientdet-lite0"]
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
@@ -197,3 +204,92 @@ class Memory(Checkpoint):
         assert name == GRAPH_KEY
         assert self._graph is not None
         return self._graph
+
+
+# --- what Keras and the Detection API write beside a checkpoint ------------------------------------------
+
+
+@cache
+def keras_names() -> dict[str, dict[str, list[int]]]:
+    loaded: dict[str, dict[str, list[int]]] = json.loads(
+        lzma.decompress((GOLDENS / "keras_names.json.xz").read_bytes())
+    )
+    return loaded
+
+
+def save_h5(path: Path, values: Mapping[str, np.ndarray], piece: int = 10**6) -> None:
+    """Write ``values`` as Keras 2 does, the lists of names in pieces of ``piece`` names."""
+    import h5py
+
+    layers: dict[str, list[str]] = {"resample_p7": []}
+    for name in values:
+        layers.setdefault(name.split("/")[0], []).append(f"{name}:0")
+    with h5py.File(path, "w") as file:
+        _save_names(file.attrs, "layer_names", list(layers), piece)
+        for layer, names in layers.items():
+            group = file.create_group(layer)
+            _save_names(group.attrs, "weight_names", names, piece)
+            for name in names:
+                group.create_dataset(name, data=values[name.removesuffix(":0")])
+        _save_names(file.create_group("top_level_model_weights").attrs, "weight_names", [], piece)
+
+
+def _save_names(attributes: Any, name: str, names: list[str], piece: int) -> None:
+    encoded = [item.encode() for item in names]
+    if len(encoded) <= piece:
+        attributes[name] = encoded
+    else:
+        for number, start in enumerate(range(0, len(encoded), piece)):
+            attributes[f"{name}{number}"] = encoded[start : start + piece]
+
+
+# As in the API's template for D0, whose box coder is not that of the models it released.
+PIPELINE = """
+# SSD with EfficientNet-b0 + BiFPN
+model {{
+  ssd {{
+    num_classes: {num_classes}
+    add_background_class: {background}
+    box_coder {{ faster_rcnn_box_coder {{ {box_coder} }} }}
+    anchor_generator: {{
+      multiscale_anchor_generator {{
+        min_level: 3, max_level: {anchor_level}; anchor_scale: {anchor_scale}
+        aspect_ratios: {ratios} scales_per_octave: {scales}
+      }}
+    }}
+    image_resizer {{ keep_aspect_ratio_resizer {{ min_dimension: {size} max_dimension: {size} }} }}
+    box_predictor {{
+      weight_shared_convolutional_box_predictor {{
+        conv_hyperparams < force_use_bias: true activation: SWISH batch_norm {{ epsilon: 0.001 }} >
+      }}
+    }}
+    feature_extractor {{
+      type: '{extractor}'
+      bifpn {{ min_level: 3 max_level: {bifpn_level} num_iterations: 3 num_filters: 64 {combine} }}
+      conv_hyperparams {{ activation: {activation} batch_norm {{ epsilon: {epsilon} }} }}
+    }}
+    post_processing {{ score_converter: {converter} }}
+  }}
+}}
+train_config: {{ batch_size: 128 }}
+"""
+DEFAULTS = {
+    "num_classes": 2,
+    "background": "false",
+    "box_coder": "y_scale: 1.0 x_scale: 1.0 height_scale: 1.0 width_scale: 1.0",
+    "anchor_level": 7,
+    "anchor_scale": 4.0,
+    "bifpn_level": 7,
+    "ratios": "[1.0, 2.0, 0.5]",
+    "scales": 3,
+    "size": 512,
+    "extractor": "ssd_efficientnet-b0_bifpn_keras",
+    "combine": "",
+    "activation": "SWISH",
+    "epsilon": 0.001,
+    "converter": "SIGMOID",
+}
+
+
+def pipeline_text(**changes: Any) -> str:
+    return PIPELINE.format(**{**DEFAULTS, **changes})

@@ -172,7 +172,7 @@ def release_server() -> Iterator[None]:
 
 
 def _serve(connection: multiprocessing.connection.Connection) -> None:
-    from parity_tests.checkpoint.test_releases import Handler, Server, encode
+    from parity_tests.helpers.servers import Handler, Server, encode
 
     class Slow(Handler):
         """In pieces, so that a kill meets a file half there."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from parity_tests.helpers.object_trees import VALUE, automl_graph, automl_paths
+from parity_tests.helpers.object_trees import VALUE, automl_graph, automl_paths, pipeline_text, save_h5
 from parity_tests.helpers.paths import GOLDENS, TOOLS
 from parity_tests.helpers.tflite_files import TINY, golden, tiny_variables
 from parity_tests.robustness import sealed
@@ -355,9 +355,7 @@ def snappy_index(folder: Path) -> Path:
 
 
 def keras_h5(folder: Path) -> Path:
-    from parity_tests.checkpoint.test_keras_h5 import save_weights
-
-    save_weights(folder / "model.h5", values())
+    save_h5(folder / "model.h5", values())
     return folder / "model.h5"
 
 
@@ -419,8 +417,6 @@ def text(name: str, content: str) -> Callable[[Path], Path]:
 
 
 def pipeline(folder: Path) -> Path:
-    from parity_tests.checkpoint.test_detection_api import pipeline_text
-
     return text("pipeline.config", pipeline_text())(folder)
 
 
