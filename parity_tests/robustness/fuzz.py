@@ -11,7 +11,7 @@ process's resident memory, which also counts what PyTorch, Pillow, HDF5 and zlib
 touch. The second comes from Linux's /proc; elsewhere the first is all there is, and the summary says so.
 Both have a constant part (OBJECTS, RESIDENT), which over samples of a few hundred kilobytes hides a factor of
 dozens: test_costs.py has the files made to show factors. Targets called sealed are damaged behind their
-checksums, by sealed.py: there, damage may be another valid file.
+checksums, by damage.py: there, damage may be another valid file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from parity_tests.robustness import named
-from parity_tests.robustness.mutate import mutated, mutated_text
+from parity_tests.robustness.damage import mutated, mutated_text
 from parity_tests.robustness.targets import TARGETS, Target
 
 SECONDS = 10.0

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from parity_tests.robustness.fuzz import FAULTS, OBJECTS, REFUSED, SECONDS, _Reader
-from parity_tests.robustness.targets import convert_checkpoint, read_yaml, with_graph
+from parity_tests.robustness.samples import with_graph
+from parity_tests.robustness.targets import convert_checkpoint, read_yaml
 from porting.checkpoint.v2.table import MAGIC, _append_block, _BlockBuilder, write_table
 from porting.checkpoint.v2.writer import _entry, _header
 from porting.checkpoint.wire import bytes_field, int_field, write_varint

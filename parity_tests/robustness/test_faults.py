@@ -22,15 +22,14 @@ from typing import Any
 
 import pytest
 
-from parity_tests.helpers.paths import TOOLS
-from parity_tests.robustness import kills, targets
+from parity_tests.helpers.paths import ROOT, TOOLS
+from parity_tests.robustness import kill_commands, samples
+from parity_tests.robustness.kill_commands import EVAL
+from parity_tests.robustness.kills import digest
+from porting.cli.process import run as run_main
 from porting.errors import OutputError
 from pytorch_model import load_model
 from pytorch_model.files import check_writable, new_folder, replacing
-
-sys.path.insert(0, str(TOOLS))
-
-import _cli
 
 SLOWLY = ("--hparams", "image_size=512x512")
 LARGEST_FILE = 30_000  # bytes; less than any of the targets
@@ -72,8 +71,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pytorch_model.weights.files import write_weights
 
     folder = tmp_path_factory.mktemp("inputs")
-    kills.prepare_convert(folder)
-    targets.weights(".safetensors")(folder)
+    kill_commands.prepare_convert(folder)
+    samples.weights(".safetensors")(folder)
     model = create_model("efficientdet-d0", image_size=(64, 64))
     write_weights(folder / "d0.safetensors", model.state_dict(), model.config, {})
     Image.effect_noise((200, 200), 80).convert("RGB").save(folder / "picture.png")
@@ -89,7 +88,7 @@ def work(inputs: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
     (tmp_path / "coco").mkdir()
-    kills.prepare_eval(tmp_path / "coco")
+    kill_commands.prepare_eval(tmp_path / "coco")
     return tmp_path / "coco"
 
 
@@ -111,13 +110,13 @@ def run(
 def test_a_full_disk(work: Path, name: str) -> None:
     command, target = FULL[name]
     before = {path.relative_to(work) for path in work.rglob("*")}
-    old = kills.digest(work / target)
+    old = digest(work / target)
     done = run(work, command, disk_full)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     name = target.split("/")[0]
     assert re.search(rf"error: (cannot write {name}|{name}/model cannot be written)", done.stderr)
-    assert kills.digest(work / target) == old
+    assert digest(work / target) == old
     after = {path.relative_to(work) for path in work.rglob("*")}
     assert after - before <= {Path(target).parent}, "something is left over"
 
@@ -163,7 +162,7 @@ LOCKED = {
 def test_a_folder_that_may_not_be_written(work: Path, name: str) -> None:
     """It is said before the work, of which nothing is printed."""
     if name == "evaluate":
-        kills.prepare_eval(work)
+        kill_commands.prepare_eval(work)
     (work / "locked").mkdir(mode=0o500)
     done = run(work, LOCKED[name], heed_permissions)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -208,7 +207,7 @@ def test_two_at_once(work: Path) -> None:
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     both = [subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert load_model(work / "out.safetensors").config.num_classes == targets.CONFIG.num_classes
+    assert load_model(work / "out.safetensors").config.num_classes == samples.CONFIG.num_classes
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
 
 
@@ -217,31 +216,31 @@ def test_two_evaluations_at_once(coco: Path) -> None:
     (coco / "eval").mkdir()
     with open(coco / "eval" / ".lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = run(coco, kills.EVAL)
+        done = run(coco, EVAL)
     assert done.returncode == 2
     assert "error: another evaluation is at work in eval; let it end, or choose another --out" in done.stderr
     assert [path.name for path in (coco / "eval").rglob("*.*")] == [".lock"]
-    command = [sys.executable, str(TOOLS / kills.EVAL[0]), *kills.EVAL[1:]]
+    command = [sys.executable, str(TOOLS / EVAL[0]), *EVAL[1:]]
     both = [subprocess.Popen(command, cwd=coco, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert sorted(process.wait() for process in both) in ([0, 0], [0, 2])
-    both_ran = kills.digest(coco / "eval" / "metrics.json")
-    assert run(coco, (*kills.EVAL, "--restart")).returncode == 0
-    assert kills.digest(coco / "eval" / "metrics.json") == both_ran
+    both_ran = digest(coco / "eval" / "metrics.json")
+    assert run(coco, (*EVAL, "--restart")).returncode == 0
+    assert digest(coco / "eval" / "metrics.json") == both_ran
 
 
 def test_out_of_memory(coco: Path) -> None:
     """The first convolution of 24 such pictures asks for 6 GB."""
-    assert run(coco, kills.EVAL).returncode == 0
-    old = kills.digest(coco / "eval" / "metrics.json")
+    assert run(coco, EVAL).returncode == 0
+    old = digest(coco / "eval" / "metrics.json")
     (coco / "eval").rename(coco / "before")
-    large = (*kills.EVAL, "--batch-size", "24", "--hparams", "image_size=2048x4096")
+    large = (*EVAL, "--batch-size", "24", "--hparams", "image_size=2048x4096")
     done = run(coco, large, little_memory)
     assert done.returncode == 2, done.stderr
     assert "error: out of memory; try a smaller --batch-size or --size" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (coco / "eval" / "metrics.json").exists()
-    assert run(coco, kills.EVAL).returncode == 0
-    assert kills.digest(coco / "eval" / "metrics.json") == old
+    assert run(coco, EVAL).returncode == 0
+    assert digest(coco / "eval" / "metrics.json") == old
 
 
 def little_memory() -> None:
@@ -251,11 +250,11 @@ def little_memory() -> None:
 @pytest.mark.slow
 def test_a_worker_is_killed_for_its_memory(coco: Path) -> None:
     """The kernel sends SIGKILL. The others end too, and the next run goes on to the same figures."""
-    assert run(coco, (*kills.EVAL, *SLOWLY)).returncode == 0
-    undisturbed = kills.digest(coco / "eval" / "metrics.json")
+    assert run(coco, (*EVAL, *SLOWLY)).returncode == 0
+    undisturbed = digest(coco / "eval" / "metrics.json")
     shutil.rmtree(coco / "eval")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(TOOLS / kills.EVAL[0]), *kills.EVAL[1:], *SLOWLY]
+    command = [*torchrun, str(TOOLS / EVAL[0]), *EVAL[1:], *SLOWLY]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.Popen(command, cwd=coco, stderr=subprocess.PIPE, text=True, env=environment)
     kept = coco / "eval" / "shards" / "ours-1.jsonl"
@@ -268,7 +267,7 @@ def test_a_worker_is_killed_for_its_memory(coco: Path) -> None:
     assert kept.exists()
     done = subprocess.run(command, cwd=coco, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert kills.digest(coco / "eval" / "metrics.json") == undisturbed
+    assert digest(coco / "eval" / "metrics.json") == undisturbed
 
 
 def worker(parent: int, rank: int) -> int:
@@ -297,7 +296,7 @@ CLOCKED = {
     "convert to .pth": FULL["convert to .pth"],
     "export": FULL["export"],
     "export h5": FULL["export h5"],
-    "eval": (kills.EVAL, "eval/metrics.json"),
+    "eval": (EVAL, "eval/metrics.json"),
     "release": (("release.py", "--ckpt", "ckpt", "--out", "release", "--size", "128"), "release/custom"),
 }
 
@@ -317,7 +316,7 @@ def test_the_clock_goes_backwards(work: Path, coco: Path, tmp_path: Path, name: 
     assert run(work, command).returncode == 0
     done = run(odd, command, PYTHONPATH=str(tmp_path / "clock"))
     assert done.returncode == 0, done.stderr
-    assert kills.digest(odd / target) == kills.digest(work / target)
+    assert digest(odd / target) == digest(work / target)
 
 
 @pytest.mark.parametrize(
@@ -352,29 +351,29 @@ def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) ->
 ENDED = """
 import signal, sys
 sys.path.insert(0, sys.argv[1])
-import _cli
+from porting.cli import process
 
 class Swallows:
     def __del__(self):
         signal.raise_signal(signal.SIGTERM)  # what a __del__ raises is printed, not passed on
 
-def fail(message, plainly=_cli.fail):
+def fail(message, plainly=process.fail):
     signal.raise_signal(signal.SIGTERM)
     return plainly(message)
 
 def main():
     Swallows()
     print("swallowed", flush=True)
-    _cli.fail = fail
+    process.fail = fail
     signal.raise_signal(signal.SIGTERM)
     return 0
 
-_cli.run(main)
+process.run(main)
 """
 
 
 def test_signals_end_it_whatever_swallowed_the_first_and_one_more_does_no_harm() -> None:
-    command = [sys.executable, "-c", ENDED, str(TOOLS)]
+    command = [sys.executable, "-c", ENDED, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "swallowed\n"), done.stderr
     assert done.stderr.endswith("\nerror: ended by SIGTERM; nothing was left half-written\n")
@@ -404,7 +403,7 @@ def test_signals_end_a_process_that_waits_for_another(
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     environment = {**os.environ, **where, "PYTHONPATH": str(TOOLS.parent)}
     waiting = subprocess.Popen(
-        [sys.executable, TOOLS / kills.EVAL[0], *kills.EVAL[1:]],
+        [sys.executable, TOOLS / EVAL[0], *EVAL[1:]],
         cwd=coco,
         env={**environment, "RANK": "1"},
         preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
@@ -445,10 +444,10 @@ def test_closed_streams(work: Path, closed: tuple[int, ...]) -> None:
     """Nothing can be said, and no file gets the number of a stream and what is printed."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     plain = subprocess.run(command, cwd=work, capture_output=True)
-    whole = kills.digest(work / "out.safetensors")
+    whole = digest(work / "out.safetensors")
     done = subprocess.run(command, cwd=work, capture_output=True, preexec_fn=lambda: [*map(os.close, closed)])
     assert (plain.returncode, done.returncode) == (0, 0), done.stderr
-    assert kills.digest(work / "out.safetensors") == whole
+    assert digest(work / "out.safetensors") == whole
 
 
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.0])
@@ -456,11 +455,11 @@ def test_interrupts(work: Path, moment: float) -> None:
     """Ctrl-C, at parts of the time the command takes: exit status 130 or done, nothing left over."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     before = {path.name for path in work.iterdir()}
-    old = kills.digest(work / "out.safetensors")
+    old = digest(work / "out.safetensors")
     subprocess.run(command, cwd=work, check=True, capture_output=True)
-    new = kills.digest(work / "out.safetensors")
+    new = digest(work / "out.safetensors")
     (work / "out.safetensors").write_bytes(b"the old weights")
-    assert kills.digest(work / "out.safetensors") == old != new
+    assert digest(work / "out.safetensors") == old != new
     process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         used = _cpu_seconds(process.pid)
@@ -471,7 +470,7 @@ def test_interrupts(work: Path, moment: float) -> None:
     assert process.returncode in (0, 130), errors
     assert "Traceback" not in errors
     # An interrupt between the renaming and the end finds the new file there.
-    assert kills.digest(work / "out.safetensors") in ((old, new) if process.returncode else (new,))
+    assert digest(work / "out.safetensors") in ((old, new) if process.returncode else (new,))
     assert {path.name for path in work.iterdir()} == before
 
 
@@ -534,7 +533,7 @@ def test_other_faults_of_the_system_are_not_called_printing(capsys: pytest.Captu
             raise error
 
         with pytest.raises(SystemExit) as ended:
-            _cli.run(main)
+            run_main(main)
         assert ended.value.code == 2
         out, err = capsys.readouterr()
         assert out == ""  # with --json, a program reads it

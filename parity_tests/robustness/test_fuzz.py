@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from parity_tests.robustness.damage import mutated, mutated_text
 from parity_tests.robustness.fuzz import FAULTS, IDENTICAL, REFUSED, _Sample, fuzz, resident_measured
 from parity_tests.robustness.targets import TARGETS, Target
 from porting.errors import CheckpointError, EfficientDetError
@@ -121,8 +122,6 @@ def test_every_fault_is_seen(
 
 
 def test_damage_depends_on_the_seed_alone() -> None:
-    from parity_tests.robustness.mutate import mutated, mutated_text
-
     data = b"num_classes=20,image_size=640x480\n" * 5
     for damage in (mutated, mutated_text):
         found = [damage(data, random.Random(seed)) for seed in range(200)]

@@ -14,7 +14,8 @@ import pytest
 
 from parity_tests.helpers.paths import ROOT
 from parity_tests.robustness import kills
-from parity_tests.robustness.kills import AGAIN, BROKEN, BY_CALL, COMMANDS, HIDDEN, LEFT, NEW, OLD, Command
+from parity_tests.robustness.kill_commands import COMMANDS, Command, fork
+from parity_tests.robustness.kills import AGAIN, BROKEN, BY_CALL, HIDDEN, LEFT, NEW, OLD
 from parity_tests.robustness.moments import Calls, Moment, load
 
 
@@ -143,7 +144,7 @@ def test_each_phase_of_each_call_is_met(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         nothing(folder)
-        pid = kills._fork(in_many_ways, folder, Calls(folder, moment))
+        pid = fork(in_many_ways, folder, Calls(folder, moment))
         assert os.waitpid(pid, 0)[1] == (signal.SIGKILL if moment else 0)
         text = folder / "folder" / "text"
         old = (folder / "target").read_text()
@@ -172,5 +173,5 @@ def test_each_phase_of_each_call_is_met(tmp_path: Path) -> None:
 
 def _moments_of(run: Callable[[Path], None], folder: Path) -> list[Moment]:
     folder.mkdir()
-    assert os.waitpid(kills._fork(run, folder, Calls(folder), folder / "seen"), 0)[1] == 0
+    assert os.waitpid(fork(run, folder, Calls(folder), folder / "seen"), 0)[1] == 0
     return load(folder / "seen")[1]
