@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -234,6 +235,16 @@ def _loaded_by(code: str, *arguments: str) -> set[str]:
 def test_the_packages_alone_load_nothing_heavy() -> None:
     assert not _loaded_by("import porting, pytorch_model, tf_reference")
     assert "torch" in _loaded_by("from pytorch_model import Detector")  # the check sees what is loaded
+
+
+@pytest.mark.parametrize("package", [name for name in modules() if _lazy_names(name)])
+def test_every_public_name_is_there(package: str) -> None:
+    module = importlib.import_module(package)
+    assert set(module.__all__) == set(_lazy_names(package))
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'absent'"):
+        _ = module.absent
 
 
 @pytest.mark.parametrize("name", COMMANDS)
