@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import normalise
 from porting.synthetic import synthetic_image, synthetic_variables
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage, model_config
@@ -52,8 +53,7 @@ def tiny_variables(config: EfficientDetConfig = TINY) -> dict[str, np.ndarray]:
 def pictures(config: EfficientDetConfig, count: int, first: int = 10) -> np.ndarray:
     """Normalised pictures, float32 [count, H, W, 3]."""
     images = np.stack([synthetic_image(*config.image_size, first + i) for i in range(count)])
-    mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
-    return (images.astype(np.float32) - mean) / stddev
+    return normalise(images, config)
 
 
 def golden(kind: str) -> Path:

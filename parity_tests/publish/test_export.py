@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -313,6 +314,14 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(CheckFailedError, match="the exported program's box_p3 is off by"):
         TARGETS["torch-export"].write(weights, tmp_path / "network.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_not_taken_for_rounding() -> None:
+    """Errors are infinite if a value is NaN, also that of PyTorch's own float32."""
+    with pytest.raises(
+        CheckFailedError, match="the exported program's box_p3 is off, PyTorch's float32 by inf"
+    ):
+        network.require_rounding("box_p3 is off", math.inf, math.inf)
 
 
 @pytest.mark.parametrize("target", ["effdet", "onnx", "onnx-detector", "torch-export"])
