@@ -108,7 +108,7 @@ REFUSED = {
     ),
     "misshapen slot": (
         put("resample_p6/bn/beta/Momentum", np.zeros(3, np.float32)),
-        r"beta/Momentum has shape \[3\] where resample_p6/bn/beta has \[64\]; this checkpoint mixes two",
+        r"beta/Momentum has shape \[3\], but resample_p6/bn/beta has \[64\]; this checkpoint mixes two",
     ),
     "overflowing": (
         put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, 1e300)),

@@ -79,7 +79,8 @@ def compare_outputs(network: EfficientDet, run: Callable[[Tensor], Sequence[Tens
     """The largest relative L2 between the exported program ``run`` and the float32 ``network``.
 
     ``run`` takes images and returns the class and box outputs of every level; it is tried on each of
-    :data:`COUNTS` images. Raises :class:`CheckFailedError` if an output differs by more than rounding explains.
+    :data:`COUNTS` images. Raises :class:`CheckFailedError` if an output differs by more than rounding
+    explains.
     """
     worst = 0.0
     double_network = copy.deepcopy(network).double()

@@ -20,9 +20,9 @@ _YAML_SUFFIXES = (".yaml", ".yml")
 def read_hparams(text: str) -> Hparams:
     """Read ``name=value,…``, or the ``.yaml`` file that ``text`` names.
 
-    Values are Python's, and ``true`` and ``false``. Lists stand in brackets, or ``*`` separates their items. An
-    image size is a number or ``WIDTHxHEIGHT``. Raises :class:`ConfigError` on an unknown name, on a value of
-    the wrong kind, and on a value that asks for a network which this project does not build.
+    Values are Python's, and ``true`` and ``false``. Lists stand in brackets, or ``*`` separates their items.
+    An image size is a number or ``WIDTHxHEIGHT``. Raises :class:`ConfigError` on an unknown name, on a value
+    of the wrong kind, and on a value that asks for a network which this project does not build.
     """
     if text.lower().endswith(_YAML_SUFFIXES) and ("=" not in text or os.path.isfile(text)):
         from porting.hparams.yaml_file import read_yaml  # PyYAML is loaded only for YAML

@@ -41,8 +41,8 @@ IGNORED = frozenset(
 
 _IGNORED_DICTIONARIES = ("device", "label_map")
 
-#: Hyper-parameters that would change the network to one that this project does not build, with the values that
-#: are accepted.
+#: Hyper-parameters that would change the network to one that this project does not build, with the values
+#: that are accepted.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "apply_bn_for_resampling": (True,),
     "backbone_config": (None,),
@@ -171,7 +171,7 @@ def _boolean(value: Any) -> bool:
 
 
 def _whole(least: int, most: int) -> Convert:
-    """A whole number. The upper bounds are far above any model's value, but low enough to catch a typing error."""
+    """A whole number. The upper bounds are far above any model, but catch typing errors."""
 
     def convert(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
