@@ -151,7 +151,7 @@ def _bifpn(config: EfficientDetConfig) -> Iterator[Rule]:
 
 
 def _head(config: EfficientDetConfig, kind: str) -> Iterator[Rule]:
-    """``kind`` is ``class`` or ``box``. One convolution serves all levels: its bias enters each level's mean."""
+    """``kind`` is ``class`` or ``box``. One convolution serves all levels; each mean gets its bias."""
     target, scope = f"{kind}_net", f"{kind}_net/{kind}"
     for i in range(config.box_class_repeats):
         yield from _separable(f"{target}.convs.{i}", f"{scope}-{i}")

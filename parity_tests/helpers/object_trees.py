@@ -1,7 +1,8 @@
-"""AutoML's and the Object Detection API's objects, written down from their source: who owns which variable.
+"""The objects of AutoML and of the Object Detection API, written down from their source, with their
+variables.
 
-The readers in ``porting.checkpoint`` go from objects to names by structure; this goes from a configuration to
-objects, so that one proves the other.
+The readers in ``porting.checkpoint`` go from objects to names by structure. This module goes from a
+configuration to objects, so that each proves the other. It also writes other files of Keras and of the API.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def automl_paths(config: EfficientDetConfig) -> dict[str, str]:
 def automl_graph(
     config: EfficientDetConfig, names: Mapping[str, str] | None = None, prefix: str = ""
 ) -> bytes:
-    """The object graph of a Keras model. ``names``: path → full name, where it is not AutoML's own name.
+    """The object graph of a Keras model. ``names``: path → full name, if it is not AutoML's own name.
 
     Levels that only pool have an object too, without variables.
     """
@@ -87,9 +88,9 @@ def _automl_scopes(config: EfficientDetConfig) -> Iterator[tuple[str, str]]:
 
 
 def odapi_paths(config: EfficientDetConfig, detector_blocks: int) -> dict[str, str]:
-    """AutoML name → path from the API's detection model; WSM and its twins share one.
+    """AutoML name → path from the API's detection model. All WSM variables of a node share one path.
 
-    The detector runs the first ``detector_blocks``; the other blocks belong to the classifier.
+    The detector runs the first ``detector_blocks`` blocks; the others belong to the classifier.
     """
     scopes = dict(_odapi_scopes(config, detector_blocks))
     found = {}
@@ -150,7 +151,7 @@ def _chain(config: EfficientDetConfig) -> Iterator[tuple[int, str]]:
 def graph_of(
     paths: Mapping[str, str], keys: Mapping[str, str] | None = None, empty: tuple[str, ...] = ()
 ) -> bytes:
-    """A ``TrackableObjectGraph``: path → the variable's full name. ``keys``: path → key, where it is another.
+    """A ``TrackableObjectGraph``: path → the variable's full name. ``keys``: path → key, if it differs.
 
     ``empty`` are paths of objects without variables.
     """
@@ -184,7 +185,7 @@ def _varint(value: int) -> bytes:
 
 
 class Memory(Checkpoint):
-    """Arrays that stand for a TensorBundle, with an object graph if one is given."""
+    """Arrays in place of a TensorBundle, with an object graph if one is given."""
 
     def __init__(
         self, arrays: Mapping[str, np.ndarray], graph: bytes | None = None, source: str = "folder/ckpt-1"
@@ -206,7 +207,7 @@ class Memory(Checkpoint):
         return self._graph
 
 
-# --- what Keras and the Detection API write beside a checkpoint ------------------------------------------
+# --- other files of Keras and of the Detection API ------------------------------------------
 
 
 @cache
@@ -218,7 +219,7 @@ def keras_names() -> dict[str, dict[str, list[int]]]:
 
 
 def save_h5(path: Path, values: Mapping[str, np.ndarray], piece: int = 10**6) -> None:
-    """Write ``values`` as Keras 2 does, the lists of names in pieces of ``piece`` names."""
+    """Write ``values`` as Keras 2 does. Lists of names are split into pieces of ``piece`` names."""
     import h5py
 
     layers: dict[str, list[str]] = {"resample_p7": []}
@@ -243,7 +244,7 @@ def _save_names(attributes: Any, name: str, names: list[str], piece: int) -> Non
             attributes[f"{name}{number}"] = encoded[start : start + piece]
 
 
-# As in the API's template for D0, whose box coder is not that of the models it released.
+# As in the API's template for D0. Its box coder differs from that of the API's released models.
 PIPELINE = """
 # SSD with EfficientNet-b0 + BiFPN
 model {{

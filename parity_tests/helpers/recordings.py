@@ -1,7 +1,7 @@
-"""Recordings of Google's own code: activations in float64, and the seeded weights and pictures behind them.
+"""Recordings of Google's own code: activations in float64, and the seeded weights and images they came from.
 
-The weights are a pure function of (name, shape), so the recordings need not hold them; only batch-norm
-statistics, which were calibrated by running the network, are stored.
+The weights are a pure function of (name, shape), so they are not stored. Only the batch-norm statistics are
+stored, because they were calibrated by running the network.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ GENERATED: dict[str, dict[str, Any]] = {
 class Recording:
     """Google's activations of one model on one batch.
 
-    ``endpoints``: recorded key → (values, stride): ``values`` is the flattened NHWC activation, every
-    ``stride``-th element of it. ``norms``: L2 of the *full* activation. ``images``: [N, H, W, 3], normalised.
+    ``endpoints``: recorded key → (values, stride): ``values`` is every ``stride``-th element of the flattened
+    NHWC activation. ``norms``: L2 of the *full* activation. ``images``: [N, H, W, 3], normalised.
     ``google_error``: relative L2 of Google's float32 to Google's float64 at each endpoint.
     """
 
@@ -120,7 +120,7 @@ def _fusion_weight(rng: np.random.Generator, scope: str, leaf: str) -> float:
 
 
 def normalise(picture: np.ndarray, config: EfficientDetConfig) -> np.ndarray:
-    """uint8 [..., 3] → float32, (x − mean) / stddev."""
+    """uint8 [..., 3] → float32, (x − mean) / stddev. Independent of the code under test."""
     return (picture.astype(np.float32) - np.array(config.mean_rgb, np.float32)) / np.array(
         config.stddev_rgb, np.float32
     )
@@ -154,7 +154,7 @@ def shared_recording(model: str, size: int) -> Recording:
 
 
 def recorded_images(folder: Path, model: str, size: int, batch: int) -> np.ndarray:
-    """The stored input where there is one; the others are drawn by the recordings' own module."""
+    """The stored input if there is one, otherwise the images that the recordings' own module draws."""
     stored = folder / f"input_s{size}.npz"
     if stored.exists():
         with np.load(stored) as content:
@@ -171,7 +171,7 @@ def recorded_images(folder: Path, model: str, size: int, batch: int) -> np.ndarr
 
 
 def golden_recording(model: str) -> Recording:
-    """A thinned copy of one recording, carried by the project."""
+    """A thinned copy of one recording, which is part of the project."""
     with np.load(GOLDENS / f"{model}.npz") as stored:
         arrays = {key: stored[key] for key in stored.files}
     about = json.loads(bytes(arrays.pop("about")))
@@ -188,7 +188,7 @@ def golden_recording(model: str) -> Recording:
 
 
 def tap_of(endpoint: str, config: EfficientDetConfig) -> str:
-    """The reference tap that shows what the recordings call ``endpoint``."""
+    """The reference tap of the activation that the recordings call ``endpoint``."""
     scope, _, rest = endpoint.partition("/")
     if scope in ("class_outputs", "box_outputs"):
         return endpoint
@@ -216,7 +216,7 @@ def _backbone_tap(endpoint: str, config: EfficientDetConfig) -> str:
     scope = f"{backbone.name}/blocks_{index}"
     if not inner:
         return scope
-    block = backbone.blocks[index]  # "expansion_output": what the projection gets
+    block = backbone.blocks[index]  # "expansion_output": the input of the projection
     if block.se_filters:
         return f"{scope}/se"
     return f"{scope}/tpu_batch_normalization" + ("_1" if block.expand_ratio != 1 else "")

@@ -1,4 +1,4 @@
-"""A server on this machine that stands for Google Cloud Storage."""
+"""A local server that behaves like Google Cloud Storage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BODY = np.random.default_rng(0).bytes(3_000_000)
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``body`` as Google Cloud Storage does; each of ``faults`` spoils one request, in turn."""
+    """Serves ``body`` as Google Cloud Storage does. Each of ``faults``, in turn, spoils one request."""
 
     daemon_threads = True
     block_on_close = False
@@ -38,7 +38,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/e"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client of a broken connection is no news."""
+        """Ignore broken connections: the tests break them on purpose."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -51,7 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.serve()
 
     def serve(self, limit: int | None = None, changed: dict[str, str | None] | None = None) -> None:
-        """Send what was asked for, ``limit`` bytes of it, with headers ``changed`` or (None) left out."""
+        """Send the requested bytes, at most ``limit``; ``changed`` replaces headers, None removes one."""
         server = self.server
         start = 0
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

@@ -20,7 +20,7 @@ SHALLOW = tuple(
 
 
 def tiny(**changes: Any) -> EfficientDetConfig:
-    """D0 of one cell, one repeat: little to write, nothing left out."""
+    """D0 with one cell and one repeat: few variables, but every kind of layer."""
     small = {"fpn_cell_repeats": 1, "box_class_repeats": 1, "num_classes": 2}
     return model_config("efficientdet-d0", **{**small, **changes})
 
@@ -56,7 +56,7 @@ def built(
 
 
 def one_of_each_layer() -> EfficientDetConfig:
-    """Every kind of layer, few weights."""
+    """Every kind of layer, few weights, fewer than in :func:`tiny`."""
     widths, kernels, strides = (4, 14, 4, 14, 6, 16, 4), (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1)
     stages = tuple(
         Stage(1, kernel, stride, 6 if i else 1, width)
@@ -74,7 +74,7 @@ def one_of_each_layer() -> EfficientDetConfig:
 
 
 class OneObject(nn.Module):
-    """Stands for the network: sees one object, exactly an anchor, whatever the image."""
+    """Replaces the network: finds one object, exactly at an anchor, in any image."""
 
     def __init__(self, config: EfficientDetConfig, level: int, row: int, column: int, anchor: int) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ _TOKENS = (
 
 
 def mutated_text(data: bytes, rng: random.Random) -> bytes:
-    """``data`` with one to three of its words, numbers or signs replaced, left out or doubled."""
+    """``data`` with one to three of its words, numbers or characters replaced, removed or doubled."""
     changed = data
     while changed == data:
         for _ in range(rng.choice((1, 1, 2, 3))):
@@ -66,7 +66,7 @@ def mutated_text(data: bytes, rng: random.Random) -> bytes:
 
 
 def _place(data: bytes, rng: random.Random) -> int:
-    """Anywhere; half of the time near an end, where headers and footers are."""
+    """Any position; half of the time near an end, where headers and footers are."""
     near = min(len(data), 64)
     choice = rng.random()
     if choice < 0.25:
@@ -151,7 +151,7 @@ _MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def sealed_index(folder: Path, rng: random.Random) -> None:
-    """One key or value of the index, the header included."""
+    """Change one key or value of the index; the header counts as one."""
     path = next(folder.glob("*.index"))
     items = dict(read_table(path.read_bytes()))
     key = rng.choice((b"", *items))
@@ -165,7 +165,7 @@ def sealed_index(folder: Path, rng: random.Random) -> None:
 
 
 def sealed_blocks(folder: Path, rng: random.Random) -> None:
-    """The bytes of one block as they are stored, behind snappy or not."""
+    """Change the stored bytes of one block, compressed with snappy or not."""
     path = next(folder.glob("*.index"))
     data = path.read_bytes()
     end = len(data) - FOOTER_SIZE
@@ -186,7 +186,7 @@ def sealed_blocks(folder: Path, rng: random.Random) -> None:
 
 
 def sealed_object_graph(folder: Path, rng: random.Random) -> None:
-    """The object graph: its bytes, or one number or name in one of its objects."""
+    """Change the object graph: any bytes, or one number or name in one of its objects."""
     graph = automl_graph(CONFIG)
     if rng.random() < 0.25:
         with_graph(folder, mutated(graph, rng))
@@ -214,7 +214,7 @@ def _bytes_of(message: bytes) -> list[tuple[int, int, int | bytes]]:
 
 
 def sealed_zip_member(folder: Path, rng: random.Random) -> None:
-    """What lies in the zip, packed again."""
+    """Change the file inside the zip and pack it again."""
     path = next(folder.glob("*.zip"))
     with zipfile.ZipFile(path) as archive:
         (name,) = archive.namelist()

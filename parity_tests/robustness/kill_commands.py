@@ -29,10 +29,11 @@ LOG = "log"
 
 @dataclass(frozen=True)
 class Command:
-    """``prepare(folder)`` makes what the command needs, and an old target if any; ``run(folder)`` is the
-    command, in a process of its own; ``target`` is the file or folder in question, relative to the folder.
+    """A command to kill.
 
-    ``once``: it refuses to replace a target that is there.
+    ``prepare(folder)`` makes its input files, and an old target if there is one. ``run(folder)`` is the
+    command; it is called in a fork. ``target`` is the file or folder that it writes, relative to ``folder``.
+    ``once``: it does not replace an existing target.
     """
 
     name: str
@@ -45,9 +46,9 @@ class Command:
 def fork(
     run: Callable[[Path], None], work: Path, calls: Calls | None = None, seen: Path | None = None
 ) -> int:
-    """``run(work)`` in a fork; its process id. What it prints goes to :data:`LOG`.
+    """Start ``run(work)`` in a fork and return its process id. Its output goes to :data:`LOG`.
 
-    ``calls`` watches it, and writes what it saw to ``seen``.
+    ``calls`` watches it and saves the calls to ``seen``.
     """
     pid = os.fork()
     if pid:
@@ -120,7 +121,7 @@ def prepare_eval(folder: Path) -> None:
 
 
 def prepare_eval_again(folder: Path) -> None:
-    """Older results are there, and half of the pictures are detected."""
+    """Older results exist, and half of the images are already done."""
     prepare_eval(folder)
     status = os.waitpid(fork(tool(*EVAL), folder), 0)[1]
     assert status == 0, (folder / LOG).read_text()[-2000:]
@@ -137,7 +138,7 @@ def prepare_download(folder: Path) -> None:
 
 
 def prepare_download_again(folder: Path) -> None:
-    """A file that is no longer what its record says."""
+    """A file that does not match its record."""
     target = folder / DOWNLOADED
     target.parent.mkdir(parents=True)
     target.write_bytes(b"rotten")
@@ -156,7 +157,7 @@ def download(folder: Path) -> None:
 
 @contextlib.contextmanager
 def release_server() -> Iterator[None]:
-    """Serves any release, slowly, from a process of its own."""
+    """Serve any release, slowly, from a separate process."""
     from porting.sources.google_releases import BASE_URL_VARIABLE
 
     context = multiprocessing.get_context("spawn")
@@ -175,7 +176,7 @@ def _serve(connection: multiprocessing.connection.Connection) -> None:
     from parity_tests.helpers.servers import Handler, Server, encode
 
     class Slow(Handler):
-        """In pieces, so that a kill meets a file half there."""
+        """Sends in pieces, so that a kill can leave half of a file."""
 
         def serve(self, limit: int | None = None, changed: dict[str, str | None] | None = None) -> None:
             body, start = self.server.body, 0

@@ -1,15 +1,16 @@
-"""Kill commands in the middle: ``python -m parity_tests.robustness.kills --kills 200``.
+"""Kill commands while they run: ``python -m parity_tests.robustness.kills --kills 200``.
 
-Half of the kills fall on a random moment of the run, half on a call that changes a file: before it, after
-it, or with half of a write on disk. Those calls of an undisturbed run are listed first and taken in turn,
-each kind of call on each file once, writes in the middle, before any comes again. After the SIGKILL the
-target must be the complete old one or the complete new one; running the command again must then leave every
-file as an undisturbed run does. Beside these only hidden files may be left, which the killed process could
-not remove; they are counted.
+Half of the kills happen at a random time, half at a call that changes a file: before it, after it, or with
+half of a write on disk. The calls of an undisturbed run are listed first and used in turn: each kind of call
+on each file once, the middle of writes first, before any is repeated. After the SIGKILL the target must be
+the complete old one or the complete new one. Running the command again must then leave every file as an
+undisturbed run does. Only hidden files, which the killed process could not remove, may be left in addition;
+they are counted.
 
-``convert``, ``export to h5``, ``eval again`` and ``download again`` begin with a complete old target;
-``eval``, ``download``, and ``export`` and ``release``, which replace nothing, begin with none. The commands
-run in forks of this process, which has loaded PyTorch already, so that most of their time is work.
+``convert``, ``export to h5``, ``eval again`` and ``download again`` begin with a complete old target.
+``eval``, ``download``, ``export`` and ``release`` begin without one; the last two never replace a target. The
+commands run in forks of this process, which has already loaded PyTorch, so that they spend most of their time
+on work.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ BY_TIME, BY_CALL = "any moment", "file calls"
 
 @dataclass
 class Tally:
-    """What was found after each kill; ``examples``: (verdict, seed, more) of what must not be."""
+    """The results after each kill. ``examples``: (verdict, seed, details) of the faults."""
 
     seconds: float
     moments: int
@@ -61,7 +62,7 @@ class Tally:
 
     @property
     def counts(self) -> Counter[str]:
-        """Of all kills; with :data:`HIDDEN`, which comes beside a verdict."""
+        """The verdicts of all kills, and :data:`HIDDEN`, which is counted separately."""
         return sum(self.by.values(), Counter())
 
     @property
@@ -71,7 +72,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A command, what it begins with, and what undisturbed runs of it make of that."""
+    """A command, the folder that it starts from, and the result of undisturbed runs."""
 
     command: Command
     start: Path
@@ -83,7 +84,7 @@ class _Trial:
     moments: list[Moment]
 
     def attempt(self, moment: Moment | None, rng: random.Random) -> tuple[str, bool, str]:
-        """Kill it once, at a random time if not at ``moment``: (verdict, hidden files are left, more)."""
+        """Kill the command once, at ``moment`` or a random time: (verdict, hidden files are left, details)."""
         _reset(self.start, self.work)
         pid = fork(self.command.run, self.work, Calls(self.work, moment) if moment else None)
         if moment is None:
@@ -136,7 +137,7 @@ def kill(command: Command, kills: int, seed: int, progress: Callable[[], None] =
 
 
 def _prepared(command: Command, root: Path) -> _Trial:
-    """Three undisturbed runs, which must agree."""
+    """Make three undisturbed runs, which must agree."""
     start, work, seen = root / "start", root / "work", root / "seen"
     start.mkdir()
     command.prepare(start)
@@ -148,7 +149,7 @@ def _prepared(command: Command, root: Path) -> _Trial:
         assert status == 0, (work / LOG).read_text()[-2000:]
         durations.append(time.perf_counter() - began)
         results.append(files(work))
-    assert results[0] == results[1] == results[2], f"{command.name} writes something else each time"
+    assert results[0] == results[1] == results[2], f"{command.name} writes different files each time"
     old, new = digest(start / command.target), digest(work / command.target)
     assert old != new
     written, found = moments.load(seen)
@@ -163,7 +164,7 @@ def _size(path: Path) -> int:
 
 
 def in_turn(found: list[Moment], rng: random.Random) -> list[Moment]:
-    """In random order, but one of each kind in turn, and halves first: what is written once comes early."""
+    """In random order, but one of each kind in turn, and middles first, so that rare writes come early."""
     kinds: dict[str, list[Moment]] = {}
     for moment in sorted(rng.sample(found, len(found)), key=lambda moment: moment.phase != MIDDLE):
         kinds.setdefault(moment.what, []).append(moment)
@@ -177,13 +178,13 @@ def _reset(start: Path, work: Path) -> None:
 
 
 def files(folder: Path) -> dict[str, str]:
-    """Name → digest of every file and folder in ``folder``, but the log."""
+    """Name → digest of every file and folder in ``folder``, except the log."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     return {name: digest(path) if path.is_file() else "folder" for name, path in found.items() if name != LOG}
 
 
 def digest(target: Path) -> str:
-    """Of a file, or of all files of a folder."""
+    """The digest of a file, or of all files in a folder; :data:`ABSENT` if there is none."""
     if not target.exists():
         return ABSENT
     content = hashlib.sha256()
@@ -228,7 +229,7 @@ def main() -> int:
 
 
 def load_libraries() -> None:
-    """What the commands would spend most of their time on, once for all forks."""
+    """Import the libraries once for all forks; the commands would spend most of their time on it."""
     import pycocotools.cocoeval
     import safetensors.torch
     import torch

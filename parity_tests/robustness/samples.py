@@ -53,7 +53,7 @@ def object_based(folder: Path) -> Path:
 
 
 def with_graph(folder: Path, graph: bytes) -> Path:
-    """An object graph is a string, which the project never writes: the entry is put together by hand."""
+    """A checkpoint with an object graph. The project never writes strings: the entry is made by hand."""
     import google_crc32c
 
     from porting.checkpoint import wire
@@ -135,7 +135,7 @@ def zipped_graph(folder: Path) -> Path:
 
 
 def snappy_index(folder: Path) -> Path:
-    """The real one of a released model, as TensorFlow packed it."""
+    """The index of a released model, as TensorFlow compressed it."""
     return Path(shutil.copy(GOLDENS / "bundle" / "snappy.index", folder / "ckpt-0.index"))
 
 
@@ -164,7 +164,7 @@ def weights(suffix: str) -> Callable[[Path], Path]:
 
 
 def release(folder: Path) -> Path:
-    """Tensors alone: what vouches for them is the hash in the name. Their configuration lies beside them."""
+    """Only tensors: their checksum is the hash in the name. Their configuration is in the same folder."""
     import torch
 
     from pytorch_model.efficientdet import EfficientDet
@@ -223,7 +223,7 @@ def coco(folder: Path) -> Path:
 
 
 def kept_results(folder: Path) -> Path:
-    """As two processes keep them."""
+    """The kept results of two processes."""
     coco(folder)
     outcome, shards = evaluate(folder, folder / "shards")
     assert outcome is not None
@@ -246,7 +246,7 @@ METRICS = {
 
 
 def image(name: str, turned: bool = False, **options: Any) -> Callable[[Path], Path]:
-    """``turned``: with an EXIF orientation. ``options``: Pillow's for the format."""
+    """``turned``: with an EXIF orientation. ``options``: Pillow's options for the format."""
 
     def make(folder: Path) -> Path:
         from PIL import Image
@@ -281,7 +281,7 @@ def video(name: str) -> Callable[[Path], Path]:
 
 
 def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
-    """As tools/eval_coco.py does, a picture a batch."""
+    """Evaluate as tools/eval_coco.py does, with one image per batch."""
     from pytorch_model.evaluation.coco import read_dataset
     from pytorch_model.evaluation.processes import Processes
     from pytorch_model.evaluation.run import Stream, detect_dataset, settings

@@ -1,4 +1,4 @@
-"""Everything that reads what a user brings: which sample it reads, and how it is used."""
+"""Every reader of files from users: the sample that it reads, and how it is called."""
 
 from __future__ import annotations
 
@@ -56,11 +56,14 @@ sys.path.insert(0, str(TOOLS))
 
 @dataclass(frozen=True)
 class Target:
-    """``make(folder)`` writes the sample and returns what the reader is pointed at; ``use(path)`` reads it
-    as a command would and digests the result. ``vouched``: the format has checksums over all of its bytes
-    that matter, so damage that is not refused must change nothing. ``text``: half of the damage is done to
-    whole words, which gets deeper than a stray byte. ``unpacked(path)``: the bytes that the file, as damaged,
-    says it holds."""
+    """A reader with its sample.
+
+    ``make(folder)`` writes the sample and returns the path to read. ``use(path)`` reads it as a command would
+    and digests the result. ``vouched``: the format has checksums over all bytes that matter, so damage that
+    is not rejected must change nothing. ``text``: half of the damage is done to whole words, which gets
+    further than a stray byte. ``unpacked(path)``: the number of bytes that the file, as damaged, claims to
+    hold.
+    """
 
     name: str
     make: Callable[[Path], Path]
@@ -73,7 +76,7 @@ class Target:
 
 
 def convert_checkpoint(path: Path) -> str:
-    """Open, find out what it is, port it."""
+    """Open the checkpoint, infer its configuration, port it."""
     from porting.checkpoint import open_checkpoint
     from porting.convert import convert
     from porting.infer import infer_config
@@ -135,7 +138,7 @@ def read_coco(path: Path) -> str:
 
 
 def pixel_bytes(path: Path) -> int:
-    """Of float32 RGB, which the network is given, of as many pixels as the header says and are read."""
+    """The size as float32 RGB of the pixels that the header states and that are read."""
     from PIL import Image
 
     from pytorch_model.detection.preprocess import MOST_PIXELS
@@ -145,7 +148,7 @@ def pixel_bytes(path: Path) -> int:
             warnings.simplefilter("ignore")
             with Image.open(path) as picture:
                 return 12 * min(picture.width * picture.height, MOST_PIXELS)
-    except Exception:  # damaged; then nothing is worth more than the file
+    except Exception:  # damaged; then only the size of the file counts
         return 0
 
 
@@ -168,8 +171,8 @@ def read_metrics(path: Path) -> str:
 
 
 def resume(path: Path) -> str:
-    """What the evaluation finds that goes on from the results kept there: what an undisturbed one finds."""
-    with tempfile.TemporaryDirectory() as copy:  # going on writes
+    """The result of an evaluation that resumes from the kept results; it must equal an undisturbed one."""
+    with tempfile.TemporaryDirectory() as copy:  # resuming writes
         shutil.copytree(path / "shards", Path(copy) / "shards")
         return repr(evaluate(path, Path(copy) / "shards")[0])
 
@@ -189,7 +192,7 @@ def decode_fast(path: Path) -> str:
 
 
 def decode_upright(path: Path) -> str:
-    """As for detecting: turned as the EXIF orientation says."""
+    """As for detection: turned according to the EXIF orientation."""
     return _upright(path, "pillow")
 
 
@@ -207,7 +210,7 @@ def _upright(path: Path, decoder: str) -> str:
 
 
 def read_video(path: Path) -> str:
-    """Its frames and their times."""
+    """The frames and their times."""
     from _video import VideoReader
 
     frames = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Commands whose disk, folder or neighbour fails them: the old target stays, or the new one is complete."""
+"""Failures of the disk, a folder or another process: the old target stays, or the new one is complete."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FULL: dict[str, tuple[Sequence[str], str]] = {
 
 
 def disk_full() -> None:
-    """As on a full disk, writing fails in the middle of a file: here beyond :data:`LARGEST_FILE`."""
+    """Make writing fail in the middle of a file, as on a full disk: after :data:`LARGEST_FILE` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
@@ -95,7 +95,7 @@ def coco(tmp_path: Path) -> Path:
 def run(
     work: Path, command: Sequence[str], before: Callable[[], None] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """``before`` runs in the command's process before it does."""
+    """Run a command in ``work``. ``before`` runs first, in the command's process."""
     return subprocess.run(
         [sys.executable, TOOLS / command[0], *command[1:]],
         cwd=work,
@@ -136,7 +136,7 @@ def test_the_folder_vanishes(tmp_path: Path) -> None:
 
 
 def heed_permissions() -> None:
-    """Root, too, may from now on write only where permissions say so."""
+    """From now on, permissions apply to root too."""
     if os.geteuid() == 0:
         drop_from_bounding_set, dac_override = 24, 1
         assert ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0) == 0
@@ -159,8 +159,8 @@ LOCKED = {
 
 @pytest.mark.skipif(sys.platform != "linux" and os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("name", LOCKED)
-def test_a_folder_that_may_not_be_written(work: Path, name: str) -> None:
-    """It is said before the work, of which nothing is printed."""
+def test_a_folder_that_is_not_writable(work: Path, name: str) -> None:
+    """The error comes before the work, so nothing else is printed."""
     if name == "evaluate":
         kill_commands.prepare_eval(work)
     (work / "locked").mkdir(mode=0o500)
@@ -175,35 +175,35 @@ def test_a_folder_that_may_not_be_written(work: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("check", [check_writable, replacing], ids=["before", "after"])
-def test_what_is_no_file_is_not_replaced(check: Callable[[Path], Any], pipe: Path, tmp_path: Path) -> None:
+def test_only_files_are_replaced(check: Callable[[Path], Any], pipe: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(pipe)
     for path in (pipe, tmp_path / "link", Path("/dev/null")):
         message = "it is a pipe or a device, not a file; give a file name"
         with pytest.raises(OutputError, match=message), check(path) or nullcontext():
-            raise AssertionError("it was not refused")
+            raise AssertionError("it was not rejected")
         assert not path.is_file()
     assert sorted(tmp_path.iterdir()) == [tmp_path / "link", pipe]
 
 
-@pytest.mark.parametrize("sign", ["q", "é", "日"])
-def test_names_as_long_as_can_be(sign: str, tmp_path: Path) -> None:
-    """255 bytes, which the temporary name must not exceed."""
+@pytest.mark.parametrize("character", ["q", "é", "日"])
+def test_the_longest_names(character: str, tmp_path: Path) -> None:
+    """The limit is 255 bytes, also for the temporary name."""
     bytes_left = 255 - len(".safetensors")
-    path = tmp_path / f"{sign * (bytes_left // len(sign.encode()))}.safetensors"
+    path = tmp_path / f"{character * (bytes_left // len(character.encode()))}.safetensors"
     check_writable(path)
     with replacing(path) as temporary:
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"new"
-    folder = tmp_path / (sign * (255 // len(sign.encode())))
+    folder = tmp_path / (character * (255 // len(character.encode())))
     with new_folder(folder) as temporary:
         (temporary / "a").write_bytes(b"new")
     assert sorted(tmp_path.iterdir()) == sorted([path, folder])
     with pytest.raises(OutputError, match=r"cannot write .*: File name too long; choose"):
-        check_writable(path.with_name(f"{sign * 3}{path.name}"))
+        check_writable(path.with_name(f"{character * 3}{path.name}"))
 
 
 def test_two_at_once(work: Path) -> None:
-    """Both write the same file; it is complete whoever was last."""
+    """Both write the same file; it is complete, whichever was last."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     both = [subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
@@ -212,7 +212,7 @@ def test_two_at_once(work: Path) -> None:
 
 
 def test_two_evaluations_at_once(coco: Path) -> None:
-    """Kept results of two would mix; the second one does not begin."""
+    """The second one does not start, because the kept results would mix."""
     (coco / "eval").mkdir()
     with open(coco / "eval" / ".lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -229,7 +229,7 @@ def test_two_evaluations_at_once(coco: Path) -> None:
 
 
 def test_out_of_memory(coco: Path) -> None:
-    """The first convolution of 24 such pictures asks for 6 GB."""
+    """The first convolution of 24 such images needs 6 GB."""
     assert run(coco, EVAL).returncode == 0
     old = digest(coco / "eval" / "metrics.json")
     (coco / "eval").rename(coco / "before")
@@ -283,7 +283,7 @@ def worker(parent: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no process {rank}")
 
 
-#: Each look at the clock is an hour before the last one.
+#: Each reading of the clock is an hour earlier than the one before.
 BACKWARDS = """
 import itertools, time
 hours = itertools.count()
@@ -304,7 +304,7 @@ CLOCKED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLOCKED)
 def test_the_clock_goes_backwards(work: Path, coco: Path, tmp_path: Path, name: str) -> None:
-    """Nothing that is written depends on the time, on that of this machine or that of the files."""
+    """Nothing written depends on the time: neither the clock nor the times of files."""
     command, target = CLOCKED[name]
     shutil.copytree(coco, work, dirs_exist_ok=True)
     odd = tmp_path / "odd"
@@ -337,7 +337,7 @@ def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has hangups ignored
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores hangups
     )
     while process.poll() is None and not list((work / "tmp").rglob("*.data-*")):
         time.sleep(0.001)
@@ -355,7 +355,7 @@ from porting.cli import process
 
 class Swallows:
     def __del__(self):
-        signal.raise_signal(signal.SIGTERM)  # what a __del__ raises is printed, not passed on
+        signal.raise_signal(signal.SIGTERM)  # Python prints exceptions of __del__ and goes on
 
 def fail(message, plainly=process.fail):
     signal.raise_signal(signal.SIGTERM)
@@ -372,7 +372,7 @@ process.run(main)
 """
 
 
-def test_signals_end_it_whatever_swallowed_the_first_and_one_more_does_no_harm() -> None:
+def test_a_signal_ends_the_command_even_if_an_earlier_one_was_swallowed() -> None:
     command = [sys.executable, "-c", ENDED, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "swallowed\n"), done.stderr
@@ -396,7 +396,7 @@ with joined():
 def test_signals_end_a_process_that_waits_for_another(
     coco: Path, ignored: Sequence[int], sent: Sequence[int]
 ) -> None:
-    """The wait is gloo's, where no handler of Python's runs."""
+    """It waits inside gloo, where no Python handler runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -414,7 +414,7 @@ def test_signals_end_a_process_that_waits_for_another(
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "joined\n"
-        time.sleep(0.5)  # the other is about to wait; a default action does not mind when it comes
+        time.sleep(0.5)  # until the other waits; a default action works at any time
         for number in sent:
             waiting.send_signal(number)
         assert waiting.wait(timeout=30) == -sent[-1]
@@ -425,7 +425,7 @@ def test_signals_end_a_process_that_waits_for_another(
 
 
 def test_hangups_that_are_ignored_stay_ignored(work: Path) -> None:
-    """As nohup has it."""
+    """nohup sets this."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     process = subprocess.Popen(
         command,
@@ -441,7 +441,7 @@ def test_hangups_that_are_ignored_stay_ignored(work: Path) -> None:
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)
 def test_closed_streams(work: Path, closed: tuple[int, ...]) -> None:
-    """Nothing can be said, and no file gets the number of a stream and what is printed."""
+    """Nothing can be printed, and no file takes a stream's number and receives the output."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     plain = subprocess.run(command, cwd=work, capture_output=True)
     whole = digest(work / "out.safetensors")
@@ -452,7 +452,7 @@ def test_closed_streams(work: Path, closed: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.0])
 def test_interrupts(work: Path, moment: float) -> None:
-    """Ctrl-C, at parts of the time the command takes: exit status 130 or done, nothing left over."""
+    """Ctrl-C at several points of the run: exit status 130, or complete; nothing is left over."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     before = {path.name for path in work.iterdir()}
     old = digest(work / "out.safetensors")
@@ -498,7 +498,7 @@ LONG_NAMES = {
 
 
 @pytest.mark.parametrize("name", LONG_NAMES)
-def test_a_name_too_long_is_the_names_fault(work: Path, name: str) -> None:
+def test_too_long_a_name_is_named_in_the_error(work: Path, name: str) -> None:
     done = run(work, LONG_NAMES[name])
     assert done.returncode == 2, done.stderr
     error = done.stderr.strip().splitlines()[-1]
@@ -506,8 +506,8 @@ def test_a_name_too_long_is_the_names_fault(work: Path, name: str) -> None:
     assert not re.search(r"cannot print|Traceback|Errno", done.stderr)
 
 
-def test_a_closed_pipe_is_no_failed_check(work: Path) -> None:
-    """The status is what a shell reports of a program that a closed pipe ended: 128 + SIGPIPE."""
+def test_a_closed_pipe_is_not_a_failed_check(work: Path) -> None:
+    """The status is the one that a shell reports for SIGPIPE: 128 + its number."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, str(TOOLS / "inspect_checkpoint.py"), "--ckpt", "ckpt"]
@@ -516,7 +516,7 @@ def test_a_closed_pipe_is_no_failed_check(work: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_names_do_not_steer_the_terminal(work: Path) -> None:
+def test_names_do_not_control_the_terminal(work: Path) -> None:
     name = "a\x1b[31m\nb\x9b\u202ec\udcff"
     done = run(work, ("inspect_checkpoint.py", "--ckpt", name), PYTHONUTF8="1")
     assert done.returncode == 2
@@ -525,8 +525,8 @@ def test_names_do_not_steer_the_terminal(work: Path) -> None:
     assert done.stderr.strip().isprintable()
 
 
-def test_other_faults_of_the_system_are_not_called_printing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A last resort, for faults that nothing closer to them explains."""
+def test_other_system_errors_are_not_reported_as_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last resort, for errors that no code closer to them explains."""
 
     def end(error: OSError) -> str:
         def main() -> int:
