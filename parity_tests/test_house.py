@@ -188,7 +188,7 @@ def test_imports_are_found() -> None:
     assert ("parity_tests.robustness.test_faults", "pytorch_model.weights.files") in pairs  # a lazy name
 
 
-def test_no_module_imports_itself_by_way_of_others() -> None:
+def test_there_is_no_circle_of_imports() -> None:
     circles = _circles(imports())
     assert not circles, "\n".join(", ".join(group) for group in circles)
 
@@ -198,7 +198,7 @@ def test_no_module_imports_a_higher_layer() -> None:
     assert not upward, "\n".join(map(str, upward))
 
 
-def test_tf_reference_imports_the_configuration_alone() -> None:
+def test_tf_reference_imports_only_the_configuration() -> None:
     """It must stay independent of what it is compared with."""
     ours = {
         edge.imported

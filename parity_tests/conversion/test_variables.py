@@ -1,4 +1,4 @@
-"""The catalogue of AutoML variables against Google's own lists and the released checkpoints' indexes."""
+"""The catalogue of AutoML variables equals Google's own lists and the released checkpoints' indexes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from porting.scopes import model_name
 from pytorch_model.config import MODELS, model_config
 from tf_reference.variables import variable_shapes, variables
 
-#: Trainable parameters without the biases that feed a batch norm.
+#: Trainable parameters without the biases that are followed by a batch norm.
 BIAS_FREE = {
     "efficientdet-d0": 3_877_763,
     "efficientdet-d1": 6_622_026,

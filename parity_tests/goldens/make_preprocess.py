@@ -1,4 +1,4 @@
-"""Pictures as TensorFlow decodes and prepares them: ``python parity_tests/goldens/make_preprocess.py``."""
+"""Images as TensorFlow decodes and prepares them: ``python parity_tests/goldens/make_preprocess.py``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pytorch_model.config import model_config
 
 
 def jpegs() -> dict[str, bytes]:
-    """One file of every kind a decoder treats differently."""
+    """One file of every kind that decoders treat differently."""
     picture = Image.fromarray(synthetic_image(41, 59))
     exif = Image.Exif()
-    exif[0x112] = 6  # turn by 90 degrees: decoders that obey it give another shape
+    exif[0x112] = 6  # turn by 90 degrees: decoders that apply it return a different shape
 
     def encode(image: Image.Image, **options: Any) -> bytes:
         buffer = io.BytesIO()
