@@ -84,7 +84,7 @@ class _Trial:
     moments: list[Moment]
 
     def attempt(self, moment: Moment | None, rng: random.Random) -> tuple[str, bool, str]:
-        """Kill the command once, at ``moment`` or a random time: (verdict, hidden files are left, details)."""
+        """Kill the command once, at ``moment`` or a random time: (verdict, hidden files left, details)."""
         _reset(self.start, self.work)
         pid = fork(self.command.run, self.work, Calls(self.work, moment) if moment else None)
         if moment is None:
