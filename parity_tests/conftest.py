@@ -1,4 +1,4 @@
-"""Where outside truth comes from, and what to do without it."""
+"""Fixtures for all tests, the option ``--refusals``, and the options that choose models for the proof."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-# Several processes of several threads each would take turns, not save time.
+# Several processes with several threads each would only wait for each other.
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Before TensorFlow is first imported: quiet, and the arithmetic of the recordings.
+# Set before TensorFlow is imported: no log, and the same arithmetic as in the recordings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
@@ -28,7 +28,7 @@ REFUSALS = pytest.StashKey[Path]()
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of recordings made by Google's code; the test skips where it is absent."""
+    """The folder of recordings made by Google's code; without it, the test is skipped."""
     if not SHARED.is_dir():
         pytest.skip("needs the recordings in ../shared, which a clone does not carry (goldens/ stand in)")
     return SHARED
@@ -36,13 +36,13 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tensorflow() -> object:
-    """TensorFlow, or a skip where it is not installed."""
+    """TensorFlow; if it is not installed, the test is skipped."""
     return pytest.importorskip("tensorflow", reason="needs TensorFlow: pip install -e '.[tensorflow]'")
 
 
 @pytest.fixture(scope="session")
 def small_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weight file of an untrained Lite0 for pictures of 64 x 64."""
+    """The weight file of an untrained Lite0 for images of 64×64."""
     import torch
 
     from pytorch_model import create_model
@@ -59,19 +59,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--refusals",
         action="store_true",
-        help="fail if no test brings about a refusal",
+        help="fail if there is an error in the code that no test triggers",
     )
     group = parser.getgroup("parity", "the proof on chosen models; with any of these, only it runs")
     group.addoption("--models", metavar="NAMES", help="d0,d7x,lite0,… or all (default: all 15)")
     group.addoption("--resolution", metavar="SIZE", help="native, N or HxW (default: 128, D7x 256)")
     group.addoption("--dtype", metavar="TYPE", help="float32 or float64 (default: both)")
-    group.addoption("--image", metavar="FILE", help="a photograph (default: a seeded picture)")
-    group.addoption("--ckpt", metavar="PATH", help="a checkpoint of one's own (default: seeded weights)")
+    group.addoption("--image", metavar="FILE", help="a photograph (default: a seeded image)")
+    group.addoption("--ckpt", metavar="PATH", help="your own checkpoint (default: seeded weights)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     cases(config)  # a bad option ends the run before anything is collected
-    # The workers of pytest-xdist are started with all that `start` has set.
+    # The workers of pytest-xdist inherit the environment that `start` sets.
     if config.getoption("refusals") and not hasattr(config, "workerinput"):
         folder = Path(tempfile.mkdtemp(prefix="refusals-"))
         config.add_cleanup(lambda: shutil.rmtree(folder))
@@ -91,21 +91,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         return
     lines, total = refusals.missing(folder), len(list(refusals.refusals()))
     terminalreporter.section("refusals")
-    terminalreporter.write_line(f"{total - len(lines)} of {total} refusals in the code were brought about")
+    terminalreporter.write_line(f"{total - len(lines)} of {total} refusals in the code were triggered")
     for line in lines:
         terminalreporter.write_line(f"never: {line}", red=True)
 
 
-# --- the proof on one's own models, size, picture and checkpoint ------------------------------------------
+# --- the proof on chosen models, size, image and checkpoint ------------------------------------------
 
 OPTIONS = ("models", "resolution", "dtype", "image", "ckpt")
 DTYPES = ("float64", "float32")
-SMALL_SIZE, SMALL_SIZE_P8 = 128, 256  # the smallest pictures on which the coarsest level is one pixel
+SMALL_SIZE, SMALL_SIZE_P8 = 128, 256  # the smallest images whose coarsest level is one pixel
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the proof. ``model``: None for that of ``ckpt``. ``size``: (height, width), None: native."""
+    """One run of the proof. ``model``: None for that of ``ckpt``. ``size``: (height, width); None: native."""
 
     model: str | None
     dtype: str
@@ -119,7 +119,7 @@ class Case:
 
 
 def cases(config: pytest.Config) -> list[Case]:
-    """What the options ask for. Raises ``pytest.UsageError``."""
+    """The runs that the options ask for. Raises ``pytest.UsageError``."""
     models, size, dtype, image, ckpt = (config.getoption(f"--{name}") for name in OPTIONS)
     if dtype not in (None, *DTYPES):
         raise pytest.UsageError(f"--dtype {dtype} is not a type; say float32 or float64")
@@ -176,12 +176,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Iterator[Path]:
-    """A named pipe that nobody writes to. Who opens it for reading waits for ever; here, ten seconds."""
+    """A named pipe without a writer. Opening it for reading blocks; the test fails after ten seconds."""
     path = tmp_path / "pipe"
     os.mkfifo(path)
 
     def end(*_: object) -> None:
-        raise AssertionError("it was opened, and waited for")
+        raise AssertionError("the pipe was opened, which blocks")
 
     former = signal.signal(signal.SIGALRM, end)
     signal.alarm(10)

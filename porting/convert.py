@@ -1,4 +1,4 @@
-"""Apply the rules to a checkpoint, and account for every variable on both sides."""
+"""Convert a checkpoint with the rules, and account for every variable on both sides."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from tf_reference.variables import variable_shapes
 
 @dataclass(frozen=True)
 class Coverage:
-    """The account of one conversion: every TensorFlow variable and every PyTorch tensor is in it once."""
+    """The account of one conversion. It counts every TensorFlow variable and every PyTorch tensor once."""
 
-    used: int  # TensorFlow variables that went into the port
-    unused: Mapping[str, tuple[str, ...]]  # why → the variables left out for that reason
+    used: int  # TensorFlow variables that were converted
+    unused: Mapping[str, tuple[str, ...]]  # reason → the variables that were left out for it
     written: int  # PyTorch tensors
-    folded: int  # biases that went into batch-norm means
+    folded: int  # biases that were folded into batch-norm means
 
     @property
     def unused_count(self) -> int:
@@ -39,7 +39,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Conversion:
-    """``state_dict`` fits ``EfficientDet(config)``; ``variables`` are the AutoML values it was made of."""
+    """``state_dict`` fits ``EfficientDet(config)``. ``variables`` are the AutoML values it was made from."""
 
     config: EfficientDetConfig
     state_dict: dict[str, torch.Tensor]
@@ -54,10 +54,10 @@ def convert(
 ) -> Conversion:
     """Port ``checkpoint`` to the state dict of ``EfficientDet(config)``.
 
-    The exponential moving averages are used where the checkpoint has them, unless ``raw``. ``dtype`` is the
-    tensors' type: ``float32``, or ``float64`` to keep the folded means exact. Raises
-    :class:`ConversionError` naming the first missing, unknown, misshapen or non-finite variable, and
-    :class:`CheckpointError` where the file is damaged.
+    The exponential moving averages are used if the checkpoint has them, unless ``raw``. ``dtype`` is the type
+    of the tensors: ``float32``, or ``float64`` to keep the folded means exact. Raises
+    :class:`ConversionError` naming the first missing, unknown or non-finite variable, or the first with a
+    wrong shape; raises :class:`CheckpointError` if the file is damaged.
     """
     chosen, unused, weights = choose_variables(checkpoint, config, raw)
     stored = {name: base for base, name in chosen.items()}
@@ -82,10 +82,10 @@ def convert(
 def check_rules(
     table: Iterable[Rule], variables: Mapping[str, np.ndarray], config: EfficientDetConfig
 ) -> None:
-    """Every variable is used and every target written, once each.
+    """Check that every variable is used and every target is written, once each.
 
-    A head's convolution serves all levels, so its bias goes into one batch norm a level; nothing else is used
-    twice. Raises :class:`ConversionError` otherwise: a fault in the rules, not in the checkpoint.
+    A head's convolution serves all levels, so its bias goes into one batch norm per level; nothing else is
+    used twice. Raises :class:`ConversionError` otherwise: a fault in the rules, not in the checkpoint.
     """
     sources, targets = Counter[str](), Counter[str]()
     for rule in table:
@@ -106,17 +106,17 @@ def check_rules(
             raise ConversionError(f"porting/rules.py writes {target} {count} times; mend that rule")
 
 
-#: The bias of a head's shared convolution; class-predict and box-predict feed no batch norm.
+#: The bias of a head's shared convolution. No batch norm follows class-predict and box-predict.
 _SHARED_BIAS = re.compile(r"(class|box)_net/\1-\d+/bias")
 
 
 def apply_rules(
     table: Iterable[Rule], variables: Mapping[str, np.ndarray], dtype: str = "float32"
 ) -> dict[str, torch.Tensor]:
-    """Run every rule. Counters stay int64; everything else becomes ``dtype``."""
+    """Apply every rule. Counters stay int64; everything else becomes ``dtype``."""
     state_dict = {}
     for rule in table:
-        with np.errstate(over="ignore"):  # check_targets finds what overflows
+        with np.errstate(over="ignore"):  # check_targets finds overflows
             array = rule.transform.forward(*(variables[source] for source in rule.sources))
             kind = array.dtype if array.dtype == np.int64 else np.dtype(dtype)
             state_dict[rule.target] = torch.from_numpy(np.array(array, kind, order="C"))
@@ -126,7 +126,7 @@ def apply_rules(
 def choose_variables(
     checkpoint: Checkpoint, config: EfficientDetConfig, raw: bool
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]], str]:
-    """Decide which entry stands for each model variable, and why every other entry is left out.
+    """Choose the checkpoint entry for each model variable, and say why every other entry is left out.
 
     Returns (model variable → entry to read, reason → entries left out, "EMA" or "raw"). Raises
     :class:`ConversionError` unless names and shapes fit the configuration exactly.
@@ -152,7 +152,7 @@ def choose_variables(
 def _why_unused(
     name: str, checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], config: EfficientDetConfig
 ) -> str:
-    """Why a checkpoint entry is left out on purpose. Raises :class:`ConversionError` if unexplained."""
+    """The reason to leave out a checkpoint entry. Raises :class:`ConversionError` if there is none."""
     if name in TRAINING_SCALARS:
         return "training scalar"
     if name.startswith(("backbone/_head/", f"{config.backbone.name}/head/")):
@@ -163,7 +163,7 @@ def _why_unused(
             if name == base:
                 raise ConversionError(_misshapen(name, expected[base], checkpoint, config))
             raise ConversionError(
-                f"{name} has shape {list(checkpoint.shapes[name])} where {base} has {list(expected[base])}; "
+                f"{name} has shape {list(checkpoint.shapes[name])}, but {base} has {list(expected[base])}; "
                 "this checkpoint mixes two models"
             )
         if name.endswith(EMA_SUFFIX):
@@ -172,8 +172,8 @@ def _why_unused(
             return "optimizer slot"
         return "raw value (its moving average is used)"
     raise ConversionError(
-        f"{name} is not a variable of {config.name}, so this checkpoint holds something this port does not "
-        "know; check --model and --hparams"
+        f"{name} is not a variable of {config.name}, so this checkpoint holds something that this port does "
+        "not know; check --model and --hparams"
     )
 
 
@@ -200,7 +200,7 @@ def _missing(name: str, entry: str, checkpoint: Checkpoint, config: EfficientDet
 def _check_values(name: str, value: np.ndarray) -> None:
     if not np.issubdtype(value.dtype, np.floating):
         raise ConversionError(
-            f"{name} holds {value.dtype} where weights are floating point; wrong checkpoint?"
+            f"{name} holds {value.dtype}, but weights are floating-point numbers; is it the right checkpoint?"
         )
     if not np.isfinite(value).all():
         bad = int(value.size - np.isfinite(value).sum())
@@ -213,7 +213,7 @@ def _check_values(name: str, value: np.ndarray) -> None:
 
 
 def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetConfig) -> None:
-    """Every tensor of the model is written, in its shape, and finite.
+    """Check that every tensor of the model is written, with the right shape and finite values.
 
     Raises :class:`ConversionError` otherwise.
     """
@@ -241,7 +241,7 @@ def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetCo
 
 
 def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over sorted names, shapes and float32 bytes: the identity of the weights, whatever the file."""
+    """SHA-256 over sorted names, shapes and float32 bytes. It identifies the weights in any file format."""
     digest = hashlib.sha256()
     for name in sorted(variables):
         value = np.ascontiguousarray(variables[name], np.float32)
@@ -251,7 +251,7 @@ def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
 
 
 def metadata(conversion: Conversion, checkpoint: Checkpoint, assumed: Iterable[str]) -> dict[str, Any]:
-    """What travels with the weights about where they came from; JSON-serialisable."""
+    """The origin of the weights, which is stored with them. JSON-serialisable."""
     return {
         "source_format": checkpoint.format,
         "model": conversion.config.name,

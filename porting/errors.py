@@ -1,4 +1,4 @@
-"""The one family of errors a user may meet. Each message says what is wrong, where, and what to do."""
+"""All errors that a user may see. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class CheckpointError(EfficientDetError):
 
 
 class ConversionError(EfficientDetError):
-    """The checkpoint is readable but does not fit the model: a missing, unknown or misshapen variable."""
+    """The checkpoint does not fit the model: a variable is missing, unknown or has a wrong shape."""
 
 
 class CheckFailedError(ConversionError):
-    """What was made does not do what it was made for. Command lines exit with status 1, not 2."""
+    """A result failed its check. Command lines exit with status 1, not 2."""

@@ -1,7 +1,7 @@
-"""Find out what a checkpoint is: from the names and shapes of its variables to a configuration.
+"""Infer the configuration of a checkpoint from the names and shapes of its variables.
 
-Everything that decides a variable is read off the variables. What leaves no trace in them (image size,
-anchor scale, activation, normalisation, strides) is taken from the nearest released variant and listed as
+Fields that determine a variable are read from the variables. Fields that leave no trace in them (image size,
+anchor scale, activation, normalisation, strides) are taken from the nearest released variant and listed as
 assumed.
 """
 
@@ -27,10 +27,10 @@ from tf_reference.variables import variable_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: Strides leave no trace in the weights. Every EfficientNet has these, one for each stage.
+#: One for each stage. Strides leave no trace in the weights, but they are the same in every EfficientNet.
 STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 
-#: Fusion methods with the same variables: the weights cannot say which it was.
+#: Fusion methods with the same variables: they cannot be told apart by the weights.
 INDISTINGUISHABLE = ({"fastattn", "attn"}, {"channel_fastattn", "channel_attn"})
 
 ADVPROP = {"mean_rgb": (127.5, 127.5, 127.5), "stddev_rgb": (127.5, 127.5, 127.5)}
@@ -38,8 +38,11 @@ ADVPROP = {"mean_rgb": (127.5, 127.5, 127.5), "stddev_rgb": (127.5, 127.5, 127.5
 
 @dataclass(frozen=True)
 class Inference:
-    """``config``; ``variant``, the released model whose variables these are, or None; ``assumed``, one line
-    for each thing the weights cannot tell."""
+    """An inferred configuration.
+
+    ``variant``: the released model with these variables, or None. ``assumed``: one line for each field that
+    the weights do not determine.
+    """
 
     config: EfficientDetConfig
     variant: str | None
@@ -52,12 +55,13 @@ def infer_config(
     overrides: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Inference:
-    """The configuration whose variables have these names and ``shapes``; EMA twins and slots may be there.
+    """The configuration whose variables have these names and ``shapes``.
 
-    ``source`` is the checkpoint's path: its name may tell apart what the weights cannot (d6 from d7, AdvProp
-    from not, a 640-pixel d2). ``overrides`` are fields the user gave, ``settings`` what the checkpoint tells
-    besides its variables (:attr:`Checkpoint.settings`); the user wins, and neither is called assumed.
-    Raises :class:`ConversionError` if this is not an EfficientDet, or is one we cannot build.
+    ``shapes`` may include moving averages and optimizer slots. ``source`` is the checkpoint's path: its name
+    may distinguish models with the same variables (d6 and d7, AdvProp or not, a 640-pixel d2). ``overrides``
+    are fields given by the user, ``settings`` are fields stated by the checkpoint besides its variables
+    (:attr:`Checkpoint.settings`). The user's fields win; neither kind is listed as assumed. Raises
+    :class:`ConversionError` if this is not an EfficientDet, or is one that this project does not build.
     """
     given, endpoints = _given(overrides, settings)
     overrides = dict(overrides or {})
@@ -70,8 +74,8 @@ def infer_config(
     for key, value in overrides.items():
         if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
             raise ConversionError(
-                f"{key} is {_shown(value)} as given, but the variables in {source or 'the checkpoint'} say "
-                f"{_shown(found[key])}; leave it out"
+                f"{key} was given as {_field_text(value)}, but the variables in {source or 'the checkpoint'} "
+                f"say {_field_text(found[key])}; leave it out"
             )
     base, variant, notes = _nearest_variant(found, source)
     hints = _hints(variant, source, notes)
@@ -85,7 +89,7 @@ def infer_config(
 def _given(
     overrides: Mapping[str, Any] | None, settings: Mapping[str, Any] | None
 ) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
-    """The fields that need no guess, and the backbone's endpoints where they are told."""
+    """The fields that are given, and the backbone's endpoints if they are among them."""
     given = {**(settings or {}), **(overrides or {})}
     return given, given.pop("endpoints", None)
 
@@ -93,14 +97,14 @@ def _given(
 def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
     if config.num_anchors != anchors:
         raise ConversionError(
-            f"the box net predicts {anchors} anchors a location, which num_scales={config.num_scales} and "
-            f"{len(config.aspect_ratios)} aspect_ratios do not give; say "
+            f"the box net predicts {anchors} anchors per location, but num_scales={config.num_scales} and "
+            f"{len(config.aspect_ratios)} aspect_ratios make {config.num_anchors}; give "
             "--hparams num_scales=…,aspect_ratios=[…]"
         )
 
 
 def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each thing the weights cannot tell and the user did not."""
+    """One line for each field that neither the weights nor the user determine."""
     yield from notes
     ratios = ", ".join(_number_or_numbers(ratio) for ratio in config.aspect_ratios)
     lines = {
@@ -115,7 +119,7 @@ def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mappin
         "mean_rgb": f"mean {_triple(config.mean_rgb)}",
         "stddev_rgb": f"standard deviation {_triple(config.stddev_rgb)}",
     }
-    if config.fpn_weight_method != "sum":  # the absence of fusion weights is no assumption
+    if config.fpn_weight_method != "sum":  # without fusion weights, the method is known
         lines["fpn_weight_method"] = f"fusion {config.fpn_weight_method}"
     for field_name, line in lines.items():
         if field_name not in overrides:
@@ -127,12 +131,13 @@ def _number_or_numbers(value: float | tuple[float, ...]) -> str:
 
 
 def _model_variables(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """What is left when twins and slots are taken for the variable they belong to."""
+    """The model variables; a moving average or optimizer slot counts as the variable it belongs to."""
     named = ((model_name(entry), shape) for entry, shape in shapes.items())
     return {name: shape for name, shape in named if name is not None}
 
 
-def _shown(value: Any) -> str:
+def _field_text(value: Any) -> str:
+    """A field's value as a message shows it."""
     return value.name if isinstance(value, BackboneConfig) else repr(value)
 
 
@@ -141,7 +146,7 @@ def _triple(values: tuple[float, float, float]) -> str:
 
 
 def _hints(variant: str | None, source: str, notes: list[str]) -> dict[str, Any]:
-    """What a release's file name says that its weights do not; each is noted, for names can lie."""
+    """Fields stated by a release's file name and not by its weights; noted, because a name may be wrong."""
     hints: dict[str, Any] = {}
     if not variant:
         return hints
@@ -159,12 +164,15 @@ def _hints(variant: str | None, source: str, notes: list[str]) -> dict[str, Any]
 
 
 def _tail(source: str) -> str:
-    """The last folders of a path, the part that names a checkpoint: ``/advprop/efficientdet-d0/model``."""
+    """The last three parts of a path, which name a checkpoint: ``/advprop/efficientdet-d0/model``."""
     return "/" + "/".join(source.replace("\\", "/").split("/")[-3:]).lower().replace("_", "-")
 
 
 def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetConfig, str | None, list[str]]:
-    """The released model with this structure (classes and anchors apart), or the one nearest to it."""
+    """The released model with this structure, or the nearest one: (configuration, name or None, notes).
+
+    The numbers of classes and anchors may differ.
+    """
     free = {"num_anchors", "num_classes"}
     structure = {key: value for key, value in found.items() if key not in free}
     matches = [
@@ -185,11 +193,15 @@ def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetCo
     same_backbone = [name for name in MODELS if model_config(name).backbone.name == backbone]
     lite = "lite" in backbone
     name = same_backbone[0] if same_backbone else ("efficientdet-lite0" if lite else "efficientdet-d0")
-    return model_config(name), None, [f"no released variant has these variables; input settings of {name}"]
+    return (
+        model_config(name),
+        None,
+        [f"no released variant has these variables; the input settings are those of {name}"],
+    )
 
 
 def _named_in(source: str, names: list[str]) -> str | None:
-    """The one of ``names`` that the last folders of ``source`` spell out; None for none or several."""
+    """The one of ``names`` that the end of ``source`` contains; None if there is none or more than one."""
     found = [
         name for name in names if re.search(rf"(?<![a-z0-9]){re.escape(name)}(?![a-z0-9])", _tail(source))
     ]
@@ -203,13 +215,13 @@ def _named_in(source: str, names: list[str]) -> str | None:
 
 @dataclass
 class _Structure:
-    """Reads the shape-deciding fields off the variables."""
+    """Reads from the variables the fields that determine their shapes."""
 
     shapes: Shapes
     fields: dict[str, Any] = field(default_factory=dict)
 
     def read(self) -> dict[str, Any]:
-        self._refuse_what_we_cannot_build()
+        self._reject_unsupported_models()
         fpn = self.shape(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/pointwise_kernel", 4)
         backbone = self._backbone()
         nodes = 1 + max(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/"))
@@ -219,8 +231,8 @@ class _Structure:
         classes = self.shape(r"class_net/class-predict/bias", 1)[0]
         if not anchors or classes % anchors:
             raise ConversionError(
-                f"class_net predicts {classes} values a location for {anchors} anchors, which is no whole "
-                "number of classes; this checkpoint mixes two models"
+                f"class_net predicts {classes} values per location for {anchors} anchors, which is not a "
+                "whole number of classes; this checkpoint mixes two models"
             )
         first_after = r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/bias"
         return {
@@ -245,40 +257,43 @@ class _Structure:
         return {int(m.group(1)) for name in self.shapes if (m := regex.match(name))}
 
     def shape(self, pattern: str, rank: int) -> tuple[int, ...]:
-        """The shape of the first variable that matches. Raises ConversionError if none does, or not so."""
+        """The shape of the first variable that matches.
+
+        Raises :class:`ConversionError` if none does, or if it does not have ``rank`` dimensions.
+        """
         names = self.matches(pattern)
         if not names:
             if all(self.matches(scope) for scope in ("efficientnet-", "fpn_cells/", "(class|box)_net/")):
                 raise ConversionError(
-                    f"this EfficientDet is not whole: no variable is called like {_readable(pattern)}; save "
+                    f"this EfficientDet is incomplete: no variable name matches {_readable(pattern)}; save "
                     "all variables, or fetch the file again"
                 )
             looks = ", ".join(sorted(self.shapes)[:3]) or "nothing"
             raise ConversionError(
-                f"this is not an AutoML EfficientDet: no variable is called like {_readable(pattern)}; "
+                f"this is not an AutoML EfficientDet: no variable name matches {_readable(pattern)}; "
                 f"the file holds {len(self.shapes)} variables such as {looks}"
             )
         shape = tuple(self.shapes[names[0]])
         if len(shape) != rank or 0 in shape:
             raise ConversionError(
-                f"{names[0]} has shape {list(shape)} where {rank} dimensions belong; the file is not an "
-                "EfficientDet, or damaged"
+                f"{names[0]} has shape {list(shape)}, but must have {rank} dimensions, none of them 0; "
+                "the file is not an EfficientDet, or it is damaged"
             )
         return shape
 
-    def _refuse_what_we_cannot_build(self) -> None:
+    def _reject_unsupported_models(self) -> None:
         backbones = sorted({name.split("/")[0] for name in self.matches(r"efficientnet-[^/]+/")})
         if len(backbones) > 1:
             raise ConversionError(
-                f"the checkpoint holds two models, {' and '.join(backbones)}; save one of them alone"
+                f"the checkpoint holds two models, {' and '.join(backbones)}; save only one of them"
             )
         twice = self.matches(r"efficientnet-[^/]+/(stem|blocks_\d+)_1/") or self.matches(
             r"(fpn_cells|class_net|box_net|resample_p6)_1/"
         )
         if twice:
             raise ConversionError(
-                f"two models were built in one graph: {twice[0]} is the second one's name; save one model in "
-                "a process of its own"
+                f"two models were built in one graph: {twice[0]} belongs to the second; build and save one "
+                "model per process"
             )
         if self.matches(r".*resample[^/]*/conv2d/kernel") and not self.matches(r".*resample[^/]*/bn/gamma"):
             raise ConversionError(
@@ -291,7 +306,10 @@ class _Structure:
             )
 
     def _lowest_level(self, backbone: BackboneConfig) -> int:
-        """The level whose width the first cell's first input has; 3 where it has no resampling to show it."""
+        """The level of the first cell's first input, found by its width; 3 if the width is not known.
+
+        The width is not known if that input has no resampling convolution.
+        """
         kernels = self.matches(r"fpn_cells/cell_0/fnode\d+/resample_\d+_0_\d+/conv2d/kernel")
         widths = {self.shapes[name][2] for name in kernels if len(self.shapes[name]) == 4}
         levels = (*ENDPOINT_LEVELS, 2, 1)
@@ -317,7 +335,7 @@ class _Structure:
         for i, (built, (_, _, _, se)) in enumerate(zip(config.blocks, blocks, strict=True)):
             if built.se_filters != se:
                 raise ConversionError(
-                    f"{scope}/blocks_{i}/se has {se} squeeze filters where an EfficientNet has "
+                    f"{scope}/blocks_{i}/se has {se} squeeze filters, an EfficientNet has "
                     f"{built.se_filters}; other squeeze-and-excitation ratios are not supported"
                 )
         return config
@@ -331,8 +349,8 @@ class _Structure:
         se = self.shape(rf"{where}/se/conv2d/bias", 1)[0] if has_se else 0
         if depthwise[2] % filters:
             raise ConversionError(
-                f"{scope}/depthwise_conv2d/depthwise_kernel has shape {list(depthwise)}, no whole multiple "
-                f"of the block's {filters} input channels; the backbone is not an EfficientNet"
+                f"{scope}/depthwise_conv2d/depthwise_kernel has shape {list(depthwise)}, whose channels are "
+                f"not a multiple of the block's {filters} input channels; the backbone is not an EfficientNet"
             )
         return depthwise[0], depthwise[2] // filters, project[-1], se
 
@@ -342,7 +360,11 @@ def _readable(pattern: str) -> str:
 
 
 def _group_stages(blocks: list[tuple[int, int, int, int]]) -> tuple[Stage, ...]:
-    """Consecutive blocks of one kernel, expansion and width are a stage. Raises ConversionError unless 7."""
+    """Consecutive blocks with the same kernel size, expansion and width form a stage.
+
+    ``blocks``: (kernel size, expand ratio, output filters, squeeze filters). Raises :class:`ConversionError`
+    if there are not seven stages.
+    """
     runs: list[tuple[tuple[int, int, int], int]] = []
     for kernel, expand, out, _ in blocks:
         key = (kernel, expand, out)
@@ -352,8 +374,8 @@ def _group_stages(blocks: list[tuple[int, int, int, int]]) -> tuple[Stage, ...]:
             runs.append((key, 1))
     if len(runs) != len(STAGE_STRIDES):
         raise ConversionError(
-            f"the backbone has {len(runs)} stages where EfficientNet has {len(STAGE_STRIDES)}, so its "
-            "strides cannot be known from the weights; this backbone_config is not supported"
+            f"the backbone has {len(runs)} stages, EfficientNet has {len(STAGE_STRIDES)}, so its strides "
+            "cannot be inferred from the weights; this backbone_config is not supported"
         )
     return tuple(
         Stage(repeats, kernel, stride, expand, out)
@@ -368,10 +390,11 @@ def named_config(
     source: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> Inference:
-    """The variant the user named, with the classes of the variables unless ``overrides`` gives them.
+    """The configuration of the variant ``name``, checked against the variables.
 
-    ``source`` and ``settings`` as for :func:`infer_config`. Raises :class:`ConversionError` when the
-    variables are another model's, and says which, if it is known.
+    The number of classes comes from the variables unless ``overrides`` give it. ``source`` and ``settings``
+    are as in :func:`infer_config`. Raises :class:`ConversionError` if the variables belong to a different
+    model, and names that model if it is known.
     """
     given, endpoints = _given(overrides, settings)
     notes: list[str] = []
@@ -407,10 +430,10 @@ def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | No
     try:
         likely = infer_config(model).config.name
     except (ConfigError, ConversionError):
-        return f"{what}; leave out --model to have it found out"
+        return f"{what}; leave out --model to have it inferred"
     hint = (
         "leave out --model"
         if likely in ("custom", config.name)
-        else f"these are {likely}'s variables: say that"
+        else f"these are the variables of {likely}: give that"
     )
     return f"{what}; {hint}"

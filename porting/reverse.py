@@ -1,7 +1,7 @@
-"""The port backwards: PyTorch weights, fine-tuned ones too, as AutoML variables.
+"""The reverse port: PyTorch weights, also fine-tuned ones, to AutoML variables.
 
-The same rules, each transform inverted. What was folded comes back as its simplest equal: a convolution bias
-ahead of a batch norm is zero, the batch norm's mean keeps what it took in.
+It uses the same rules, with each transform inverted. A folded bias is not restored: a convolution bias before
+a batch norm becomes zero, and the batch norm's mean keeps its value.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from tf_reference.variables import variable_shapes
 def reverse(
     state_dict: Mapping[str, torch.Tensor], config: EfficientDetConfig, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
-    """Every model variable of ``config``, in AutoML's names and layout, that makes ``state_dict`` again.
+    """Every model variable of ``config``, in AutoML's names and layout, such that it converts to
+    ``state_dict``.
 
-    ``dtype`` is the arrays' type: AutoML keeps ``float32``; ``float64`` loses nothing of weights that are.
-    Raises :class:`WeightsError` where ``state_dict`` does not fit ``config``, :class:`ConversionError` for
-    weights no AutoML variable can hold: a negative variance, a value too large for ``dtype``.
+    ``dtype`` is the type of the arrays: AutoML keeps ``float32``; ``float64`` keeps float64 weights exact.
+    Raises :class:`WeightsError` if ``state_dict`` does not fit ``config``. Raises :class:`ConversionError`
+    for weights that an AutoML variable cannot hold: a negative variance, or a value too large for ``dtype``.
     """
     with torch.device("meta"):
         check_state_dict(EfficientDet(config), state_dict, "the state dict")
@@ -43,18 +44,18 @@ def reverse(
 def undo_rules(
     table: Iterable[Rule], state_dict: Mapping[str, torch.Tensor], dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
-    """Run every rule backwards.
+    """Apply the inverse of every rule.
 
-    A head's bias is a source of several rules, one a level; raises :class:`ConversionError` unless all of
-    them give the same value back.
+    A head's bias is a source of several rules, one per level. Raises :class:`ConversionError` unless all of
+    them give the same value.
     """
     variables: dict[str, np.ndarray] = {}
     for rule in table:
         tensor = state_dict[rule.target].detach().cpu()
-        # bfloat16 and float16 are float32 of fewer digits; NumPy lacks the former.
+        # Every bfloat16 and float16 value is a float32 value; NumPy does not have bfloat16.
         array = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
         for name, value in zip(rule.sources, rule.transform.inverse(array, len(rule.sources)), strict=True):
-            with np.errstate(over="ignore"):  # _check finds what overflows
+            with np.errstate(over="ignore"):  # _check finds overflows
                 value = np.array(value, dtype, order="C")
             if not np.array_equal(variables.setdefault(name, value), value):
                 raise ConversionError(
@@ -64,9 +65,9 @@ def undo_rules(
 
 
 def with_averages(variables: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
-    """What a released checkpoint holds: each variable, its moving average, and ``global_step``.
+    """The content of a released checkpoint: each variable, its moving average, and ``global_step``.
 
-    A PyTorch file has one value for both: trained further, AutoML averages on from there.
+    A PyTorch file has one value for both. When AutoML trains further, it continues the average from there.
     """
     content: dict[str, np.ndarray] = {"global_step": np.array(step, np.int64)}
     for name, value in variables.items():
@@ -81,7 +82,7 @@ def _check(name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
         )
     if not np.isfinite(value).all():
         raise ConversionError(
-            f"{name} overflows {value.dtype}, in which AutoML keeps it; the weights are damaged"
+            f"{name} overflows {value.dtype}, AutoML's type for it; the weights are damaged"
         )
     if name.endswith("/moving_variance") and value.min() < 0:
         raise ConversionError(

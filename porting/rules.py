@@ -1,14 +1,14 @@
 """The port, declared once.
 
-Every line below says: this PyTorch tensor is made of these AutoML variables, by this transform. Conversion,
-the account of both sides and the diagnosis of a faulty layer read this table and nothing else; below it, the
-same walk names the activations that both networks show. A variant of EfficientDet changes the configuration,
-never the rules.
+Each rule says: this PyTorch tensor is made from these AutoML variables, by this transform. Conversion, the
+account of both sides and the diagnosis of a faulty layer all read this table and nothing else. Below the
+table, the same walk lists the activations that both networks have in common. A variant of EfficientDet
+changes the configuration, never the rules.
 
-Scopes are AutoML's. Two of its habits show: a block numbers its convolutions and batch norms in the order it
-built them (``conv2d``, ``conv2d_1``; ``tpu_batch_normalization``, ``_1``, ``_2``), so what a number means
-depends on whether the block expands; and a BiFPN node's scope carries node ids
-(``resample_{input}_{its node id}_{own id}``, ``op_after_combine{own id}``).
+The scopes are AutoML's. Two conventions of AutoML matter here. A block numbers its convolutions and batch
+norms in the order in which it builds them (``conv2d``, ``conv2d_1``; ``tpu_batch_normalization``, ``_1``,
+``_2``), so the meaning of a number depends on whether the block expands. And the scope of a BiFPN node
+contains node ids (``resample_{input}_{its node id}_{own id}``, ``op_after_combine{own id}``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Rule(NamedTuple):
 class TapPair(NamedTuple):
     """The same activation on both sides: a PyTorch module's output and a reference tap.
 
-    ``output`` picks one tensor where the module returns a list (the heads: one per level).
+    ``output`` picks one tensor if the module returns a list (a head returns one per level).
     """
 
     module: str
@@ -60,7 +60,7 @@ def rules(config: EfficientDetConfig) -> Iterator[Rule]:
 
 
 def _bn(target: str, scope: str, bias: str | None = None) -> Iterator[Rule]:
-    """A batch norm, and the bias of the convolution that feeds it, where AutoML has one."""
+    """A batch norm, and the bias of the convolution before it if AutoML has one."""
     yield Rule(f"{target}.weight", (f"{scope}/gamma",), IDENTITY)
     yield Rule(f"{target}.bias", (f"{scope}/beta",), IDENTITY)
     if bias:
@@ -126,7 +126,7 @@ def _resample(target: str, scope: str) -> Iterator[Rule]:
 
 
 def _extra_levels(config: EfficientDetConfig) -> Iterator[Rule]:
-    # Only the first level above the backbone can change the width; the others pool and own no variables.
+    # Only the first level above the backbone can change the width. The others pool and have no variables.
     for level in config.extra_levels[:1]:
         if config.backbone.filters_at(level - 1) != config.fpn_num_filters:
             yield from _resample(f"resample.p{level}", f"resample_p{level}")
@@ -151,7 +151,7 @@ def _bifpn(config: EfficientDetConfig) -> Iterator[Rule]:
 
 
 def _head(config: EfficientDetConfig, kind: str) -> Iterator[Rule]:
-    """``kind`` is ``class`` or ``box``. One conv serves all levels: its bias joins each level's mean."""
+    """``kind`` is ``class`` or ``box``. One convolution serves all levels; each mean gets its bias."""
     target, scope = f"{kind}_net", f"{kind}_net/{kind}"
     for i in range(config.box_class_repeats):
         yield from _separable(f"{target}.convs.{i}", f"{scope}-{i}")
@@ -161,7 +161,7 @@ def _head(config: EfficientDetConfig, kind: str) -> Iterator[Rule]:
     yield from _bias(f"{target}.predict.pointwise", f"{scope}-predict")
 
 
-# --- taps: where both networks show the same activation ----------------------------------------------
+# --- taps: where both networks have the same activation ----------------------------------------------
 
 
 def taps(config: EfficientDetConfig) -> Iterator[TapPair]:

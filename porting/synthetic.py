@@ -1,9 +1,9 @@
 """Seeded, healthy weights for any configuration, so that every variant can be tried without a download.
 
-Does not import TensorFlow. Kernels are random; each batch norm's moving statistics are those that a few
-seeded pictures have at that point, found by running the network once in NumPy while it is written, so
-activations stay of order one at every depth. The network runs in float64 and the statistics are rounded, so
-that the values are the same on every machine.
+Does not import TensorFlow. Kernels are random. The moving statistics of each batch norm are those of a few
+seeded images at that point: the network runs once in NumPy while its weights are drawn, so activations stay
+of order one at every depth. The network runs in float64 and the statistics are rounded, so that the values
+are the same on every machine.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ EMA_SUFFIX = "/ExponentialMovingAverage"
 MOMENTUM_SUFFIX = "/Momentum"
 GLOBAL_STEP = 300_000
 
-RESIDUAL_GAIN = 0.5  # on the gamma of a projection that is added to a shortcut: depth adds variance slowly
-SMALLEST_MAP = 8  # pixels a side: P6 and up are calibrated as if the pictures were larger
-CALIBRATION_PICTURES, CALIBRATION_SIZE = 4, 256  # how many pictures set the statistics; their side
+RESIDUAL_GAIN = 0.5  # on gammas of projections before a shortcut, so that depth adds little variance
+SMALLEST_MAP = 8  # pixels per side; P6 and up are calibrated as if the images were larger
+CALIBRATION_IMAGES, CALIBRATION_SIZE = 4, 256  # how many images give the statistics; pixels per side
 
 
 def synthetic_variables(config: EfficientDetConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -35,9 +35,9 @@ def synthetic_variables(config: EfficientDetConfig, seed: int = 0) -> dict[str, 
 def synthetic_checkpoint(
     config: EfficientDetConfig, seed: int = 0, momentum: bool = False
 ) -> dict[str, np.ndarray]:
-    """Everything a released checkpoint holds: raw values, an EMA twin for each, and ``global_step``.
+    """The content of a released checkpoint: raw values, a moving average for each, and ``global_step``.
 
-    The raw values are the averaged ones plus noise, as late in a real training run. ``momentum`` adds the
+    The raw values are the averages plus noise, as late in a real training run. ``momentum`` adds the
     optimizer's slots, as in a checkpoint saved for resuming.
     """
     content: dict[str, np.ndarray] = {"global_step": np.array(GLOBAL_STEP, np.int64)}
@@ -57,20 +57,20 @@ def synthetic_checkpoint(
 
 
 def synthetic_image(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A seeded picture, uint8 [height, width, 3]: patches at every scale, flat areas, a little noise."""
+    """A seeded image, uint8 [height, width, 3]: patches at every scale, flat areas, a little noise."""
     rng = _rng(seed, "image", height, width)
-    picture = np.zeros((height, width, 3))
+    image = np.zeros((height, width, 3))
     cells = 2
     while cells < min(height, width):
         coarse = rng.normal(size=(cells, cells, 3))
         rows, columns = np.arange(height) * cells // height, np.arange(width) * cells // width
-        picture += coarse[rows][:, columns]
+        image += coarse[rows][:, columns]
         cells *= 2
     for _ in range(8):
         top, left = rng.integers(0, height), rng.integers(0, width)
-        picture[top : top + height // 4, left : left + width // 4] = rng.normal(0, 3, 3)
-    picture = picture / picture.std() + 0.1 * rng.normal(size=picture.shape)
-    return np.clip(120 + 60 * picture, 0, 255).astype(np.uint8)
+        image[top : top + height // 4, left : left + width // 4] = rng.normal(0, 3, 3)
+    image = image / image.std() + 0.1 * rng.normal(size=image.shape)
+    return np.clip(120 + 60 * image, 0, 255).astype(np.uint8)
 
 
 def _rng(seed: int, *keys: object) -> np.random.Generator:
@@ -94,9 +94,11 @@ def _swish(x: np.ndarray) -> np.ndarray:
 
 
 def _rounded(x: np.ndarray) -> np.ndarray:
-    """To 10 bits of mantissa: the last digits of a sum depend on the machine's order of adding.
+    """``x`` with 10 bits of mantissa, because the last digits of a sum depend on the machine's order of
+    adding.
 
-    Only float64 is far enough below these 10 bits: one value that rounds the other way changes all behind it.
+    Only float64 is precise enough for this: one value that is rounded differently changes everything after
+    it.
     """
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.round(mantissa * 1024) / 1024, exponent)
@@ -105,8 +107,8 @@ def _rounded(x: np.ndarray) -> np.ndarray:
 def _same_slices(x: np.ndarray, kernel: int, stride: int) -> Iterator[np.ndarray]:
     """The kernel² shifted views of [N, H, W, C] under SAME padding, row by row.
 
-    Padding wraps around instead of being zero, so that statistics are those of a picture's inside, at any
-    size: deep maps here are mostly border, those of larger pictures are not.
+    Padding wraps around instead of being zero, so that at any size the statistics are those of an image's
+    inside. Deep maps here are mostly border; those of larger images are not.
     """
     out = [-(-n // stride) for n in x.shape[1:3]]
     pads = [max((o - 1) * stride + kernel - n, 0) for o, n in zip(out, x.shape[1:3], strict=True)]
@@ -119,7 +121,7 @@ def _same_slices(x: np.ndarray, kernel: int, stride: int) -> Iterator[np.ndarray
 
 
 class _Writer:
-    """Walks the network once, drawing every variable and running it. Maps are float64 [N, H, W, C]."""
+    """Walks through the network once, draws every variable and runs it. Maps are float64 [N, H, W, C]."""
 
     def __init__(self, config: EfficientDetConfig, seed: int) -> None:
         self.config = config
@@ -145,7 +147,7 @@ class _Writer:
         return self.draw(name, (filters,), spread, centre)
 
     def depthwise(self, name: str, x: np.ndarray, kernel: int, stride: int = 1) -> np.ndarray:
-        """Half the kernel's energy is in the centre tap: a 1×1 map sees no other and must keep its signal."""
+        """Half of the kernel's energy is in its centre, the only tap that a 1×1 map sees."""
         spread = np.full((kernel, kernel, 1, 1), np.sqrt(0.5 / (kernel * kernel - 1)))
         spread[kernel // 2, kernel // 2] = np.sqrt(0.5)
         weights = self.draw(name, (kernel, kernel, x.shape[-1], 1), spread)
@@ -161,7 +163,7 @@ class _Writer:
         rng, filters = _rng(self.seed, scope), x.shape[-1]
         gamma: np.ndarray = gain * np.asarray(rng.uniform(0.5, 1.5, filters))
         beta: np.ndarray = np.asarray(rng.normal(0, 0.1, filters))
-        # A small map has few samples a channel: lean on what the channels have in common.
+        # A small map has few samples per channel, so the mean over all channels gets more weight.
         samples = x.size // filters
         trust = samples / (samples + 32)
         mean = _rounded(trust * x.mean((0, 1, 2)))
@@ -178,21 +180,21 @@ class _Writer:
         return (x - mean) * (gamma / np.sqrt(variance + BN_EPSILON)) + beta
 
     def max_pool(self, x: np.ndarray) -> np.ndarray:
-        """Window 3, SAME: what AutoML's resampling does between neighbouring levels.
+        """Window 3, SAME, as AutoML's resampling between neighbouring levels.
 
-        Halves maps down to ``SMALLEST_MAP`` and keeps that size above: a map of a few pixels would give
-        statistics that fit no other image.
+        Halves maps down to ``SMALLEST_MAP`` and keeps that size for higher levels: a map of a few pixels
+        would give statistics that fit no other image.
         """
         stride = 2 if x.shape[1] > SMALLEST_MAP else 1
         return np.max(list(_same_slices(x, 3, stride)), axis=0)
 
-    # --- rooms ---
+    # --- parts of the network ---
 
     def network(self) -> None:
         config = self.config
         size = CALIBRATION_SIZE
-        pictures = np.stack([synthetic_image(size, size, self.seed + i) for i in range(CALIBRATION_PICTURES)])
-        endpoints = self.backbone((pictures - np.array(config.mean_rgb)) / np.array(config.stddev_rgb))
+        images = np.stack([synthetic_image(size, size, self.seed + i) for i in range(CALIBRATION_IMAGES)])
+        endpoints = self.backbone((images - np.array(config.mean_rgb)) / np.array(config.stddev_rgb))
         features = [endpoints[level] for level in config.levels if level in endpoints]
         for level in config.extra_levels:
             features.append(self.max_pool(self.match_width(f"resample_p{level}", features[-1])))
@@ -273,8 +275,8 @@ class _Writer:
             return np.sum(inputs, axis=0)
         shape = (len(inputs), self.config.fpn_num_filters if method.startswith("channel_") else 1)
         raw = _rng(self.seed, scope, "WSM").uniform(0.3, 1.5, shape).astype(np.float32)
-        # One weight in ten is negative, so that the relu of fast attention matters; a node's first
-        # input never is, or the node could vanish.
+        # One weight in ten is negative, so that the relu of fast attention matters. The first input of a node
+        # never has a negative weight, or the node could vanish.
         raw[1:] *= np.where(_rng(self.seed, scope, "sign").uniform(size=raw[1:].shape) < 0.1, -1, 1)
         for i, weight in enumerate(raw):
             name = f"{scope}/WSM" + (f"_{i}" if i else "")

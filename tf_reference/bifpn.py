@@ -21,9 +21,10 @@ from tf_reference.layers import (
 def resample(
     net: Network, x: Tensor, scope: str, config: EfficientDetConfig, size: tuple[int, int]
 ) -> Tensor:
-    """To ``config.fpn_num_filters`` channels and ``size``; the 1×1 convolution only where channels differ.
+    """Change ``x`` to ``config.fpn_num_filters`` channels and to ``size``.
 
-    Raises ``ValueError`` where one axis would grow and the other shrink.
+    The 1×1 convolution exists only if the channels differ. Raises ``ValueError`` if one axis would grow and
+    the other shrink.
     """
 
     def match_width(x: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def resample(
 
 
 def fuse(net: Network, inputs: list[Tensor], scope: str, method: str) -> Tensor:
-    """Weighted fusion over ``scope/WSM``, ``WSM_1``, …: scalars, or one value a channel."""
+    """Weighted fusion with ``scope/WSM``, ``WSM_1``, …: scalars, or one value per channel."""
     if method == "sum":
         return net.tap(f"{scope}/fuse", tf.add_n(inputs))
     names = [f"{scope}/WSM" + (f"_{i}" if i else "") for i in range(len(inputs))]
@@ -86,7 +87,7 @@ def node(
 
 
 def cell(net: Network, features: list[Tensor], scope: str, config: EfficientDetConfig) -> list[Tensor]:
-    """One top-down and one bottom-up pass; one tensor a level in and out."""
+    """One top-down and one bottom-up pass. One tensor per level in and out."""
     nodes = list(features)
     sizes = {level: size_of(x) for level, x in zip(config.levels, features, strict=True)}
     output_of_level: dict[int, Tensor] = {}

@@ -36,7 +36,7 @@ def block(net: Network, x: Tensor, scope: str, config: Block, act_type: str) -> 
 
 
 def efficientnet(net: Network, images: Tensor, config: BackboneConfig, act_type: str) -> dict[int, Tensor]:
-    """Images [N, H, W, 3] → level 1…5 → the output of the block that ``config`` takes it from."""
+    """Images [N, H, W, 3] → level 1…5 → the output of the block that ``config`` names for it."""
     scope = config.name
     x = batch_norm(
         net, conv(net, images, f"{scope}/stem/conv2d", stride=2), f"{scope}/stem/tpu_batch_normalization"

@@ -1,4 +1,4 @@
-"""The operations, over variables looked up by AutoML name. Tensors are [N, H, W, C], float32 or float64."""
+"""The operations. They look up variables by AutoML name. Tensors are [N, H, W, C], float32 or float64."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def keep(name: str, x: Tensor) -> Tensor:
 class Network:
     """What every layer needs: the variables by name, the tap, and in training a place for statistics.
 
-    ``tap(name, x)`` is called at every named point and returns what flows on: it may record ``x``
-    or replace it. ``updates``: None in evaluation; in training, the mapping in which batch norms leave
+    ``tap(name, x)`` is called at every named point and returns the tensor to continue with: it may record
+    ``x`` or replace it. ``updates``: None in evaluation; in training, the mapping into which batch norms put
     their new moving statistics, by variable name.
     """
 
@@ -37,10 +37,11 @@ class Network:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e⁻ˣ), spelt out.
+    """1 / (1 + e⁻ˣ), written out.
 
-    TensorFlow 2.21's ``tf.sigmoid`` in float32 on a CPU is off by up to 4.1e-7 relative and leans one way
-    (mean −1.9e-8); this is off by 1.5e-7 and does not. Over the depth of D4 the lean doubles the error.
+    The relative error of TensorFlow 2.21's ``tf.sigmoid`` in float32 on a CPU is up to 4.1e-7 and has a bias
+    (mean −1.9e-8). The error of this formula is up to 1.5e-7 without a bias. Over the depth of D4 the bias
+    doubles the error.
     """
     return 1 / (1 + tf.exp(-x))
 
@@ -61,7 +62,7 @@ def activation(x: Tensor, act_type: str) -> Tensor:
 
 
 def conv(net: Network, x: Tensor, scope: str, stride: int = 1) -> Tensor:
-    """``scope/kernel`` [h, w, in, out], and ``scope/bias`` where there is one."""
+    """``scope/kernel`` [h, w, in, out], and ``scope/bias`` if there is one."""
     x = tf.nn.conv2d(x, net[f"{scope}/kernel"], stride, "SAME")
     bias = f"{scope}/bias"
     return x + net[bias] if bias in net.variables else x
@@ -73,7 +74,7 @@ def depthwise_conv(x: Tensor, kernel: Tensor, stride: int = 1) -> Tensor:
 
 
 def separable_conv(net: Network, x: Tensor, scope: str) -> Tensor:
-    """Depthwise 3×3, pointwise 1×1, and ``scope/bias`` where there is one."""
+    """Depthwise 3×3, pointwise 1×1, and ``scope/bias`` if there is one."""
     x = depthwise_conv(x, net[f"{scope}/depthwise_kernel"])
     x = tf.nn.conv2d(x, net[f"{scope}/pointwise_kernel"], 1, "SAME")
     bias = f"{scope}/bias"
@@ -81,7 +82,7 @@ def separable_conv(net: Network, x: Tensor, scope: str) -> Tensor:
 
 
 def batch_norm(net: Network, x: Tensor, scope: str) -> Tensor:
-    """Batch norm, epsilon 1e-3: by the moving statistics, or in training by the batch's own."""
+    """Batch norm, epsilon 1e-3, with the moving statistics, or in training with the batch's statistics."""
     if net.updates is None:
         mean, variance = net[f"{scope}/moving_mean"], net[f"{scope}/moving_variance"]
     else:
@@ -98,15 +99,15 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def update_statistics(net: Network, x: Tensor, mean: Tensor, variance: Tensor, scope: str) -> None:
-    """Leave ``0.99 · old + 0.01 · batch`` in ``net.updates``.
+    """Put ``0.99 · old + 0.01 · batch`` into ``net.updates``.
 
-    The *unbiased* variance enters the average, as in TensorFlow's fused batch norm (and PyTorch's). AutoML's
-    TPU and multi-GPU batch norms (``utils.TpuBatchNormalization``, ``SyncBatchNormalization``) let the biased
-    one in instead; gradients are the same.
+    The *unbiased* variance enters the average, as in TensorFlow's fused batch norm and in PyTorch's. AutoML's
+    TPU and multi-GPU batch norms (``utils.TpuBatchNormalization``, ``SyncBatchNormalization``) use the biased
+    variance instead. The gradients are the same.
     """
     assert net.updates is not None
     count = int(x.shape[0]) * int(x.shape[1]) * int(x.shape[2])
-    unbiased = variance * (count / max(count - 1, 1))  # the fused kernel divides one value by one, too
+    unbiased = variance * (count / max(count - 1, 1))  # the fused kernel also divides by at least 1
     for name, batch in ((f"{scope}/moving_mean", mean), (f"{scope}/moving_variance", unbiased)):
         net.updates[name] = net[name] * (1 - BN_MOMENTUM) + batch * BN_MOMENTUM
 
@@ -122,9 +123,10 @@ def max_pool_to(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def nearest_resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """``tf.image.resize`` as AutoML calls it reads input pixel ``floor(i · in / out)``.
+    """Nearest-neighbour resize: output pixel ``i`` is input pixel ``floor(i · in / out)``.
 
-    Gathered by index here: exact in any float type, where AutoML goes through float32.
+    This is what ``tf.image.resize`` computes as AutoML calls it. Gathering by index is exact in any float
+    type; AutoML's way converts to float32.
     """
     rows, columns = (
         [i * n // target for i in range(target)] for n, target in zip(size_of(x), size, strict=True)

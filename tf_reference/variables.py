@@ -1,7 +1,7 @@
 """The catalogue: every AutoML variable of any configuration, with its shape. Does not import TensorFlow.
 
-Written from AutoML's scopes alone, independently of the porting rules, so that comparing the two
-proves something.
+It is written from AutoML's scopes, independently of the porting rules, so that a comparison of the two is a
+proof.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Variable(NamedTuple):
 
 
 def variables(config: EfficientDetConfig) -> Iterator[Variable]:
-    """Every model variable, grouped by scope: no EMA twins, no optimizer slots, no global_step."""
+    """Every model variable, grouped by scope: no moving averages, no optimizer slots, no global_step."""
     yield from _backbone(config)
     for level in config.extra_levels:
         in_filters = config.backbone.filters_at(level - 1) if level == config.extra_levels[0] else None

@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parity_tests.helpers.object_trees import VALUE, Memory, graph_of, odapi_paths
+from parity_tests.helpers.object_trees import VALUE, Memory, graph_of, odapi_paths, pipeline_text
 from parity_tests.helpers.paths import GOLDENS
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.objects.detection_api import ENDPOINTS, read_layout
@@ -38,57 +38,6 @@ from pytorch_model.efficientdet import EfficientDet
 from tf_reference.variables import variable_shapes, variables
 
 SIZES = [f"efficientdet-d{n}" for n in range(8)]
-
-# As in the API's template for D0, whose box coder is not that of the models it released.
-PIPELINE = """
-# SSD with EfficientNet-b0 + BiFPN
-model {{
-  ssd {{
-    num_classes: {num_classes}
-    add_background_class: {background}
-    box_coder {{ faster_rcnn_box_coder {{ {box_coder} }} }}
-    anchor_generator: {{
-      multiscale_anchor_generator {{
-        min_level: 3, max_level: {anchor_level}; anchor_scale: {anchor_scale}
-        aspect_ratios: {ratios} scales_per_octave: {scales}
-      }}
-    }}
-    image_resizer {{ keep_aspect_ratio_resizer {{ min_dimension: {size} max_dimension: {size} }} }}
-    box_predictor {{
-      weight_shared_convolutional_box_predictor {{
-        conv_hyperparams < force_use_bias: true activation: SWISH batch_norm {{ epsilon: 0.001 }} >
-      }}
-    }}
-    feature_extractor {{
-      type: '{extractor}'
-      bifpn {{ min_level: 3 max_level: {bifpn_level} num_iterations: 3 num_filters: 64 {combine} }}
-      conv_hyperparams {{ activation: {activation} batch_norm {{ epsilon: {epsilon} }} }}
-    }}
-    post_processing {{ score_converter: {converter} }}
-  }}
-}}
-train_config: {{ batch_size: 128 }}
-"""
-DEFAULTS = {
-    "num_classes": 2,
-    "background": "false",
-    "box_coder": "y_scale: 1.0 x_scale: 1.0 height_scale: 1.0 width_scale: 1.0",
-    "anchor_level": 7,
-    "anchor_scale": 4.0,
-    "bifpn_level": 7,
-    "ratios": "[1.0, 2.0, 0.5]",
-    "scales": 3,
-    "size": 512,
-    "extractor": "ssd_efficientnet-b0_bifpn_keras",
-    "combine": "",
-    "activation": "SWISH",
-    "epsilon": 0.001,
-    "converter": "SIGMOID",
-}
-
-
-def pipeline_text(**changes: Any) -> str:
-    return PIPELINE.format(**{**DEFAULTS, **changes})
 
 
 def blocks_run(config: EfficientDetConfig) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parity_tests.checkpoint.test_object_graph import LISTED, keras_names, tiny
 from parity_tests.helpers.configs import configs
+from parity_tests.helpers.object_trees import LISTED, keras_names, save_h5
 from parity_tests.helpers.recordings import shared_recording
+from parity_tests.helpers.small_models import seeded, tiny
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.keras_h5 import KerasH5, is_h5
 from porting.convert import convert, variables_digest
@@ -29,35 +30,6 @@ h5py = pytest.importorskip("h5py", reason="needs h5py: pip install -e '.[h5]'")
 def h5_paths(config: EfficientDetConfig) -> dict[str, str]:
     """AutoML name → path in the file: the layer's group, then the variable's own name."""
     return {name: f"{name.split('/')[0]}/{name}:0" for name in variable_shapes(config)}
-
-
-def save_weights(path: Path, values: Mapping[str, np.ndarray], piece: int = 10**6) -> None:
-    """Write ``values`` as Keras 2 does, the lists of names in pieces of ``piece`` names."""
-    layers: dict[str, list[str]] = {"resample_p7": []}
-    for name in values:
-        layers.setdefault(name.split("/")[0], []).append(f"{name}:0")
-    with h5py.File(path, "w") as file:
-        _save_names(file.attrs, "layer_names", list(layers), piece)
-        for layer, names in layers.items():
-            group = file.create_group(layer)
-            _save_names(group.attrs, "weight_names", names, piece)
-            for name in names:
-                group.create_dataset(name, data=values[name.removesuffix(":0")])
-        _save_names(file.create_group("top_level_model_weights").attrs, "weight_names", [], piece)
-
-
-def _save_names(attributes: Any, name: str, names: list[str], piece: int) -> None:
-    encoded = [item.encode() for item in names]
-    if len(encoded) <= piece:
-        attributes[name] = encoded
-    else:
-        for number, start in enumerate(range(0, len(encoded), piece)):
-            attributes[f"{name}{number}"] = encoded[start : start + piece]
-
-
-def seeded(config: EfficientDetConfig) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.random(shape, np.float32) for name, shape in variable_shapes(config).items()}
 
 
 # --- what Google wrote ----------------------------------------------------------------------------------
@@ -104,7 +76,7 @@ def test_names_and_back(tmp_path: Path, config: EfficientDetConfig, piece: int) 
     """AutoML name → path in the file → AutoML name, with lists of names in pieces as D7x needs them."""
     values = seeded(config)
     path = tmp_path / "weights.h5"
-    save_weights(path, values, piece)
+    save_h5(path, values, piece)
     with h5py.File(path) as file:
         for name, inside in h5_paths(config).items():
             assert file[inside].shape == values[name].shape
@@ -117,7 +89,7 @@ def test_names_and_back(tmp_path: Path, config: EfficientDetConfig, piece: int) 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8"])
 def test_float_types(tmp_path: Path, dtype: str) -> None:
     value = np.arange(6).reshape(2, 3).astype(dtype)
-    save_weights(tmp_path / "w.h5", {"a/kernel": value})
+    save_h5(tmp_path / "w.h5", {"a/kernel": value})
     with open_checkpoint(tmp_path / "w.h5") as checkpoint:
         array = checkpoint["a/kernel"]
         assert array.dtype == np.dtype(dtype).newbyteorder("=") == checkpoint.dtypes["a/kernel"]
@@ -126,7 +98,7 @@ def test_float_types(tmp_path: Path, dtype: str) -> None:
 
 def test_compressed_and_chunked(tmp_path: Path) -> None:
     values = seeded(tiny())
-    save_weights(tmp_path / "w.h5", values)
+    save_h5(tmp_path / "w.h5", values)
     name = "box_net/box-0/pointwise_kernel"
     with h5py.File(tmp_path / "w.h5", "r+") as file:
         group = file["box_net"]
@@ -137,7 +109,7 @@ def test_compressed_and_chunked(tmp_path: Path) -> None:
 
 
 def test_weights_of_a_whole_model(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
+    save_h5(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
     with h5py.File(tmp_path / "w.h5") as weights, h5py.File(tmp_path / "model.h5", "w") as whole:
         group = whole.create_group("model_weights")
         for key, value in weights.attrs.items():
@@ -160,7 +132,7 @@ def test_second_model_in_one_process(tmp_path: Path) -> None:
         ): value
         for name, value in values.items()
     }
-    save_weights(tmp_path / "w.h5", counted)
+    save_h5(tmp_path / "w.h5", counted)
     with open_checkpoint(tmp_path / "w.h5") as checkpoint:
         assert checkpoint.keys() == values.keys()
         assert checkpoint["efficientnet-b0/stem/conv2d/kernel"].tobytes() == (
@@ -173,7 +145,7 @@ def test_second_model_in_one_process(tmp_path: Path) -> None:
 
 def test_two_stems_stay_two(tmp_path: Path) -> None:
     names = ["efficientnet-b0/stem/conv2d/kernel", "efficientnet-b0/stem_1/conv2d_1/kernel"]
-    save_weights(tmp_path / "w.h5", {name: np.ones(3, np.float32) for name in names})
+    save_h5(tmp_path / "w.h5", {name: np.ones(3, np.float32) for name in names})
     with open_checkpoint(tmp_path / "w.h5") as checkpoint:
         assert list(checkpoint) == names
 
@@ -181,7 +153,7 @@ def test_two_stems_stay_two(tmp_path: Path) -> None:
 def test_values_are_not_read_before_they_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_weights(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
+    save_h5(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
 
     def never(*_: object) -> None:
         raise AssertionError("read")
@@ -194,7 +166,7 @@ def test_values_are_not_read_before_they_are_asked_for(
 
 
 def test_closed(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
+    save_h5(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
     checkpoint = open_checkpoint(tmp_path / "w.h5")
     checkpoint.close()
     checkpoint.close()
@@ -203,7 +175,7 @@ def test_closed(tmp_path: Path) -> None:
 
 
 def test_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_weights(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
+    save_h5(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(CheckpointError, match=r"needs h5py: pip install 'efficientdet-porting\[h5\]'"):
         open_checkpoint(tmp_path / "w.h5")
@@ -313,7 +285,7 @@ def no_weights(file: Any, folder: Path) -> None:
 )
 def test_refused(tmp_path: Path, change: Callable[[Any, Path], None], reason: str) -> None:
     path = tmp_path / "w.h5"
-    save_weights(path, {"a/kernel": np.ones(3, np.float32), "b/kernel": np.ones(3, np.float32)})
+    save_h5(path, {"a/kernel": np.ones(3, np.float32), "b/kernel": np.ones(3, np.float32)})
     with h5py.File(path, "r+") as file:
         change(file, tmp_path)
     with pytest.raises(CheckpointError) as caught:
@@ -325,7 +297,7 @@ def test_refused(tmp_path: Path, change: Callable[[Any, Path], None], reason: st
 
 def test_groups_in_circles_end(tmp_path: Path) -> None:
     path = tmp_path / "w.h5"
-    save_weights(path, {"a/kernel": np.ones(3, np.float32)})
+    save_h5(path, {"a/kernel": np.ones(3, np.float32)})
     with h5py.File(path, "r+") as file:
         for name in "xyz":
             file["a"][name] = file["a"]  # hard links: the group holds itself three times
@@ -349,7 +321,7 @@ def test_not_hdf5(tmp_path: Path) -> None:
 
 
 def test_no_steps(tmp_path: Path) -> None:
-    save_weights(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
+    save_h5(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
     with pytest.raises(CheckpointError, match="has no steps; leave out the step"):
         open_checkpoint(tmp_path / "w.h5", step=3)
 
@@ -359,7 +331,7 @@ def test_no_steps(tmp_path: Path) -> None:
 def test_any_damage_is_told_in_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
     """Changed bytes and cut ends give other values or a complaint; never another exception."""
     path = tmp_path / "w.h5"
-    save_weights(path, {f"a/{i}/kernel": np.ones((3, 4), np.float32) for i in range(3)})
+    save_h5(path, {f"a/{i}/kernel": np.ones((3, 4), np.float32) for i in range(3)})
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(8, len(content) - 1))] = data.draw(st.integers(0, 255))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.helpers.configs import configs
-from parity_tests.helpers.object_trees import VALUE, Memory, automl_graph, automl_paths, graph_of
+from parity_tests.helpers.object_trees import (
+    LISTED,
+    VALUE,
+    Memory,
+    automl_graph,
+    automl_paths,
+    graph_of,
+    keras_names,
+)
 from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.recordings import shared_recording
+from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.objects.automl_keras import KerasNames
 from porting.checkpoint.objects.graph import GRAPH_KEY, Variable, open_object_checkpoint
@@ -28,34 +35,14 @@ from porting.convert import choose_variables, convert, variables_digest
 from porting.errors import CheckpointError, ConversionError
 from porting.infer import infer_config
 from porting.scopes import EMA_SUFFIX
-from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage, model_config
+from pytorch_model.config import BackboneConfig, EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes, variables
 
-LISTED = ["efficientdet-d0", "efficientdet-d4", "efficientdet-lite0"]
 STATISTICS = ("/moving_mean", "/moving_variance")
-
-
-@cache
-def keras_names() -> dict[str, dict[str, list[int]]]:
-    loaded: dict[str, dict[str, list[int]]] = json.loads(
-        lzma.decompress((GOLDENS / "keras_names.json.xz").read_bytes())
-    )
-    return loaded
 
 
 def read(memory: Memory) -> Checkpoint:
     return open_object_checkpoint(cast(TensorBundle, memory))
-
-
-def tiny(**changes: Any) -> EfficientDetConfig:
-    """D0 of one cell, one repeat: little to write, nothing left out."""
-    small = {"fpn_cell_repeats": 1, "box_class_repeats": 1, "num_classes": 2}
-    return model_config("efficientdet-d0", **{**small, **changes})
-
-
-def seeded(config: EfficientDetConfig) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {name: rng.random(shape, np.float32) for name, shape in variable_shapes(config).items()}
 
 
 def memory_of(config: EfficientDetConfig, values: dict[str, np.ndarray], **extra: np.ndarray) -> Memory:
@@ -200,12 +187,6 @@ def test_stem_counted_on_by_a_second_model(tmp_path: Path) -> None:
     assert {name: array.tobytes() for name, array in checkpoint.items()} == {
         name: array.tobytes() for name, array in values.items()
     }
-
-
-SHALLOW = tuple(
-    Stage(1, kernel, stride, 1 if i == 0 else 6, 8 + 4 * i)
-    for i, (kernel, stride) in enumerate(zip((3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1), strict=True))
-)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parity_tests.checkpoint.test_object_graph import SHALLOW, seeded, tiny
 from parity_tests.helpers.object_trees import automl_paths
 from parity_tests.helpers.paths import ROOT
+from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
 from porting.checkpoint import open_checkpoint, wire
 from porting.checkpoint.frozen_graph import FrozenGraph
 from porting.checkpoint.v2.bundle import read_index

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from parity_tests.helpers.paths import TOOLS
-from parity_tests.parity.test_gradients import tiny
+from parity_tests.helpers.small_models import one_of_each_layer as tiny
 from porting.convert import Conversion, Coverage, apply_rules, variables_digest
 from porting.parity.gradients import GradientResult, TensorResult
 from porting.parity.measure import Difference

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from parity_tests.helpers.paths import TOOLS
+from parity_tests.helpers.commands import verify
 from porting.checkpoint import open_checkpoint
 from porting.convert import convert
 from porting.sources.open import write_synthetic
 from pytorch_model.config import BN_EPSILON, model_config
 from pytorch_model.weights.files import read_weights, write_weights
 
-TOOL = TOOLS / "verify.py"
 CONFIG = model_config("efficientdet-lite0")
-
-
-def verify(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    env = {**os.environ, "COLUMNS": "150"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The audit: parts and sums against Google's own counts, the table of releases against the README."""
+"""The audit: parts and sums equal Google's own counts, the table of releases equals the README's."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from parity_tests.conversion.test_variables import RELEASED
 from parity_tests.helpers.paths import ROOT, TOOLS
+from parity_tests.helpers.recordings import RELEASED
 from porting.audit import PUBLISHED, audit, audit_parameters, multiply_adds, rounds_to
 from porting.publish.zoo import EVIDENCE, SYNTHETIC, markdown, rows
 from porting.sources.google_releases import RELEASES
@@ -24,8 +24,8 @@ from tf_reference.variables import variable_shapes
 
 TOOL = TOOLS / "audit.py"
 
-#: Google's code asked for its trainable parameters while it built each model: after the backbone, the BiFPN,
-#: and both heads.
+#: Trainable parameters counted by Google's code while it built each model: after the backbone, the BiFPN and
+#: both heads.
 GOOGLES_STAGES = {
     "efficientdet-d0": (3_595_388, 3_791_669, 3_880_067),
     "efficientdet-d1": (6_101_024, 6_491_996, 6_625_898),
@@ -55,7 +55,7 @@ def test_parts_equal_googles(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_ours_is_what_a_model_holds_and_no_bias_but_the_predictors_is_counted(model: str) -> None:
+def test_our_count_is_the_models_without_redundant_biases(model: str) -> None:
     counted = audit_parameters(model_config(model))
     with torch.device("meta"):
         network = EfficientDet(model_config(model))
@@ -68,7 +68,7 @@ def test_ours_is_what_a_model_holds_and_no_bias_but_the_predictors_is_counted(mo
     )
 
 
-#: Those whose convolutions alone round to the paper's figure, which counts more.
+#: Models for which the convolutions alone round to the paper's figure, although it counts more than them.
 ROUNDING = {f"efficientdet-d{n}" for n in (0, 2, 3, 4)}
 
 
@@ -102,7 +102,7 @@ def test_multiply_adds_equal_tensorflows_count_of_the_reference(model: str, tens
     assert 2 * sum(multiply_adds(config).values()) == flops
 
 
-def test_an_odd_picture_is_counted_as_it_is() -> None:
+def test_an_odd_image_size_is_counted_exactly() -> None:
     config = model_config("efficientdet-d0")
     small, large = (sum(multiply_adds(config, size).values()) for size in ((119, 255), (128, 256)))
     assert small < large
@@ -143,7 +143,7 @@ def test_the_readme_holds_the_current_table() -> None:
     )
 
 
-def test_the_table_claims_no_more_than_was_seen() -> None:
+def test_the_table_claims_only_what_was_seen() -> None:
     table = {row.release.name: row for row in rows()}
     assert list(table) == list(RELEASES)
     assert len(table) == 26
@@ -185,7 +185,7 @@ def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
 
 
-def test_json_holds_every_figure() -> None:
+def test_json_contains_every_figure() -> None:
     done = run("--models", "efficientdet_d0, efficientdet-lite3x", "--json")
     assert done.returncode == 0, done.stderr
     d0, lite3x = json.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""Conversion: which values are taken, what is accounted for, and what is refused."""
+"""Conversion: which values are used, how every variable is accounted for, and what is rejected."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def port(folder: Path, content: Variables, config: EfficientDetConfig, raw: bool
         return convert(checkpoint, config, raw)
 
 
-def test_moving_averages_are_taken_unless_raw(
+def test_moving_averages_are_used_unless_raw(
     tmp_path: Path, content: Variables, config: EfficientDetConfig
 ) -> None:
     name, target = "box_net/box-predict/bias", "box_net.predict.pointwise.bias"
@@ -108,7 +108,7 @@ REFUSED = {
     ),
     "misshapen slot": (
         put("resample_p6/bn/beta/Momentum", np.zeros(3, np.float32)),
-        r"beta/Momentum has shape \[3\] where resample_p6/bn/beta has \[64\]; this checkpoint mixes two",
+        r"beta/Momentum has shape \[3\], but resample_p6/bn/beta has \[64\]; this checkpoint mixes two",
     ),
     "overflowing": (
         put("resample_p6/bn/beta" + EMA_SUFFIX, np.full(64, 1e300)),
@@ -146,7 +146,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_a_checkpoint_that_does_not_fit_is_refused(
+def test_a_checkpoint_that_does_not_fit_is_rejected(
     fault: str, tmp_path: Path, content: Variables, config: EfficientDetConfig
 ) -> None:
     change, message = REFUSED[fault]
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
         port(tmp_path, broken, config)
 
 
-def test_missing_on_both_sides_names_the_variable(
+def test_a_variable_without_any_value_is_named(
     tmp_path: Path, content: Variables, config: EfficientDetConfig
 ) -> None:
     broken = {name: value for name, value in content.items() if not name.startswith(STEM)}
@@ -174,7 +174,7 @@ def test_averages_without_raw_values(tmp_path: Path, content: Variables, config:
 def test_scalars_of_automls_training_are_left_out(
     tmp_path: Path, content: Variables, config: EfficientDetConfig
 ) -> None:
-    """positives_momentum keeps a running mean, mixed precision its loss scale, Adam its betas' powers."""
+    """positives_momentum has a running mean, mixed precision a loss scale, Adam the powers of its betas."""
     floats = ("moving_normalizer", "current_loss_scale", "beta1_power", "beta2_power")
     scalars: Variables = {name: np.array(1, np.float32) for name in floats}
     scalars["good_steps"] = np.array(7, np.int64)
@@ -194,8 +194,11 @@ def test_float64_keeps_the_folded_mean_exact(
 
 
 def test_removing_biases_keeps_the_function_in_training_mode() -> None:
-    """A bias ahead of a batch norm cancels against the batch's own mean, and shifts what enters the running
-    mean by as much as the folded mean was shifted: the two stay the same function after a training step."""
+    """Both networks are the same function after a training step, too.
+
+    A bias before a batch norm cancels with the mean of the batch, and it shifts the running mean's update by
+    as much as the folded mean was shifted.
+    """
     recording = golden_recording("efficientdet-lite0")
     variables, scope = recording.variables(), "resample_p6"
     kernel = torch.from_numpy(variables[f"{scope}/conv2d/kernel"].transpose(3, 2, 0, 1).astype(np.float64))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its names and shapes alone."""
+"""The configuration of a checkpoint, inferred from names and shapes only."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_custom_classes_keep_the_variant(model: str) -> None:
 @given(configs())
 def test_any_configuration_is_recovered(config: EfficientDetConfig) -> None:
     given_anchors = {"num_scales": config.num_scales, "aspect_ratios": config.aspect_ratios}
-    told = {"endpoints": config.backbone.endpoints} if config.backbone.endpoints else {}
-    found = infer_config(variable_shapes(config), overrides=given_anchors, settings=told).config
+    stated = {"endpoints": config.backbone.endpoints} if config.backbone.endpoints else {}
+    found = infer_config(variable_shapes(config), overrides=given_anchors, settings=stated).config
     methods = {found.fpn_weight_method, config.fpn_weight_method}
     assert len(methods) == 1 or methods in INDISTINGUISHABLE
     seen = config.replace(fpn_weight_method=found.fpn_weight_method, **UNSEEN)
@@ -60,21 +60,21 @@ def test_any_configuration_is_recovered(config: EfficientDetConfig) -> None:
 
 @pytest.mark.parametrize("min_level", [2, 3, 4, 5])
 def test_levels_without_head_layers(min_level: int) -> None:
-    """Heads of a predicting layer alone have no batch norms to read the levels from; the widths tell them."""
+    """Heads with only a predicting layer have no batch norms that name the levels; the widths show them."""
     config = model_config("efficientdet-d1", box_class_repeats=0, min_level=min_level)
     found = infer_config(variable_shapes(config)).config
     assert (found.min_level, found.max_level) == (min_level, 7)
 
 
-def test_what_the_checkpoint_tells_is_not_assumed() -> None:
+def test_settings_of_the_checkpoint_are_not_assumed() -> None:
     shapes = variable_shapes(model_config("efficientdet-d0"))
-    told = {"image_size": (640, 512), "anchor_scale": 3.5}
+    stated = {"image_size": (640, 512), "anchor_scale": 3.5}
     for find in (infer_config, partial(named_config, "efficientdet-d0")):
-        inference = find(shapes, settings=told)
+        inference = find(shapes, settings=stated)
         assert inference.variant == "efficientdet-d0"
         assert (inference.config.image_size, inference.config.anchor_scale) == ((640, 512), 3.5)
         assert not any(line.startswith(("image size", "anchor scale")) for line in inference.assumed)
-        assert find(shapes, settings=told, overrides={"anchor_scale": 2.0}).config.anchor_scale == 2
+        assert find(shapes, settings=stated, overrides={"anchor_scale": 2.0}).config.anchor_scale == 2
 
 
 def test_a_mean_without_a_deviation() -> None:
@@ -84,8 +84,8 @@ def test_a_mean_without_a_deviation() -> None:
     assert not any(line.startswith("mean ") for line in assumed)
 
 
-def test_other_endpoints_are_another_network() -> None:
-    """The same blocks but the last, the same variables: P3…P5 from the middle of their stages."""
+def test_other_endpoints_are_a_different_network() -> None:
+    """All blocks but the last, with the same variables: P3…P5 come from the middle of their stages."""
     released = model_config("efficientdet-d1")
     backbone = released.backbone.ending_at((6, 14, 21))
     assert (len(backbone.blocks), backbone.endpoints) == (22, (6, 14, 21))
@@ -107,20 +107,20 @@ def test_impossible_endpoints(endpoints: Any) -> None:
         config.replace(backbone=replace(config.backbone, endpoints=endpoints))
 
 
-def test_what_cannot_be_seen_is_said_to_be_assumed() -> None:
+def test_fields_without_a_trace_are_listed_as_assumed() -> None:
     assumed = infer_config(variable_shapes(model_config("efficientdet-d0"))).assumed
     assert "image size 512×512" in assumed
     assert "fusion fastattn" in assumed
     assert "no residual in the heads" in assumed
     assert "3 scales of aspect ratios 1, 2, 0.5" in assumed
-    told = infer_config(
+    given = infer_config(
         variable_shapes(model_config("efficientdet-d0")), overrides={"image_size": (640, 640)}
     )
-    assert told.config.image_size == (640, 640)
-    assert not any("image size" in line for line in told.assumed)
+    assert given.config.image_size == (640, 640)
+    assert not any("image size" in line for line in given.assumed)
 
 
-def test_the_name_tells_what_the_weights_cannot() -> None:
+def test_the_name_decides_what_the_weights_cannot() -> None:
     shapes = variable_shapes(model_config("efficientdet-d6"))
     unnamed = infer_config(shapes, "somewhere/model")
     assert unnamed.variant == "efficientdet-d6"
@@ -131,11 +131,11 @@ def test_the_name_tells_what_the_weights_cannot() -> None:
     advprop = infer_config(variable_shapes(model_config("efficientdet-d0")), "efficientdet-d0-advprop/model")
     assert advprop.config.mean_rgb == (127.5, 127.5, 127.5)
     assert any("AdvProp" in line for line in advprop.assumed)
-    told = named_config(
+    named = named_config(
         "efficientdet-d0", variable_shapes(advprop.config), None, "efficientdet-d0-advprop/model"
     )
-    assert told.config.mean_rgb == (127.5, 127.5, 127.5)
-    assert any("AdvProp" in line for line in told.assumed)
+    assert named.config.mean_rgb == (127.5, 127.5, 127.5)
+    assert any("AdvProp" in line for line in named.assumed)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_the_name_tells_what_the_weights_cannot() -> None:
         ("efficientdet-d6", "no_advprop/efficientdet-d6/model"),
     ],
 )
-def test_a_name_that_could_mean_anything_means_nothing(model: str, source: str) -> None:
+def test_an_ambiguous_name_decides_nothing(model: str, source: str) -> None:
     assert infer_config(shapes_of(model), source).config == model_config(model)
 
 
@@ -154,7 +154,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, ...]]:
     return dict(variable_shapes(model_config(model)))
 
 
-def test_two_models_in_one_graph_are_refused() -> None:
+def test_two_models_in_one_graph_are_rejected() -> None:
     shapes = shapes_of("efficientdet-d0")
     shapes["efficientnet-b0/stem_1/conv2d_1/kernel"] = (3, 3, 3, 32)
     with pytest.raises(ConversionError, match="two models were built in one graph"):
@@ -164,7 +164,7 @@ def test_two_models_in_one_graph_are_refused() -> None:
         infer_config(shapes)
 
 
-def test_something_else_is_refused() -> None:
+def test_other_files_are_rejected() -> None:
     with pytest.raises(ConversionError, match=r"not an AutoML EfficientDet.*resnet/conv1"):
         infer_config({"resnet/conv1": (7, 7, 3, 64)})
     backbone = {n: s for n, s in shapes_of("efficientdet-d3").items() if n.startswith("efficientnet")}
@@ -175,16 +175,16 @@ def test_something_else_is_refused() -> None:
 @pytest.mark.parametrize(
     "scope", ["efficientnet-b0/blocks_3/", "efficientnet-b0/stem/", "fpn_cells/cell_0/fnode0/", "class_net/"]
 )
-def test_a_part_that_is_missing_is_named(scope: str) -> None:
+def test_a_missing_part_is_named(scope: str) -> None:
     shapes = {
         name: shape for name, shape in shapes_of("efficientdet-d0").items() if not name.startswith(scope)
     }
     named = scope.replace("b0", ".*")
-    with pytest.raises(ConversionError, match=f"is not whole: no variable is called like {named}"):
+    with pytest.raises(ConversionError, match=f"is incomplete: no variable name matches {named}"):
         infer_config(shapes)
 
 
-def test_unsupported_structures_are_refused_by_name() -> None:
+def test_unsupported_structures_are_rejected_by_name() -> None:
     shapes = shapes_of("efficientdet-d0")
     shapes["fpn_cells/cell_0/fnode0/op_after_combine5/conv/kernel"] = (3, 3, 64, 64)
     with pytest.raises(ConversionError, match="separable_conv=False"):
@@ -205,7 +205,7 @@ def test_unsupported_structures_are_refused_by_name() -> None:
     ],
 )
 @pytest.mark.parametrize("shape", [(), (0,), (0, 0, 0, 0)], ids=str)
-def test_shapes_that_make_no_sense_are_refused(name: str, shape: tuple[int, ...]) -> None:
+def test_impossible_shapes_are_rejected(name: str, shape: tuple[int, ...]) -> None:
     shapes = {**shapes_of("efficientdet-d0"), name: shape}
     with pytest.raises(ConversionError, match=name):
         infer_config(shapes)
@@ -215,42 +215,43 @@ def test_shapes_that_make_no_sense_are_refused(name: str, shape: tuple[int, ...]
 
 def test_classes_that_the_anchors_do_not_divide() -> None:
     shapes = {**shapes_of("efficientdet-d0"), "class_net/class-predict/bias": (811,)}
-    with pytest.raises(ConversionError, match=r"811 values a location for 9 anchors.*mixes two models"):
+    with pytest.raises(ConversionError, match=r"811 values per location for 9 anchors.*mixes two models"):
         infer_config(shapes)
 
 
-def test_a_backbone_that_is_no_efficientnet() -> None:
+def test_a_backbone_that_is_not_an_efficientnet() -> None:
     name = "efficientnet-b0/blocks_1/depthwise_conv2d/depthwise_kernel"
-    with pytest.raises(ConversionError, match=rf"{name} has shape \[3, 3, 97, 1\], no whole multiple"):
+    message = rf"{name} has shape \[3, 3, 97, 1\], whose channels are not a multiple"
+    with pytest.raises(ConversionError, match=message):
         infer_config({**shapes_of("efficientdet-d0"), name: (3, 3, 97, 1)})
 
 
 def test_a_backbone_of_other_stages() -> None:
-    """Its last block, one of a kind, is made one more of the stage before it."""
+    """The last block, which is a stage by itself, becomes one more block of the stage before it."""
     shapes = shapes_of("efficientdet-d0")
     last, before = "efficientnet-b0/blocks_15/", "efficientnet-b0/blocks_14/"
     one_fewer = {name: shape for name, shape in shapes.items() if not name.startswith(last)}
     more = {name.replace(before, last): shape for name, shape in shapes.items() if name.startswith(before)}
-    with pytest.raises(ConversionError, match="the backbone has 6 stages where EfficientNet has 7"):
+    with pytest.raises(ConversionError, match="the backbone has 6 stages, EfficientNet has 7"):
         infer_config(one_fewer | more)
 
 
-def test_resampling_without_batch_norm_is_refused_by_name() -> None:
+def test_resampling_without_batch_norm_is_rejected_by_name() -> None:
     shapes = {n: s for n, s in shapes_of("efficientdet-d0").items() if "resample" not in n or "/bn/" not in n}
     with pytest.raises(ConversionError, match="apply_bn_for_resampling=False"):
         infer_config(shapes)
 
 
-def test_anchors_that_do_not_factor_ask_for_help() -> None:
+def test_other_anchors_must_be_given() -> None:
     shapes = variable_shapes(model_config("efficientdet-d0", num_scales=2))
-    with pytest.raises(ConversionError, match=r"6 anchors a location.*--hparams num_scales"):
+    with pytest.raises(ConversionError, match=r"6 anchors per location.*--hparams num_scales"):
         infer_config(shapes)
     assert infer_config(shapes, overrides={"num_scales": 2}).config.num_anchors == 6
 
 
-def test_a_wrong_model_name_says_what_it_is() -> None:
+def test_for_a_wrong_model_name_the_right_one_is_suggested() -> None:
     shapes = shapes_of("efficientdet-d0")
-    with pytest.raises(ConversionError, match=r"these are efficientdet-d0's variables"):
+    with pytest.raises(ConversionError, match="these are the variables of efficientdet-d0: give that"):
         named_config("efficientdet-d1", shapes)
     with pytest.raises(ConversionError, match=r"efficientnet-b0/stem/conv2d/kernel has shape \[5\]"):
         named_config("efficientdet-d0", {**shapes, "efficientnet-b0/stem/conv2d/kernel": (5,)})
@@ -262,8 +263,8 @@ def test_a_named_model_takes_its_classes_from_the_variables() -> None:
     assert inference.config == model_config("efficientdet-d7", num_classes=5)
 
 
-def test_an_override_against_the_variables_is_refused() -> None:
-    with pytest.raises(ConversionError, match="num_classes is 20 as given, but the variables"):
+def test_an_override_that_contradicts_the_variables_is_rejected() -> None:
+    with pytest.raises(ConversionError, match="num_classes was given as 20, but the variables"):
         infer_config(shapes_of("efficientdet-d0"), overrides={"num_classes": 20})
     assert (
         infer_config(

@@ -1,4 +1,4 @@
-"""The port backwards: TF → PyTorch → TF gives the function back, in files Google's code reads."""
+"""The reverse port: TF → PyTorch → TF gives the same function, in files that Google's code reads."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from tf_reference.variables import variable_shapes, variables
 
-#: A bias moves between two float64 additions and comes out as rounding, some 1e-16 a layer.
+#: A bias moves from one float64 addition to another, which changes the rounding: about 1e-16 per layer.
 SAME_FUNCTION = 1e-12
 
-#: The targets that are TensorFlow's.
+#: The export targets in TensorFlow's formats.
 BACK = ("tf-checkpoint", "h5")
 
 Variables = dict[str, np.ndarray]
@@ -50,7 +50,7 @@ def there_and_back(values: Mapping[str, np.ndarray], config: EfficientDetConfig)
 
 
 def check_values(values: Mapping[str, np.ndarray], back: Mapping[str, np.ndarray], biases: set[str]) -> None:
-    """All as before, but for the folded biases, zero, and the means they went into."""
+    """The expected variables: folded biases are zero and their means are shifted; all others are equal."""
     assert back.keys() == values.keys()
     for name, value in values.items():
         if name in biases:
@@ -62,7 +62,7 @@ def check_values(values: Mapping[str, np.ndarray], back: Mapping[str, np.ndarray
 def largest_difference(
     config: EfficientDetConfig, a: Variables, b: Variables, size: tuple[int, int]
 ) -> float:
-    """Largest relative L2 between the outputs of two sets of variables, by the reference in float64."""
+    """The largest relative L2 between the reference's float64 outputs with two sets of variables."""
     from tf_reference.efficientdet import as_tensors, efficientdet
 
     images = normalise(synthetic_image(*size)[None], config).astype(np.float64)
@@ -106,7 +106,7 @@ def test_any_configuration_comes_back_as_the_same_function(config: EfficientDetC
 
 
 def trained(config: EfficientDetConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """A state dict as after some training: every tensor random, means of one head's levels far apart."""
+    """As after training: every tensor is random, and a head's means differ between its levels."""
     generator = torch.Generator().manual_seed(1)
     state_dict = EfficientDet(config).state_dict()
     for key, tensor in state_dict.items():
@@ -140,7 +140,7 @@ SHORT = model_config("efficientdet-lite0", num_classes=2, fpn_cell_repeats=1, bo
 
 @pytest.fixture(scope="module")
 def lite0(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Variables]:
-    """A written checkpoint of a short Lite0, and what should be in it."""
+    """A written checkpoint of a short Lite0, and its expected content."""
     config = SHORT
     state_dict = trained(config)
     folder = tmp_path_factory.mktemp("lite0") / "checkpoint"
@@ -148,7 +148,7 @@ def lite0(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Variables]:
     return folder, with_averages(reverse(state_dict, config), 300_000)
 
 
-def test_tensorflow_reads_what_was_meant(lite0: tuple[Path, Variables], tensorflow: Any) -> None:
+def test_tensorflow_reads_the_same_values(lite0: tuple[Path, Variables], tensorflow: Any) -> None:
     folder, expected = lite0
     reader = tensorflow.train.load_checkpoint(str(folder))
     assert reader.get_variable_to_shape_map().keys() == expected.keys()
@@ -162,7 +162,7 @@ def test_tensorflow_reads_what_was_meant(lite0: tuple[Path, Variables], tensorfl
 def test_a_graph_restores_its_moving_averages_as_automl_does(
     lite0: tuple[Path, Variables], tensorflow: Any
 ) -> None:
-    """``ExponentialMovingAverage.variables_to_restore`` and a ``Saver`` over everything, in a TF1 graph."""
+    """``ExponentialMovingAverage.variables_to_restore`` and a ``Saver`` of all variables, in a TF1 graph."""
     v1 = tensorflow.compat.v1
     folder, expected = lite0
     with tensorflow.Graph().as_default(), v1.Session() as session:
@@ -198,7 +198,7 @@ def test_the_entries_are_those_of_googles_own_checkpoint(shared: Path, tmp_path:
 
 @pytest.mark.usefixtures("tensorflow")
 def test_googles_weights_come_back_as_googles_function(tmp_path: Path) -> None:
-    """float32 on disk in both directions: what moved is the rounding of each folded mean, 6e-8 of it."""
+    """Both files are float32, so each folded mean is rounded: a relative change of 6e-8."""
     recording = golden_recording("efficientdet-d0")
     config, values = recording.config, recording.variables()
     ported = apply_rules(rules(config), values)
@@ -225,7 +225,7 @@ def test_h5_lists_are_in_the_order_of_googles_file(model: str) -> None:
 
 
 def h5_contents(path: Path) -> dict[str, Any]:
-    """All that a reader of the file could tell: groups, shapes, types, attributes, how they are stored."""
+    """Everything that a reader of the file sees: groups, shapes, types, attributes and their storage."""
     h5py = importlib.import_module("h5py")
     found: dict[str, Any] = {}
 
@@ -253,7 +253,7 @@ def test_h5_is_laid_out_as_googles_file(shared: Path, tmp_path: Path) -> None:
     "model", ["efficientdet-d0", pytest.param("efficientdet-d7x", marks=pytest.mark.slow)]
 )
 def test_keras_loads_h5_and_would_write_the_same(model: str, tmp_path: Path, tensorflow: Any) -> None:
-    """A Keras 2 model of the same layers and variables; D7x is where lists are split into pieces."""
+    """A Keras 2 model with the same layers and variables. D7x has lists that are split into pieces."""
     keras = pytest.importorskip("tf_keras", reason="needs Keras 2: pip install tf-keras")
     config = model_config(model)
     trainable = {v.name: v.trainable for v in variables(config)}
@@ -284,7 +284,7 @@ def test_keras_loads_h5_and_would_write_the_same(model: str, tmp_path: Path, ten
         assert "efficientnet-b7@weight_names1" in h5_contents(tmp_path / "ours.h5")
 
 
-# --- what is refused ----------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], type[Efficien
 
 @pytest.mark.parametrize("target", BACK)
 @pytest.mark.parametrize("fault", REFUSED)
-def test_weights_that_cannot_go_back_are_refused(
+def test_weights_that_cannot_be_ported_back_are_rejected(
     fault: str, target: str, small: EfficientDetConfig, tmp_path: Path
 ) -> None:
     spoil, error, message = REFUSED[fault]
@@ -330,15 +330,15 @@ def test_weights_that_cannot_go_back_are_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_head_biases_that_disagree_between_levels_are_refused(small: EfficientDetConfig) -> None:
-    """As they would with an inverse that tried to guess a bias out of each level's mean."""
+def test_head_biases_that_differ_between_levels_are_rejected(small: EfficientDetConfig) -> None:
+    """They would differ if an inverse tried to guess a bias from each level's mean."""
     guess = Transform("guess", FOLD_BIAS_INTO_MEAN.forward, lambda mean, count: (np.zeros_like(mean), -mean))
     table = [r._replace(transform=guess) if r.transform is FOLD_BIAS_INTO_MEAN else r for r in rules(small)]
     with pytest.raises(ConversionError, match=r"class_net.bns.0.1.running_mean makes another class_net"):
         undo_rules(table, trained(small))
 
 
-def test_rules_that_miss_a_variable_are_refused(
+def test_rules_that_lack_a_variable_are_rejected(
     small: EfficientDetConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = [rule for rule in rules(small) if rule.target != "resample.p6.bn.weight"]
@@ -348,10 +348,10 @@ def test_rules_that_miss_a_variable_are_refused(
 
 
 @pytest.mark.parametrize("target", BACK)
-def test_a_fault_on_the_way_back_leaves_nothing(
+def test_a_fault_in_the_reverse_port_leaves_no_file(
     target: str, small: EfficientDetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A transform whose inverse is not one: reading back finds it before anything is in its place."""
+    """A transform with a wrong inverse: reading the file back finds it before the target is replaced."""
 
     def broken(config: EfficientDetConfig) -> list[Rule]:
         wrong = Transform("wrong", IDENTITY.forward, lambda a, n: (a * 2,))
@@ -364,7 +364,7 @@ def test_a_fault_on_the_way_back_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_is_not_replaced(small: EfficientDetConfig, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_replaced(small: EfficientDetConfig, tmp_path: Path) -> None:
     (tmp_path / "model.index").write_text("a training run")
     with pytest.raises(OutputError, match="something in it already"):
         TARGETS["tf-checkpoint"].write(Weights(trained(small), small), tmp_path)
@@ -373,7 +373,7 @@ def test_what_is_there_is_not_replaced(small: EfficientDetConfig, tmp_path: Path
         TARGETS["h5"].write(Weights(trained(small), small), tmp_path / "x.keras")
 
 
-def test_float64_weights_are_rounded_and_it_is_said(small: EfficientDetConfig, tmp_path: Path) -> None:
+def test_the_rounding_of_float64_weights_is_reported(small: EfficientDetConfig, tmp_path: Path) -> None:
     written = TARGETS["h5"].write(Weights(trained(small, torch.float64), small), tmp_path / "x.h5")
     assert any("float64 tensors were rounded" in fact for fact in written.facts)
     state_dict = trained(small, torch.bfloat16)

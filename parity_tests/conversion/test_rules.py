@@ -1,4 +1,4 @@
-"""The rule table covers both sides exactly, and every rule can be undone."""
+"""The rule table covers both sides exactly, and every rule can be inverted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tf_reference.variables import variable_shapes
 
 
 def check_coverage(config: EfficientDetConfig) -> None:
-    """Every variable used, each once but for head biases; every tensor written once; shapes kept."""
+    """Every variable is used once (head biases more often), every tensor is written once, shapes agree."""
     table = list(rules(config))
     shapes = variable_shapes(config)
     assert len({rule.target for rule in table}) == len(table)

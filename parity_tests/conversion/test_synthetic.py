@@ -19,7 +19,7 @@ FAST = {"efficientdet-d0", "efficientdet-d2", "efficientdet-lite0"}
 
 
 def deviations(config: EfficientDetConfig, size: int) -> dict[str, float]:
-    """Standard deviation of every tapped activation."""
+    """The standard deviation of every tapped activation."""
     model = EfficientDet(config).eval()
     model.load_state_dict(apply_rules(rules(config), synthetic_variables(config)))
     found: dict[str, float] = {}
@@ -81,6 +81,6 @@ def test_some_fusion_weights_are_negative() -> None:
 
 
 def test_every_machine_gets_the_same_values() -> None:
-    """Recorded on several kinds of CPU, with several of OpenBLAS's kernels: not one bit may differ."""
+    """Recorded on several kinds of CPU, with several of OpenBLAS's kernels: no bit may differ."""
     for model, digest in (("efficientdet-d0", "16cf270bb69b"), ("efficientdet-lite0", "888fb944f096")):
         assert variables_digest(synthetic_variables(model_config(model))).startswith(digest), model

@@ -1,4 +1,4 @@
-"""The catalogue of AutoML variables against Google's own lists and the released checkpoints' indexes."""
+"""The catalogue of AutoML variables equals Google's own lists and the released checkpoints' indexes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import RELEASED
 from porting.audit import PUBLISHED, audit_parameters
 from porting.checkpoint.v2.bundle import read_index
 from porting.scopes import model_name
 from pytorch_model.config import MODELS, model_config
 from tf_reference.variables import variable_shapes, variables
 
-#: Trainable parameters without the biases that feed a batch norm.
+#: Trainable parameters without the biases that are followed by a batch norm.
 BIAS_FREE = {
     "efficientdet-d0": 3_877_763,
     "efficientdet-d1": 6_622_026,
@@ -50,17 +51,6 @@ def test_every_entry_of_googles_checkpoint_is_explained(model: str, shared: Path
         base = model_name(name)
         assert base is None or tuple(entry["shape"]) == expected[base], name
     assert {model_name(name) for name in content} == {*expected, None}
-
-
-RELEASED = {
-    "d0_ap3346": "efficientdet-d0",
-    "d0_ap3429": "efficientdet-d0",
-    "d1": "efficientdet-d1",
-    "d2": "efficientdet-d2",
-    "d2_other": "efficientdet-d2",
-    "d3": "efficientdet-d3",
-    "d4": "efficientdet-d4",
-}
 
 
 @pytest.mark.parametrize("folder", RELEASED)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from porting.convert import apply_rules
 from porting.rules import rules
 from porting.synthetic import (
-    CALIBRATION_PICTURES,
+    CALIBRATION_IMAGES,
     CALIBRATION_SIZE,
     synthetic_image,
     synthetic_variables,
@@ -60,9 +60,7 @@ def both(
 
 # Random deep networks are tame on the pictures their batch norms were calibrated on. On others the logits of
 # some reach hundreds: thousands of scores round to 1 and their order is chance, in float32 on either side.
-CALIBRATED = [
-    synthetic_image(CALIBRATION_SIZE, CALIBRATION_SIZE, seed) for seed in range(CALIBRATION_PICTURES)
-]
+CALIBRATED = [synthetic_image(CALIBRATION_SIZE, CALIBRATION_SIZE, seed) for seed in range(CALIBRATION_IMAGES)]
 
 MODELS = [
     pytest.param("efficientdet-d0", 4),

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from parity_tests.helpers.paths import TOOLS
 from parity_tests.helpers.recordings import seeded_value
+from parity_tests.helpers.small_models import one_object_detector
 from porting.checkpoint import open_checkpoint
 from porting.convert import apply_rules, convert
 from porting.rules import rules
 from pytorch_model import create_model, load_model
 from pytorch_model.anchors import generate_anchors
-from pytorch_model.config import EfficientDetConfig, model_config
+from pytorch_model.config import model_config
 from pytorch_model.detection import labels
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES, load_names
@@ -180,31 +181,6 @@ def test_recorded_end_to_end(shared: Path, name: str, size: int, photograph: str
 
 
 # --- the Detector -------------------------------------------------------------------------------------
-
-
-class OneObject(nn.Module):
-    """Stands for the network: sees one object, exactly an anchor, whatever the image."""
-
-    def __init__(self, config: EfficientDetConfig, level: int, row: int, column: int, anchor: int) -> None:
-        super().__init__()
-        self.config = config
-        self.place = (level, row, column, anchor)
-        self.device_marker = nn.Parameter(torch.zeros(1))
-
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        sizes = self.config.feature_sizes((images.shape[2], images.shape[3]))
-        channels = self.config.num_anchors * self.config.num_classes
-        classes = {level: torch.full((len(images), channels, *size), -30.0) for level, size in sizes.items()}
-        boxes = [torch.zeros(len(images), self.config.num_anchors * 4, *size) for size in sizes.values()]
-        level, row, column, anchor = self.place
-        classes[level][:, anchor * self.config.num_classes + 16, row, column] = 4.0
-        return list(classes.values()), boxes
-
-
-def one_object_detector(**options: Any) -> Detector:
-    config = model_config("efficientdet-d0", image_size=(128, 256))
-    stub: Any = OneObject(config, level=4, row=3, column=5, anchor=0)
-    return Detector(stub, **options)
 
 
 def test_boxes_are_xyxy_in_the_pixels_of_each_image() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from parity_tests.detection.test_detector import one_object_detector
+from parity_tests.helpers.small_models import one_object_detector
 from pytorch_model.detection.ensemble import mirrored, weighted_boxes_fusion
 from pytorch_model.errors import ConfigError
 

@@ -1037,7 +1037,7 @@ def test_a_saved_model_as_reference(
     tensorflow: Any, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A network that TensorFlow saved finds what its port finds, and another's does not."""
-    from parity_tests.parity.test_graph_reference import built, small
+    from parity_tests.helpers.small_models import built, small
     from porting.convert import apply_rules
     from porting.rules import rules
     from porting.synthetic import synthetic_variables

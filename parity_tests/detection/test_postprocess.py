@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import CONFIGS, GENERATED
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import MODELS, model_config
 from pytorch_model.detection import postprocess
@@ -39,25 +40,6 @@ BOX_TOLERANCE = 1e-3  # pixels
 FLOAT32_SCORE_TOLERANCE = 2e-5
 FLOAT32_BOX_TOLERANCE = 1e-2  # pixels
 
-# Recorded configuration → what it sets. AutoML's default for max_nms_inputs is 0, ours is its evaluation's.
-CONFIGS: dict[str, dict[str, Any]] = {
-    "default_gaussian": {},
-    "hard": {"method": "hard"},
-    "hard_iou0.3_score0.05": {"method": "hard", "iou_thresh": 0.3, "score_thresh": 0.05},
-    "gaussian_score0.2": {"score_thresh": 0.2},
-    "gaussian_sigma0.3_max20": {"sigma": 0.3, "max_output_size": 20},
-    "gaussian_topk5000": {"max_nms_inputs": 5000},
-    "hard_topk5000": {"method": "hard", "max_nms_inputs": 5000},
-}
-GENERATED: dict[str, dict[str, Any]] = {
-    "tf_per_class": {"max_nms_inputs": 0},
-    "tf_per_class_topk5000": {},
-    "pyfunc_gaussian": {"pyfunc": True},
-    "pyfunc_gaussian_maxreduce": {"pyfunc": True, "max_nms_inputs": 0},
-    "pyfunc_hard": {"pyfunc": True, "method": "hard"},
-    "pyfunc_linear": {"pyfunc": True, "method": "linear"},
-    "pyfunc_diou": {"pyfunc": True, "method": "diou"},
-}
 SYNTH_SIZE = (128, 128)
 
 

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.helpers.paths import GOLDENS
-from pytorch_model.config import EfficientDetConfig, model_config
+from parity_tests.helpers.recordings import GOLDEN_TARGETS, tensorflow_preprocess
+from pytorch_model.config import model_config
 from pytorch_model.detection.preprocess import (
     ImageError,
     ImageSource,
@@ -29,7 +30,6 @@ from pytorch_model.detection.preprocess import (
 from pytorch_model.detection.settings import DECODERS, FORMATS
 
 D0, LITE0 = model_config("efficientdet-d0"), model_config("efficientdet-lite0")
-GOLDEN_TARGETS = [("d0", (32, 48)), ("d0", (70, 90)), ("lite0", (48, 32)), ("lite0", (41, 56))]
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
@@ -41,19 +41,6 @@ def needs(decoder: str) -> None:
 
 def nhwc(images: torch.Tensor) -> np.ndarray:
     return images.permute(0, 2, 3, 1).numpy()
-
-
-def tensorflow_preprocess(
-    tf: Any, pixels: np.ndarray, config: EfficientDetConfig, target: tuple[int, int]
-) -> np.ndarray:
-    """AutoML's steps in TensorFlow's operations: uint8 [h, w, 3] → float32 [H, W, 3]."""
-    image = (tf.cast(pixels, tf.float32) - tf.constant(config.mean_rgb)) / tf.constant(config.stddev_rgb)
-    height, width = tf.cast(tf.shape(image)[0], tf.float32), tf.cast(tf.shape(image)[1], tf.float32)
-    scale = tf.minimum(target[0] / height, target[1] / width)
-    size = tf.cast(tf.stack([height * scale, width * scale]), tf.int32)
-    scaled = tf.image.resize(image, size, method="bilinear")
-    padded: np.ndarray = tf.image.pad_to_bounding_box(scaled, 0, 0, *target).numpy()
-    return padded
 
 
 # --- recordings ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Thin the shared recordings into the goldens carried here: ``python parity_tests/goldens/make.py``."""
+"""Thin the shared recordings into the goldens in this folder: ``python parity_tests/goldens/make.py``."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from parity_tests.helpers.paths import GOLDENS, SHARED
-from parity_tests.helpers.recordings import shared_recording
-from parity_tests.parity.test_recordings import GOLDEN_MODELS, native_size
+from parity_tests.helpers.recordings import GOLDEN_MODELS, native_size, shared_recording
 from pytorch_model.config import MODELS
 
-KEPT = 60  # values an endpoint
+KEPT = 60  # values per endpoint
 
 
 def names_digest(lines: list[str]) -> str:
@@ -24,7 +23,7 @@ def names_digest(lines: list[str]) -> str:
 
 
 def make_names() -> None:
-    """One line a model: how many variables, how many trainable parameters, and a digest over the list."""
+    """One line per model: the number of variables and of trainable parameters, and a digest of the list."""
     table = {}
     for model in MODELS:
         content = json.loads((SHARED / "oracle" / model / "names_tf1_ckpt.json").read_text())["variables"]
@@ -49,7 +48,7 @@ def make_activations(model: str) -> None:
     }
     about = {}
     for key, (values, stride) in recording.endpoints.items():
-        # An odd step beyond the recorded stride keeps every channel and position class in the sample.
+        # An odd step, on top of the recorded stride, keeps every channel and position class in the sample.
         step = max(1, len(values) // KEPT) | 1
         arrays[f"endpoint/{key}"] = values[::step]
         about[key] = {

@@ -11,8 +11,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from parity_tests.detection.test_postprocess import CONFIGS, GENERATED
 from parity_tests.helpers.paths import GOLDENS, SHARED
+from parity_tests.helpers.recordings import CONFIGS, GENERATED
 from pytorch_model.config import MODELS
 
 ANCHOR_VALUES = 120  # kept per array
@@ -20,7 +20,7 @@ TOP_PAIRS = 5000  # the most candidates of any kept configuration
 
 
 def anchors() -> dict[str, np.ndarray]:
-    """``<model>/anchors/<size>@<stride>`` → values, thinned by an odd step so that every column is met."""
+    """``<model>/anchors/<size>@<stride>`` → values, thinned by an odd step, which keeps every column."""
     kept = {}
     for model in MODELS:
         for file in sorted((SHARED / "oracle" / model).glob("post_s*.npz")):
@@ -36,7 +36,7 @@ def anchors() -> dict[str, np.ndarray]:
 
 
 def detections() -> dict[str, np.ndarray]:
-    """The ``synth`` recording with only those logits that can become candidates."""
+    """The ``synth`` recording, with only the logits that can become candidates."""
     with np.load(SHARED / "oracle/efficientdet-d0/post_s128.npz") as stored:
         logits = np.concatenate(
             [stored[f"synth/class_outputs/{level}"].reshape(2, -1, 90) for level in range(3, 8)], axis=1

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.training import LEVELS, Sample, recorded_names, shared_step
 
-KEPT = {"gradients": 32, "after": 6}  # values a variable
+KEPT = {"gradients": 32, "after": 6}  # values per variable
 
 
 def thinned(sample: Sample, kept: int) -> Sample:
-    # An odd step beyond the recorded stride keeps every channel and position class in the sample.
+    # An odd step, on top of the recorded stride, keeps every channel and position class in the sample.
     step = 1 if len(sample.values) <= kept else len(sample.values) // kept | 1
     return Sample(sample.values[::step], sample.stride * step, sample.norm)
 

@@ -1,12 +1,12 @@
-"""Thin the graphs that Google's code saved, so that they can travel with the project.
+"""Thin the graphs that Google's code saved, so that they are small enough for the project.
 
     python parity_tests/goldens/make_graphs.py FOLDER/d0/model.meta FOLDER/lite0/model.meta …
 
-The graphs were built by AutoML's EfficientDet code as the package tflite-model-maker 0.4.3 carries it
-(``inference.build_model``, evaluation mode, pictures of 128×128; D0 by the legacy builder, Lite0 by the Keras
+The graphs were built by AutoML's EfficientDet code, from the package tflite-model-maker 0.4.3
+(``inference.build_model``, evaluation mode, images of 128×128; D0 by the legacy builder, Lite0 by the Keras
 one, ``d0_train`` in training mode), run on TensorFlow 2.21 with tf_keras, and written by ``tf.train.Saver``.
-Thinned means: nodes that the predictions do not depend on are gone (initialisers, saving, gradients), and so
-are the attributes that no one reads. No node that is left was changed.
+Thinning removes nodes that the predictions do not depend on (initialisers, saving, gradients) and attributes
+that nothing reads. The other nodes are unchanged.
 """
 
 from __future__ import annotations

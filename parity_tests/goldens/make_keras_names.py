@@ -1,8 +1,8 @@
-"""Pack what Google's Keras model calls its variables: ``python parity_tests/goldens/make_keras_names.py``.
+"""Pack the variable names of Google's Keras model: ``python parity_tests/goldens/make_keras_names.py``.
 
 ``keras_names.json.xz``: file → key → shape, of object-based checkpoints and ``.h5`` files.
 ``keras_graph.xz``: the object graph of Lite0's ``ckpt-1``.
-``h5_order.json``: model → layer, in order → SHA-256 of its ``weight_names``, one a line.
+``h5_order.json``: model → layer, in order → SHA-256 of its ``weight_names``, one per line.
 """
 
 from __future__ import annotations

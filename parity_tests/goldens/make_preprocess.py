@@ -1,4 +1,4 @@
-"""Pictures as TensorFlow decodes and prepares them: ``python parity_tests/goldens/make_preprocess.py``."""
+"""Images as TensorFlow decodes and prepares them: ``python parity_tests/goldens/make_preprocess.py``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from PIL import Image
 
-from parity_tests.detection.test_preprocess import D0, GOLDEN_TARGETS, LITE0, tensorflow_preprocess
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import GOLDEN_TARGETS, tensorflow_preprocess
 from porting.synthetic import synthetic_image
+from pytorch_model.config import model_config
 
 
 def jpegs() -> dict[str, bytes]:
-    """One file of every kind a decoder treats differently."""
+    """One file of every kind that decoders treat differently."""
     picture = Image.fromarray(synthetic_image(41, 59))
     exif = Image.Exif()
-    exif[0x112] = 6  # turn by 90 degrees: decoders that obey it give another shape
+    exif[0x112] = 6  # turn by 90 degrees: decoders that apply it return a different shape
 
     def encode(image: Image.Image, **options: Any) -> bytes:
         buffer = io.BytesIO()
@@ -54,7 +55,7 @@ def main() -> None:
         accurate = tf.io.decode_jpeg(data, channels=3, dct_method="INTEGER_ACCURATE").numpy()
         arrays[f"{kind}/accurate"] = accurate
     for model, target in GOLDEN_TARGETS:
-        config = {"d0": D0, "lite0": LITE0}[model]
+        config = model_config(f"efficientdet-{model}")
         key = f"input/{model}/{target[0]}x{target[1]}"
         arrays[key] = tensorflow_preprocess(tf, arrays["420/accurate"], config, target)
     np.savez_compressed(GOLDENS / "preprocess.npz", **arrays)

@@ -1,4 +1,4 @@
-"""Small random configurations: every room of the network, hardly any weights."""
+"""Small random configurations: every part of the network, few weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KERNELS, _STRIDES = (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1)
 _WIDTHS = st.sampled_from([4, 6, 8])
 
 
-# Neighbouring stages differ in width, as in every EfficientNet: that is what tells them apart.
+# Neighbouring stages differ in width, as in every EfficientNet. Only that separates them.
 @st.composite
 def backbones(draw: st.DrawFn) -> BackboneConfig:
     lite = draw(st.booleans())
@@ -32,14 +32,16 @@ def backbones(draw: st.DrawFn) -> BackboneConfig:
     levels = backbone.block_levels
     choices = ([i for i, level in enumerate(levels) if level == wanted] for wanted in ENDPOINT_LEVELS)
     third, fourth, fifth = (draw(st.sampled_from(blocks)) for blocks in choices)
-    # Both stages of the last level stay, for a backbone of other than seven stages is not one.
+    # Both stages of the last level stay, because a backbone must have seven stages.
     return backbone.ending_at((third, fourth, max(fifth, len(levels) - stages[-1].repeats)))
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> EfficientDetConfig:
-    """Any configuration the port should handle. The fusion width may equal a backbone width, which removes
-    the resampling convolution there."""
+    """Any configuration that the port should handle.
+
+    The fusion width may equal a backbone width; then there is no resampling convolution.
+    """
     min_level = draw(st.integers(2, 4))
     return EfficientDetConfig(
         name="tiny",

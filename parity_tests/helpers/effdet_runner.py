@@ -1,8 +1,8 @@
-"""Run effdet's models in a process of their own: ``python effdet_runner.py JOBS.json``, with PYTORCH_JIT=0.
+"""Run effdet's models in a separate process: ``python effdet_runner.py JOBS.json``, with PYTORCH_JIT=0.
 
-effdet and timm import torchvision at start, and use none of it for what is run here; an empty stand-in keeps
-the tests independent of it. A job: recipe (what tools/export.py tells its user to run), images
-(.npy, NCHW, of the type to run in), out (.npz).
+effdet and timm import torchvision at start, but do not use it for these models. An empty stand-in keeps the
+tests independent of it. A job has a recipe (the statements that tools/export.py prints), images (.npy, NCHW,
+of the type to run in) and out (.npz).
 """
 
 from __future__ import annotations

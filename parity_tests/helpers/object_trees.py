@@ -1,21 +1,29 @@
-"""AutoML's and the Object Detection API's objects, written down from their source: who owns which variable.
+"""The objects of AutoML and of the Object Detection API, written down from their source, with their
+variables.
 
-The readers in ``porting.checkpoint`` go from objects to names by structure; this goes from a configuration to
-objects, so that one proves the other.
+The readers in ``porting.checkpoint`` go from objects to names by structure. This module goes from a
+configuration to objects, so that each proves the other. It also writes other files of Keras and of the API.
 """
 
 from __future__ import annotations
 
+import json
+import lzma
 from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from parity_tests.helpers.paths import GOLDENS
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.objects.graph import GRAPH_KEY
 from pytorch_model.config import EfficientDetConfig
 from tf_reference.variables import variables
 
+#: The models whose Keras names are recorded.
+LISTED = ["efficientdet-d0", "efficientdet-d4", "efficientdet-lite0"]
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 
 
@@ -32,7 +40,7 @@ def automl_paths(config: EfficientDetConfig) -> dict[str, str]:
 def automl_graph(
     config: EfficientDetConfig, names: Mapping[str, str] | None = None, prefix: str = ""
 ) -> bytes:
-    """The object graph of a Keras model. ``names``: path → full name, where it is not AutoML's own name.
+    """The object graph of a Keras model. ``names``: path → full name, if it is not AutoML's own name.
 
     Levels that only pool have an object too, without variables.
     """
@@ -80,9 +88,9 @@ def _automl_scopes(config: EfficientDetConfig) -> Iterator[tuple[str, str]]:
 
 
 def odapi_paths(config: EfficientDetConfig, detector_blocks: int) -> dict[str, str]:
-    """AutoML name → path from the API's detection model; WSM and its twins share one.
+    """AutoML name → path from the API's detection model. All WSM variables of a node share one path.
 
-    The detector runs the first ``detector_blocks``; the other blocks belong to the classifier.
+    The detector runs the first ``detector_blocks`` blocks; the others belong to the classifier.
     """
     scopes = dict(_odapi_scopes(config, detector_blocks))
     found = {}
@@ -143,7 +151,7 @@ def _chain(config: EfficientDetConfig) -> Iterator[tuple[int, str]]:
 def graph_of(
     paths: Mapping[str, str], keys: Mapping[str, str] | None = None, empty: tuple[str, ...] = ()
 ) -> bytes:
-    """A ``TrackableObjectGraph``: path → the variable's full name. ``keys``: path → key, where it is another.
+    """A ``TrackableObjectGraph``: path → the variable's full name. ``keys``: path → key, if it differs.
 
     ``empty`` are paths of objects without variables.
     """
@@ -177,7 +185,7 @@ def _varint(value: int) -> bytes:
 
 
 class Memory(Checkpoint):
-    """Arrays that stand for a TensorBundle, with an object graph if one is given."""
+    """Arrays in place of a TensorBundle, with an object graph if one is given."""
 
     def __init__(
         self, arrays: Mapping[str, np.ndarray], graph: bytes | None = None, source: str = "folder/ckpt-1"
@@ -197,3 +205,92 @@ class Memory(Checkpoint):
         assert name == GRAPH_KEY
         assert self._graph is not None
         return self._graph
+
+
+# --- other files of Keras and of the Detection API ------------------------------------------
+
+
+@cache
+def keras_names() -> dict[str, dict[str, list[int]]]:
+    loaded: dict[str, dict[str, list[int]]] = json.loads(
+        lzma.decompress((GOLDENS / "keras_names.json.xz").read_bytes())
+    )
+    return loaded
+
+
+def save_h5(path: Path, values: Mapping[str, np.ndarray], piece: int = 10**6) -> None:
+    """Write ``values`` as Keras 2 does. Lists of names are split into pieces of ``piece`` names."""
+    import h5py
+
+    layers: dict[str, list[str]] = {"resample_p7": []}
+    for name in values:
+        layers.setdefault(name.split("/")[0], []).append(f"{name}:0")
+    with h5py.File(path, "w") as file:
+        _save_names(file.attrs, "layer_names", list(layers), piece)
+        for layer, names in layers.items():
+            group = file.create_group(layer)
+            _save_names(group.attrs, "weight_names", names, piece)
+            for name in names:
+                group.create_dataset(name, data=values[name.removesuffix(":0")])
+        _save_names(file.create_group("top_level_model_weights").attrs, "weight_names", [], piece)
+
+
+def _save_names(attributes: Any, name: str, names: list[str], piece: int) -> None:
+    encoded = [item.encode() for item in names]
+    if len(encoded) <= piece:
+        attributes[name] = encoded
+    else:
+        for number, start in enumerate(range(0, len(encoded), piece)):
+            attributes[f"{name}{number}"] = encoded[start : start + piece]
+
+
+# As in the API's template for D0. Its box coder differs from that of the API's released models.
+PIPELINE = """
+# SSD with EfficientNet-b0 + BiFPN
+model {{
+  ssd {{
+    num_classes: {num_classes}
+    add_background_class: {background}
+    box_coder {{ faster_rcnn_box_coder {{ {box_coder} }} }}
+    anchor_generator: {{
+      multiscale_anchor_generator {{
+        min_level: 3, max_level: {anchor_level}; anchor_scale: {anchor_scale}
+        aspect_ratios: {ratios} scales_per_octave: {scales}
+      }}
+    }}
+    image_resizer {{ keep_aspect_ratio_resizer {{ min_dimension: {size} max_dimension: {size} }} }}
+    box_predictor {{
+      weight_shared_convolutional_box_predictor {{
+        conv_hyperparams < force_use_bias: true activation: SWISH batch_norm {{ epsilon: 0.001 }} >
+      }}
+    }}
+    feature_extractor {{
+      type: '{extractor}'
+      bifpn {{ min_level: 3 max_level: {bifpn_level} num_iterations: 3 num_filters: 64 {combine} }}
+      conv_hyperparams {{ activation: {activation} batch_norm {{ epsilon: {epsilon} }} }}
+    }}
+    post_processing {{ score_converter: {converter} }}
+  }}
+}}
+train_config: {{ batch_size: 128 }}
+"""
+DEFAULTS = {
+    "num_classes": 2,
+    "background": "false",
+    "box_coder": "y_scale: 1.0 x_scale: 1.0 height_scale: 1.0 width_scale: 1.0",
+    "anchor_level": 7,
+    "anchor_scale": 4.0,
+    "bifpn_level": 7,
+    "ratios": "[1.0, 2.0, 0.5]",
+    "scales": 3,
+    "size": 512,
+    "extractor": "ssd_efficientnet-b0_bifpn_keras",
+    "combine": "",
+    "activation": "SWISH",
+    "epsilon": 0.001,
+    "converter": "SIGMOID",
+}
+
+
+def pipeline_text(**changes: Any) -> str:
+    return PIPELINE.format(**{**DEFAULTS, **changes})

@@ -1,4 +1,4 @@
-"""Where things are: the clone, its tools, the goldens it carries, the recordings beside it."""
+"""Folders: the clone, its tools, its goldens, and the recordings next to it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Recordings of Google's own code: activations in float64, and the seeded weights and pictures behind them.
+"""Recordings of Google's own code: activations in float64, and the seeded weights and images they came from.
 
-The weights are a pure function of (name, shape), so the recordings need not hold them; only batch-norm
-statistics, which were calibrated by running the network, are stored.
+The weights are a pure function of (name, shape), so they are not stored. Only the batch-norm statistics are
+stored, because they were calibrated by running the network.
 """
 
 from __future__ import annotations
@@ -18,13 +18,47 @@ from parity_tests.helpers.paths import GOLDENS, SHARED
 from pytorch_model.config import EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes
 
+GOLDEN_MODELS = ("efficientdet-d0", "efficientdet-d7x", "efficientdet-lite0")
+#: Index of a released checkpoint in the shared folder → its model.
+RELEASED = {
+    "d0_ap3346": "efficientdet-d0",
+    "d0_ap3429": "efficientdet-d0",
+    "d1": "efficientdet-d1",
+    "d2": "efficientdet-d2",
+    "d2_other": "efficientdet-d2",
+    "d3": "efficientdet-d3",
+    "d4": "efficientdet-d4",
+}
+
+# Golden input: model, (height, width) of the network's input.
+GOLDEN_TARGETS = [("d0", (32, 48)), ("d0", (70, 90)), ("lite0", (48, 32)), ("lite0", (41, 56))]
+# Recorded configuration → what it sets. AutoML's default for max_nms_inputs is 0, ours is its evaluation's.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "default_gaussian": {},
+    "hard": {"method": "hard"},
+    "hard_iou0.3_score0.05": {"method": "hard", "iou_thresh": 0.3, "score_thresh": 0.05},
+    "gaussian_score0.2": {"score_thresh": 0.2},
+    "gaussian_sigma0.3_max20": {"sigma": 0.3, "max_output_size": 20},
+    "gaussian_topk5000": {"max_nms_inputs": 5000},
+    "hard_topk5000": {"method": "hard", "max_nms_inputs": 5000},
+}
+GENERATED: dict[str, dict[str, Any]] = {
+    "tf_per_class": {"max_nms_inputs": 0},
+    "tf_per_class_topk5000": {},
+    "pyfunc_gaussian": {"pyfunc": True},
+    "pyfunc_gaussian_maxreduce": {"pyfunc": True, "max_nms_inputs": 0},
+    "pyfunc_hard": {"pyfunc": True, "method": "hard"},
+    "pyfunc_linear": {"pyfunc": True, "method": "linear"},
+    "pyfunc_diou": {"pyfunc": True, "method": "diou"},
+}
+
 
 @dataclass(frozen=True)
 class Recording:
     """Google's activations of one model on one batch.
 
-    ``endpoints``: recorded key → (values, stride): ``values`` is the flattened NHWC activation, every
-    ``stride``-th element of it. ``norms``: L2 of the *full* activation. ``images``: [N, H, W, 3], normalised.
+    ``endpoints``: recorded key → (values, stride): ``values`` is every ``stride``-th element of the flattened
+    NHWC activation. ``norms``: L2 of the *full* activation. ``images``: [N, H, W, 3], normalised.
     ``google_error``: relative L2 of Google's float32 to Google's float64 at each endpoint.
     """
 
@@ -86,10 +120,14 @@ def _fusion_weight(rng: np.random.Generator, scope: str, leaf: str) -> float:
 
 
 def normalise(picture: np.ndarray, config: EfficientDetConfig) -> np.ndarray:
-    """uint8 [..., 3] → float32, (x − mean) / stddev."""
+    """uint8 [..., 3] → float32, (x − mean) / stddev. Independent of the code under test."""
     return (picture.astype(np.float32) - np.array(config.mean_rgb, np.float32)) / np.array(
         config.stddev_rgb, np.float32
     )
+
+
+def native_size(model: str) -> int:
+    return 256 if model == "efficientdet-d7x" else 128
 
 
 def shared_recording(model: str, size: int) -> Recording:
@@ -116,7 +154,7 @@ def shared_recording(model: str, size: int) -> Recording:
 
 
 def recorded_images(folder: Path, model: str, size: int, batch: int) -> np.ndarray:
-    """The stored input where there is one; the others are drawn by the recordings' own module."""
+    """The stored input if there is one, otherwise the images that the recordings' own module draws."""
     stored = folder / f"input_s{size}.npz"
     if stored.exists():
         with np.load(stored) as content:
@@ -133,7 +171,7 @@ def recorded_images(folder: Path, model: str, size: int, batch: int) -> np.ndarr
 
 
 def golden_recording(model: str) -> Recording:
-    """A thinned copy of one recording, carried by the project."""
+    """A thinned copy of one recording, which is part of the project."""
     with np.load(GOLDENS / f"{model}.npz") as stored:
         arrays = {key: stored[key] for key in stored.files}
     about = json.loads(bytes(arrays.pop("about")))
@@ -150,7 +188,7 @@ def golden_recording(model: str) -> Recording:
 
 
 def tap_of(endpoint: str, config: EfficientDetConfig) -> str:
-    """The reference tap that shows what the recordings call ``endpoint``."""
+    """The reference tap of the activation that the recordings call ``endpoint``."""
     scope, _, rest = endpoint.partition("/")
     if scope in ("class_outputs", "box_outputs"):
         return endpoint
@@ -178,7 +216,20 @@ def _backbone_tap(endpoint: str, config: EfficientDetConfig) -> str:
     scope = f"{backbone.name}/blocks_{index}"
     if not inner:
         return scope
-    block = backbone.blocks[index]  # "expansion_output": what the projection gets
+    block = backbone.blocks[index]  # "expansion_output": the input of the projection
     if block.se_filters:
         return f"{scope}/se"
     return f"{scope}/tpu_batch_normalization" + ("_1" if block.expand_ratio != 1 else "")
+
+
+def tensorflow_preprocess(
+    tf: Any, pixels: np.ndarray, config: EfficientDetConfig, target: tuple[int, int]
+) -> np.ndarray:
+    """AutoML's steps in TensorFlow's operations: uint8 [h, w, 3] → float32 [H, W, 3]."""
+    image = (tf.cast(pixels, tf.float32) - tf.constant(config.mean_rgb)) / tf.constant(config.stddev_rgb)
+    height, width = tf.cast(tf.shape(image)[0], tf.float32), tf.cast(tf.shape(image)[1], tf.float32)
+    scale = tf.minimum(target[0] / height, target[1] / width)
+    size = tf.cast(tf.stack([height * scale, width * scale]), tf.int32)
+    scaled = tf.image.resize(image, size, method="bilinear")
+    padded: np.ndarray = tf.image.pad_to_bounding_box(scaled, 0, 0, *target).numpy()
+    return padded

@@ -1,13 +1,13 @@
-"""Which refusals the tests bring about: ``pytest parity_tests --refusals`` names those that none did.
+"""Finds refusals that no test triggers: ``pytest parity_tests --refusals`` lists them.
 
 A refusal is a place in the code that
 
 - makes an error of the family, or a :class:`~porting.errors.Reason` for one;
-- calls a function that does nothing but make one (it never returns, or returns an error) with its own words;
-- ends the reading of the command line by ``parser.error``.
+- calls a function that only makes one (it never returns, or it returns an error), with its own words;
+- ends the parsing of the command line with ``parser.error``.
 
-The code is searched for them. Those come to while the tests run are noted, in the commands that tests start
-too.
+The source is searched for refusals. While the tests run, those that are reached are recorded, also in the
+commands that the tests start.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from typing import Any
 
 from parity_tests.helpers.paths import ROOT
 
-ROOMS = ("porting", "pytorch_model", "tools")
+FOLDERS = ("porting", "pytorch_model", "tools")
 FAMILY = ("EfficientDetError", "Reason")
-FOLDER = "PORTING_REFUSALS"  # environment variable: the folder where processes note
-DEPTH = 6  # calls between a refusing function and the one that says why
+FOLDER = "PORTING_REFUSALS"  # environment variable: the folder into which processes write
+DEPTH = 6  # calls between a function that rejects and the function that says why
 
-#: Python runs this when it starts, where the folder that holds it is in PYTHONPATH.
+#: Python runs this when it starts, if its folder is in PYTHONPATH.
 _SITECUSTOMIZE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -40,7 +40,7 @@ del sys.path[0]
 
 @dataclass(frozen=True)
 class Refusal:
-    """A call, in lines ``first`` to ``last`` of ``path``. ``calls``: what is noted as called there."""
+    """A call in lines ``first`` to ``last`` of ``path``. ``calls``: the function recorded as called there."""
 
     path: Path
     first: int
@@ -50,7 +50,7 @@ class Refusal:
 
 
 def start(folder: Path) -> None:
-    """Note refusals here and in every Python process started from now on, in ``folder``."""
+    """Record refusals in ``folder``, from here and from every Python process started from now on."""
     (folder / "sitecustomize.py").write_text(_SITECUSTOMIZE)
     os.environ[FOLDER] = str(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
@@ -58,7 +58,7 @@ def start(folder: Path) -> None:
 
 
 def note() -> None:
-    """Have errors of the family and parsers note where in the code they are made, and on whose behalf."""
+    """Make errors of the family, and parsers, record where in the code they are made, with their callers."""
     from porting.errors import EfficientDetError, Reason
 
     seen: set[str] = set()
@@ -72,7 +72,7 @@ def note() -> None:
                 # A file for each process: tests limit how large a file their commands may write.
                 with open(Path(os.environ[FOLDER]) / f"{os.getpid()}.places", "a") as file:
                     file.write(place + "\n")
-            # An error's own __init__ stands for the error; the caller of another function called that.
+            # An error's own __init__ counts as the error itself; any other function is called by its caller.
             called = called if frame.f_code.co_name == "__init__" else frame.f_code.co_name
             if frame.f_back is None:
                 return
@@ -93,17 +93,19 @@ def note() -> None:
     argparse.ArgumentParser.error = noting_error  # type: ignore
 
 
-def brought_about(folder: Path) -> set[tuple[str, int, str]]:
-    """(file, line, what was called there) of all that was noted in ``folder``."""
+def reached(folder: Path) -> set[tuple[str, int, str]]:
+    """(file, line, function called there) of everything recorded in ``folder``."""
     lines = (line for file in folder.glob("*.places") for line in file.read_text().splitlines())
     rows = (line.rsplit(":", 2) for line in lines)
     return {(os.path.realpath(path), int(line), called) for path, line, called in rows}
 
 
 def refusals() -> Iterator[Refusal]:
-    """Every place that refuses, in the order of files."""
+    """Every refusal in the source, in the order of files."""
     trees = {
-        path: ast.parse(path.read_text()) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))
+        path: ast.parse(path.read_text())
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
     }
     classes = [found for tree in trees.values() for found in _classes(tree)]
     family = set(FAMILY)
@@ -131,7 +133,7 @@ def _classes(tree: ast.Module) -> Iterator[tuple[str, set[str]]]:
 
 
 def _refusing(tree: ast.Module, family: set[str]) -> Iterator[str]:
-    """Functions whose return annotation says that they refuse."""
+    """Functions whose return annotation says that they make an error or never return."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.returns is not None:
             returned = _name(node.returns)
@@ -144,8 +146,8 @@ def _name(node: ast.expr) -> str:
 
 
 def missing(folder: Path) -> list[str]:
-    """One line for each refusal that was not brought about."""
-    found = brought_about(folder)
+    """One line for each refusal that was not reached."""
+    found = reached(folder)
     return [
         f"{refusal.path.relative_to(ROOT)}:{refusal.first}: {refusal.source[:150]}"
         for refusal in refusals()

@@ -1,6 +1,6 @@
-"""TFLite files to read back: the TensorFlow reference of a small Lite, through TensorFlow's own converter.
+"""TFLite files for tests: the TensorFlow reference of a small Lite model, through TensorFlow's own converter.
 
-``python -m parity_tests.helpers.tflite_files`` writes the two that the project carries.
+``python -m parity_tests.helpers.tflite_files`` writes the two files that are part of the project.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from unittest import mock
 import numpy as np
 
 from parity_tests.helpers.paths import GOLDENS
+from parity_tests.helpers.recordings import normalise
 from porting.synthetic import synthetic_image, synthetic_variables
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage, model_config
 
-# Every kind of stage of the real ones, few channels, a size that is not square and does not halve evenly.
+# Every kind of stage of the real models, few channels, a size that is not square and does not halve evenly.
 TINY = model_config("efficientdet-lite0").replace(
     name="custom",
     backbone=BackboneConfig(
@@ -50,10 +51,9 @@ def tiny_variables(config: EfficientDetConfig = TINY) -> dict[str, np.ndarray]:
 
 
 def pictures(config: EfficientDetConfig, count: int, first: int = 10) -> np.ndarray:
-    """Normalised pictures, float32 [count, H, W, 3]."""
+    """Seeded, normalised images, float32 [count, H, W, 3]."""
     images = np.stack([synthetic_image(*config.image_size, first + i) for i in range(count)])
-    mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
-    return (images.astype(np.float32) - mean) / stddev
+    return normalise(images, config)
 
 
 def golden(kind: str) -> Path:
@@ -69,8 +69,8 @@ def tflite_bytes(
 ) -> bytes:
     """The network as a TFLite file of ``kind``, one of :data:`KINDS`.
 
-    With ``postprocess`` it ends as AutoML's export does, in the detection operator; without, in the heads.
-    ``options`` replace settings of that operator.
+    With ``postprocess`` it ends with the detection operator, as AutoML's export does; without, with the
+    heads. ``options`` replace settings of that operator.
     """
     import tensorflow as tf
 
@@ -91,13 +91,13 @@ def tflite_bytes(
         found = _detection_operator(config, options or {})(boxes, scores, tf.constant(centre_sizes(config)))
         return {f"output_{i}": x for i, x in enumerate(found)}
 
-    # The reference gathers pixels, to be exact in float64; AutoML resizes.
+    # The reference gathers pixels, which is exact in float64; AutoML resizes.
     with mock.patch("tf_reference.bifpn.nearest_resize", tf.compat.v1.image.resize_nearest_neighbor):
         return convert_function(network, pictures(config, 8, first=20), kind)
 
 
 def convert_function(function: Any, images: np.ndarray, kind: str = "float32") -> bytes:
-    """A ``tf.function`` of one image as a TFLite file; ``images`` calibrate its quantisation."""
+    """A ``tf.function`` of one image as a TFLite file. ``images`` calibrate its quantisation."""
     import tensorflow as tf
 
     def representative() -> Iterator[list[np.ndarray]]:
@@ -106,7 +106,7 @@ def convert_function(function: Any, images: np.ndarray, kind: str = "float32") -
 
     module = tf.Module()
     module.function = function
-    # By way of a SavedModel: only there is a function not inlined before it can be replaced by an operator.
+    # Through a SavedModel, because there a function is not inlined before an operator can replace it.
     with tempfile.TemporaryDirectory() as folder:
         tf.saved_model.save(module, folder, signatures=function.get_concrete_function())
         converter = tf.lite.TFLiteConverter.from_saved_model(folder)
@@ -136,7 +136,7 @@ def centre_sizes(config: EfficientDetConfig) -> np.ndarray:
 
 
 def _detection_operator(config: EfficientDetConfig, options: Mapping[str, float]) -> Any:
-    """The function that the converter replaces by TFLite's detection operator."""
+    """The function that the converter replaces with TFLite's detection operator."""
     import tensorflow as tf
 
     settings: dict[str, float] = {

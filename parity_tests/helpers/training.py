@@ -1,6 +1,7 @@
-"""AutoML's training, as far as one step needs it: losses, clipping, momentum, averages; and Google's step.
+"""The parts of AutoML's training that one step needs: losses, clipping, momentum, averages; and Google's
+step.
 
-The losses are in PyTorch, float64, on arrays laid out as TensorFlow's outputs are. Sources: AutoML
+The losses are in PyTorch, float64, on arrays with the layout of TensorFlow's outputs. Sources: AutoML
 ``det_model_fn.py`` (``focal_loss``, ``_box_loss``, ``detection_loss``, ``model_fn``).
 """
 
@@ -38,10 +39,10 @@ LEVELS = range(3, 8)
 
 @dataclass(frozen=True)
 class Labels:
-    """What the anchors of a batch should say, one array a level.
+    """The training targets of a batch's anchors, one array per level.
 
     ``classes``: int [N, H, W, anchors], from 0; −1 background, −2 ignored. ``boxes``: float
-    [N, H, W, anchors · 4], 0 where no box is asked for. ``positives``: anchors with a box, in the batch.
+    [N, H, W, anchors · 4], 0 for anchors without a box. ``positives``: anchors with a box, in the batch.
     """
 
     classes: list[np.ndarray]
@@ -106,13 +107,13 @@ def focal_loss(
 
 
 def huber_loss(regressions: torch.Tensor, targets: torch.Tensor, delta: float) -> torch.Tensor:
-    """Summed over the coordinates that have a target: quadratic up to ``delta``, linear beyond."""
+    """Quadratic up to ``delta``, linear beyond; summed over the coordinates that have a target."""
     loss = F.huber_loss(regressions, targets, reduction="none", delta=delta)
     return (loss * (targets != 0)).sum()
 
 
 def is_decayed(name: str) -> bool:
-    """AutoML decays every kernel, depthwise and pointwise included; no bias, batch norm or fusion weight."""
+    """AutoML decays every kernel (also depthwise, pointwise), but no bias, batch norm or fusion weight."""
     return name.endswith("kernel")
 
 
@@ -135,7 +136,7 @@ def clip(gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def clip_each(gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Those above norm 10 scaled down to it, the others as they are."""
+    """Gradients with a norm above 10 are scaled down to 10; the others stay."""
     clipped = dict(gradients)
     for name, gradient in gradients.items():
         norm = float(np.linalg.norm(gradient))
@@ -149,7 +150,7 @@ def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
 
 
 def average(old: np.ndarray, new: np.ndarray, step: int) -> np.ndarray:
-    """The exponential moving average after ``step`` steps; young averages forget faster."""
+    """The exponential moving average after ``step`` steps; in the first steps it decays faster."""
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     return decay * old + (1 - decay) * new
 
@@ -172,10 +173,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """One training step of D0 by Google's code, in float32: the step after ``STEP``, two pictures.
+    """One training step of D0 by Google's code, in float32: the step after ``STEP``, two images.
 
     ``averages``: the EMA values before the step. ``gradients`` are those before clipping, weight decay
-    included. ``after`` holds every variable, its ``/Momentum`` and its ``/ExponentialMovingAverage``.
+    included. ``after`` contains every variable, its ``/Momentum`` and its ``/ExponentialMovingAverage``.
     ``scalars``: AutoML's losses, learning rate and gradient norms.
     """
 
@@ -249,7 +250,7 @@ def shared_step() -> TrainStep:
 
 
 def read_labels(arrays: Mapping[str, np.ndarray]) -> Labels:
-    """``mean_num_positives`` has the batch's mean once a picture: its sum counts the batch's anchors."""
+    """``mean_num_positives`` has the batch's mean once per image, so its sum counts the batch's anchors."""
     return Labels(
         [arrays[f"cls_targets_{level}"] for level in LEVELS],
         [arrays[f"box_targets_{level}"] for level in LEVELS],
@@ -258,7 +259,7 @@ def read_labels(arrays: Mapping[str, np.ndarray]) -> Labels:
 
 
 def golden_step() -> TrainStep:
-    """The thinned copy carried by the project, written by ``goldens/make_gradients.py``."""
+    """The thinned copy that is part of the project, written by ``goldens/make_gradients.py``."""
     recording = golden_recording("efficientdet-d0")
     with np.load(GOLDENS / "train_step.npz") as stored:
         arrays = {key: stored[key] for key in stored.files}
@@ -284,7 +285,7 @@ def golden_step() -> TrainStep:
 
 
 def recorded_names(config: EfficientDetConfig) -> dict[str, list[str]]:
-    """What a step has gradients of, and what it changes, in the golden's order."""
+    """Names of the variables with gradients, and of those that the step changes, in the golden's order."""
     names = [v.name for v in catalogue(config)]
     trainable = [v.name for v in catalogue(config) if v.trainable]
     slots = [name + MOMENTUM_SUFFIX for name in trainable]

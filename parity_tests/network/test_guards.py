@@ -17,7 +17,7 @@ import torch
 
 from parity_tests.helpers.paths import GOLDENS, TOOLS
 from parity_tests.helpers.tflite_files import TINY, golden
-from parity_tests.robustness import targets
+from parity_tests.robustness import samples
 from porting import reverse as reversing
 from porting.checkpoint import frozen_graph, open_checkpoint
 from porting.checkpoint.frozen_graph import FrozenGraph
@@ -156,7 +156,7 @@ def test_what_is_larger_than_any_model(tmp_path: Path, monkeypatch: pytest.Monke
         read_index(tmp_path / "model.index")
     for name in ("frozen", "objects"):
         (tmp_path / name).mkdir()
-    graph, objects = targets.frozen_graph(tmp_path / "frozen"), targets.object_based(tmp_path / "objects")
+    graph, objects = samples.frozen_graph(tmp_path / "frozen"), samples.object_based(tmp_path / "objects")
     monkeypatch.setattr(frozen_graph, "MOST_VARIABLES", 3)
     with pytest.raises(CheckpointError, match="it has more than 3 constants, which no EfficientDet has"):
         open_checkpoint(graph)

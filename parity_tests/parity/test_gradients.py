@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 from parity_tests.helpers.configs import configs
 from parity_tests.helpers.recordings import golden_recording, normalise, shared_recording
+from parity_tests.helpers.small_models import one_of_each_layer as tiny
 from parity_tests.helpers.training import (
     BOX_WEIGHT,
     LEVELS,
@@ -58,7 +59,7 @@ from porting.rules import TapPair, rules
 from porting.synthetic import EMA_SUFFIX, MOMENTUM_SUFFIX, synthetic_image, synthetic_variables
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.bifpn import Fuse
-from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, Stage, model_config
+from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 
 
@@ -159,24 +160,6 @@ def test_any_configuration_is_equal(config: EfficientDetConfig) -> None:
 @given(configs())
 def test_many_configurations_are_equal(config: EfficientDetConfig) -> None:
     check_any_configuration(config)
-
-
-def tiny() -> EfficientDetConfig:
-    """Every kind of layer, few weights."""
-    widths, kernels, strides = (4, 14, 4, 14, 6, 16, 4), (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1)
-    stages = tuple(
-        Stage(1, kernel, stride, 6 if i else 1, width)
-        for i, (width, kernel, stride) in enumerate(zip(widths, kernels, strides, strict=True))
-    )
-    return EfficientDetConfig(
-        name="tiny",
-        backbone=BackboneConfig("efficientnet-b0", 8, stages),
-        image_size=(160, 192),
-        fpn_num_filters=8,
-        fpn_cell_repeats=1,
-        box_class_repeats=1,
-        num_classes=3,
-    )
 
 
 def run_tiny(training: bool, variables: Mapping[str, np.ndarray] | None = None) -> GradientResult:

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from parity_tests.checkpoint.test_object_graph import SHALLOW, tiny
-from parity_tests.commands.test_cli_verify import verify
+from parity_tests.helpers.commands import verify
 from parity_tests.helpers.configs import configs
 from parity_tests.helpers.paths import GOLDENS, TOOLS
 from parity_tests.helpers.recordings import golden_recording, normalise
+from parity_tests.helpers.small_models import built, small
 from parity_tests.helpers.tflite_files import TINY, golden
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
@@ -36,7 +36,7 @@ from porting.parity.reference.tflite import TFLiteReference
 from porting.rules import rules, taps
 from porting.scopes import EMA_SUFFIX
 from porting.synthetic import synthetic_image, synthetic_variables
-from pytorch_model.config import BackboneConfig, EfficientDetConfig, model_config
+from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from tf_reference.variables import variable_shapes
 
@@ -275,29 +275,6 @@ def test_a_missing_graph_is_told(tmp_path: Path) -> None:
 
 
 # --- any configuration ----------------------------------------------------------------------------------
-
-
-def small(**overrides: Any) -> EfficientDetConfig:
-    backbone = BackboneConfig("efficientnet-b0", 8, SHALLOW)
-    return tiny(**{"backbone": backbone, "image_size": (128, 96), **overrides})
-
-
-def built(tf: Any, config: EfficientDetConfig, values: Variables) -> tuple[Any, dict[str, Any]]:
-    """The network in a TensorFlow 1 graph over variables of AutoML's names: (graph, tap → tensor)."""
-    from tf_reference.efficientdet import efficientdet
-
-    v1, seen = tf.compat.v1, {}
-
-    def tap(name: str, x: Any) -> Any:
-        seen[name] = x
-        return x
-
-    graph = tf.Graph()
-    with graph.as_default():
-        placed = {name: v1.get_variable(name, initializer=value) for name, value in values.items()}
-        images = v1.placeholder(tf.float32, [1, *config.image_size, 3], "whatever")
-        efficientdet({name: tf.convert_to_tensor(v) for name, v in placed.items()}, config, images, tap)
-    return graph, seen
 
 
 @settings(deadline=None, max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.checkpoint.test_object_graph import SHALLOW, tiny
 from parity_tests.helpers.recordings import golden_recording, normalise
+from parity_tests.helpers.small_models import SHALLOW, tiny
 from porting.convert import apply_rules
 from porting.parity import ParityResult, compare, difference
 from porting.parity.lockstep import Reference, tf32

@@ -13,19 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from parity_tests.helpers.recordings import Recording, golden_recording, shared_recording, tap_of
+from parity_tests.helpers.recordings import (
+    GOLDEN_MODELS,
+    Recording,
+    golden_recording,
+    native_size,
+    shared_recording,
+    tap_of,
+)
 from porting.convert import apply_rules
 from porting.parity import tapped
 from porting.rules import TapPair, rules, taps
 from pytorch_model.config import MODELS
 from pytorch_model.efficientdet import EfficientDet
 
-GOLDEN_MODELS = ("efficientdet-d0", "efficientdet-d7x", "efficientdet-lite0")
 EXTRA_SIZES = [("efficientdet-d0", 512), ("efficientdet-lite0", 320), ("efficientdet-lite2", 448)]
-
-
-def native_size(model: str) -> int:
-    return 256 if model == "efficientdet-d7x" else 128
 
 
 FAST = {"efficientdet-d0", "efficientdet-lite0", "efficientdet-d2"}

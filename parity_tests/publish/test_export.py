@@ -1,9 +1,10 @@
-"""Exports of the network: the same outputs in effdet, ONNX Runtime and torch.export as here."""
+"""Exports of the network: the outputs in effdet, ONNX Runtime and torch.export equal ours."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -42,7 +43,7 @@ RECORDED = [
 
 
 def recording_of(model: str) -> Recording:
-    """Google's outputs: the project's own copy, or the recording of a model it does not carry."""
+    """Google's outputs: the copy in the project, or for other models the shared recording."""
     if model in ("efficientdet-d0", "efficientdet-d7x"):
         return golden_recording(model)
     if not SHARED.is_dir():
@@ -69,7 +70,7 @@ def outputs_of(weights: Weights, images: torch.Tensor) -> list[np.ndarray]:
 
 
 def assert_within_googles_rounding(recording: Recording, found: Sequence[np.ndarray], exact: Any) -> None:
-    """``found`` (float32) against float64, by what Google's own float32 is off at the same output."""
+    """``found`` (float32) is as close to float64 as Google's own float32 at the same output, times three."""
     keys = [f"{head}_outputs/{level}" for head in ("class", "box") for level in recording.config.levels]
     worst = 0.0
     for key, ours, expected in zip(keys, found, exact, strict=True):
@@ -114,7 +115,7 @@ def effdet_job(folder: Path, weights: Weights, images: torch.Tensor) -> dict[str
 @needs_effdet
 @pytest.mark.parametrize("model", RECORDED)
 def test_effdet_computes_the_same(tmp_path: Path, model: str) -> None:
-    """Loaded with strict=True: equal in float64, in float32 as near as Google's own."""
+    """Loaded with strict=True. Equal in float64; in float32 as close as Google's own float32."""
     recording = recording_of(model)
     images, weights = images_of(recording), weights_of(recording, "float64")
     jobs = [effdet_job(tmp_path, weights, images.double())]
@@ -192,7 +193,7 @@ def test_effdet_weights_that_a_disk_changed_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_effdet_misses_a_tensor() -> None:
+def test_effdet_lacks_a_tensor() -> None:
     config = model_config("efficientdet-d0")
     with torch.device("meta"):
         state_dict = EfficientDet(config).state_dict()
@@ -217,7 +218,7 @@ def test_onnx_runtime_computes_the_same(tmp_path: Path, model: str) -> None:
 
 
 class Tapped(torch.nn.Module):
-    """The network as a function to every activation that Google recorded, NCHW."""
+    """The network with every activation that Google recorded as an output, NCHW."""
 
     def __init__(self, model: EfficientDet, wanted: Sequence[str]) -> None:
         super().__init__()
@@ -238,7 +239,7 @@ class Tapped(torch.nn.Module):
 @needs_onnx
 @pytest.mark.slow
 def test_every_layer_in_onnx_runtime(tmp_path: Path) -> None:
-    """The exported graph of D0 with its inner activations as outputs too."""
+    """The exported graph of D0, with its inner activations as additional outputs."""
     recording = golden_recording("efficientdet-d0")
     endpoints = {tap_of(key, recording.config): key for key in recording.google_error}
     images = images_of(recording)
@@ -263,7 +264,7 @@ def test_every_layer_in_onnx_runtime(tmp_path: Path) -> None:
 @needs_onnx
 @pytest.mark.slow
 def test_onnx_detects_the_same(tmp_path: Path) -> None:
-    """Scores, boxes and classes of the first detections, which are far enough apart not to trade places."""
+    """The first detections, whose scores are far enough apart that their order is certain."""
     recording = golden_recording("efficientdet-d0")
     weights, nms = weights_of(recording), NMSConfig(max_output_size=8)
     onnx_detector.write(weights, tmp_path / "detector.onnx", nms)
@@ -315,6 +316,14 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.iterdir())
 
 
+def test_nan_is_not_taken_for_rounding() -> None:
+    """Errors are infinite if a value is NaN, also that of PyTorch's own float32."""
+    with pytest.raises(
+        CheckFailedError, match="the exported program's box_p3 is off, PyTorch's float32 by inf"
+    ):
+        network.require_rounding("box_p3 is off", math.inf, math.inf)
+
+
 @pytest.mark.parametrize("target", ["effdet", "onnx", "onnx-detector", "torch-export"])
 def test_names_of_files(tmp_path: Path, target: str) -> None:
     with pytest.raises(EfficientDetError, match=r"use a name that ends in \.(onnx|pt2|pth)"):
@@ -323,7 +332,7 @@ def test_names_of_files(tmp_path: Path, target: str) -> None:
 
 @needs_onnx
 def test_an_exporter_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PyTorch 2.4's does, which takes no dynamic shapes."""
+    """PyTorch 2.4's exporter fails, because it does not take dynamic shapes."""
     monkeypatch.setattr(torch.onnx, "export", lambda module, arguments, dynamo: None)
     model = EfficientDet(model_config("efficientdet-lite0").replace(image_size=(64, 64)))
     message = r"cannot write .*: the ONNX exporter of PyTorch .* fails \(TypeError\); take a newer PyTorch"

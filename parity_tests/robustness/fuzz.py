@@ -1,17 +1,17 @@
 """Feed damaged files to every reader: ``python -m parity_tests.robustness.fuzz --inputs 10000``.
 
-Each input must be refused with the project's own error, or give exactly what the sound file gives. Formats
-that do not vouch for their bytes (a digit in a YAML file, a pixel) may also give another valid result; that
-is counted apart. Anything else is a fault: another exception, a result that differs where the format has
-checksums, more than 10 seconds, more memory than twice the file (of a picture: than twice its
-pixels as the network is given them, where that is more: formats compress), a dead process.
+Each input must be rejected with the project's own error, or give exactly the result of the sound file.
+Formats without checksums (a digit in a YAML file, a pixel) may also give a different valid result, which is
+counted separately. Anything else is a fault: another exception, a different result although the format has
+checksums, more than 10 seconds, more memory than twice the file, a dead process. For an image, twice the
+pixels in the network's input are allowed if that is more, because formats compress.
 
-Memory is measured twice: what Python's own allocators gave (tracemalloc), which is exact, and the peak of the
-process's resident memory, which also counts what PyTorch, Pillow, HDF5 and zlib take, but only what they
-touch. The second comes from Linux's /proc; elsewhere the first is all there is, and the summary says so.
-Both have a constant part (OBJECTS, RESIDENT), which over samples of a few hundred kilobytes hides a factor of
-dozens: test_costs.py has the files made to show factors. Targets called sealed are damaged behind their
-checksums, by sealed.py: there, damage may be another valid file.
+Memory is measured twice. The memory from Python's own allocators (tracemalloc) is exact. The peak of the
+process's resident memory also counts PyTorch, Pillow, HDF5 and zlib, but only the pages that they touch. It
+comes from Linux's /proc; on other systems it is not measured, and the summary says so. Both limits have a
+constant part (OBJECTS, RESIDENT), which hides a factor of dozens in samples of a few hundred kilobytes. The
+files in test_costs.py are made to show such factors. Targets called sealed are damaged inside their
+checksums, by damage.py; the result may be a different valid file.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from parity_tests.robustness import named
-from parity_tests.robustness.mutate import mutated, mutated_text
+from parity_tests.robustness.damage import mutated, mutated_text
 from parity_tests.robustness.targets import TARGETS, Target
 
 SECONDS = 10.0
-#: What Python's own objects (names, shapes, the network's modules) may take beside the file's bytes.
+#: Memory for Python's own objects (names, shapes, the network's modules), in addition to twice the file.
 OBJECTS = 8 << 20
-#: What the process's resident peak may take beside that, and beside what reading the sound file takes: code
-#: that only a refusal loads, pages that an allocator keeps between two reads (glibc's heaps grow to 64 MiB).
+#: Resident memory that is allowed in addition to that and to the peak of the sound file: code that only an
+#: error loads, pages that an allocator keeps between two reads (glibc's heaps grow to 64 MiB).
 RESIDENT = 64 << 20
 
 REFUSED, IDENTICAL, DIFFERENT = "refused", "identical", "different, no checksum in the format"
@@ -58,11 +58,11 @@ FAULTS = ("another exception", "silent difference", "too slow", "too much memory
 
 @dataclass
 class Tally:
-    """What became of the inputs of one target; ``examples``: (fault, seed, more) of the faults."""
+    """The results for the inputs of one target. ``examples``: (fault, seed, details) of the faults."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: list[tuple[str, int, str]] = field(default_factory=list)
-    most_resident: int = 0  # bytes beyond what the sound file takes
+    most_resident: int = 0  # bytes more than for the sound file
 
     @property
     def faults(self) -> int:
@@ -77,9 +77,9 @@ def fuzz(
     keep: Path | None = None,
     report: Any = lambda line: None,
 ) -> dict[str, Tally]:
-    """Try ``inputs`` damaged files of each of ``targets``; the same ``seed`` damages the same way.
+    """Try ``inputs`` damaged files of each of ``targets``. The same ``seed`` does the same damage.
 
-    ``keep``: where the damaged files of faults are put.
+    ``keep``: the folder for the damaged files of faults.
     """
     tallies = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
@@ -111,7 +111,7 @@ class _Sample:
         self.size = sum(p.stat().st_size for p in self.sound.rglob("*") if p.is_file())
         shutil.copytree(self.sound, self.damaged)
         self.reader: _Reader | None = None
-        self.most_resident = 0  # bytes beyond what the sound file takes
+        self.most_resident = 0  # bytes more than for the sound file
 
     def __enter__(self) -> _Sample:
         self.start()
@@ -125,11 +125,11 @@ class _Sample:
         self.reader = _Reader(self.target.use)
         for _ in range(3):  # the first reading also loads the code
             status, self.expected, peaks = self.reader.read(self.sound / self.path, seconds=120)
-            assert status == "read", f"the sound {self.target.name} is refused: {self.expected}"
+            assert status == "read", f"the sound {self.target.name} is rejected: {self.expected}"
         self.resident = peaks.resident
 
     def attempt(self, seed: int) -> tuple[str, str]:
-        """(verdict, more) for the damage that ``seed`` does to one of the files."""
+        """(verdict, details) for the damage that ``seed`` does to one of the files."""
         rng = random.Random(f"{self.target.name} {seed}")
         files = self._damage(rng)
         assert self.reader is not None
@@ -159,7 +159,7 @@ class _Sample:
         return ("silent difference" if self.target.vouched else DIFFERENT), ", ".join(map(str, files))
 
     def _damage(self, rng: random.Random) -> list[Path]:
-        """Which of the files may have changed."""
+        """Damage the files; returns those that may have changed."""
         if self.target.seal:
             self.target.seal(self.damaged, rng)
             return self.files
@@ -182,14 +182,14 @@ class _Sample:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes at most while one file was read, beyond what there was before; ``resident`` 0 if not known."""
+    """The largest number of bytes added while one file was read. ``resident`` is 0 if not known."""
 
     traced: int = 0
     resident: int = 0
 
 
 class _Reader:
-    """A process that reads what it is told to, so that a crash or a hang is seen from outside."""
+    """A separate process that reads files, so that a crash or a hang is seen from outside."""
 
     def __init__(self, use: Callable[[Path], str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -243,22 +243,22 @@ def _serve(use: Callable[[Path], str], connection: Connection) -> None:
 
 
 def resident_measured() -> bool:
-    """Whether the system tells a process's resident peak, and lets it begin anew."""
+    """Whether the system reports a process's resident peak and allows resetting it."""
     return _resident("VmHWM") > 0 and os.access("/proc/self/clear_refs", os.W_OK)
 
 
 def _forget_peak() -> int:
-    """Begin the resident peak anew; the bytes resident now. 0 where that cannot be known."""
+    """Reset the resident peak; returns the bytes resident now, or 0 if that is not known."""
     if not resident_measured():
         return 0
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
-        ctypes.CDLL(None).malloc_trim(0)  # else the next reading lives in what the last one freed, unseen
+        ctypes.CDLL(None).malloc_trim(0)  # else the next read reuses freed pages, unseen
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
 def _resident(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process in bytes; 0 where /proc does not tell."""
+    """``VmRSS`` or ``VmHWM`` of this process in bytes; 0 if /proc does not have it."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -271,7 +271,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, default=1000, help="damaged files in all (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the first damaged file (default: 0)")
     parser.add_argument("--targets", help=f"comma-separated (default: all): {', '.join(TARGETS)}")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="put the damaged files of faults there")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the damaged files of faults here")
     parser.add_argument("--json", action="store_true", help="print the table as JSON on stdout")
     return parser.parse_args()
 
@@ -315,7 +315,7 @@ def draw(console: Console, tallies: dict[str, Tally], seconds: float) -> None:
         most = max(tally.most_resident for tally in tallies.values())
         console.print(f"resident memory: at most {most / 1e6:.1f} MB more than for the sound file")
     else:
-        console.print("resident memory: not measured here, only what Python itself allocates")
+        console.print("resident memory: not measured on this system, only Python's own allocations")
     console.print(f"{seconds:.0f} s")
     for name, tally in tallies.items():
         for fault, seed, more in tally.examples[:5]:

@@ -1,15 +1,16 @@
-"""Kill commands in the middle: ``python -m parity_tests.robustness.kills --kills 200``.
+"""Kill commands while they run: ``python -m parity_tests.robustness.kills --kills 200``.
 
-Half of the kills fall on a random moment of the run, half on a call that changes a file: before it, after
-it, or with half of a write on disk. Those calls of an undisturbed run are listed first and taken in turn,
-each kind of call on each file once, writes in the middle, before any comes again. After the SIGKILL the
-target must be the complete old one or the complete new one; running the command again must then leave every
-file as an undisturbed run does. Beside these only hidden files may be left, which the killed process could
-not remove; they are counted.
+Half of the kills happen at a random time, half at a call that changes a file: before it, after it, or with
+half of a write on disk. The calls of an undisturbed run are listed first and used in turn: each kind of call
+on each file once, the middle of writes first, before any is repeated. After the SIGKILL the target must be
+the complete old one or the complete new one. Running the command again must then leave every file as an
+undisturbed run does. Only hidden files, which the killed process could not remove, may be left in addition;
+they are counted.
 
-``convert``, ``export to h5``, ``eval again`` and ``download again`` begin with a complete old target;
-``eval``, ``download``, and ``export`` and ``release``, which replace nothing, begin with none. The commands
-run in forks of this process, which has loaded PyTorch already, so that most of their time is work.
+``convert``, ``export to h5``, ``eval again`` and ``download again`` begin with a complete old target.
+``eval``, ``download``, ``export`` and ``release`` begin without one; the last two never replace a target. The
+commands run in forks of this process, which has already loaded PyTorch, so that they spend most of their time
+on work.
 """
 
 from __future__ import annotations
@@ -19,11 +20,8 @@ import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import random
-import runpy
 import shutil
 import signal
 import statistics
@@ -31,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,207 +37,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from parity_tests.helpers.paths import TOOLS
-from parity_tests.robustness import moments, named, targets
+from parity_tests.robustness import moments, named
+from parity_tests.robustness.kill_commands import COMMANDS, LOG, Command, fork, release_server
 from parity_tests.robustness.moments import MIDDLE, Calls, Moment
 
-EVAL = (
-    *("eval_coco.py", "--weights", "model.safetensors", "--coco", "coco", "--labels", "names.txt"),
-    *("--batch-size", "2", "--out", "eval"),
-)
-DOWNLOADED = "cache/efficientdet-d0/efficientdet-d0.tar.gz"
 ABSENT = "absent"
 OLD, NEW, BROKEN, AGAIN = "old", "new", "broken target", "failed when run again"
 LEFT, HIDDEN = "left a visible file", "left a hidden file"
 FAULTS = (BROKEN, AGAIN, LEFT)
 BY_TIME, BY_CALL = "any moment", "file calls"
-LOG = "log"
-
-
-@dataclass(frozen=True)
-class Command:
-    """``prepare(folder)`` makes what the command needs, and an old target if any; ``run(folder)`` is the
-    command, in a process of its own; ``target`` is the file or folder in question, relative to the folder.
-
-    ``once``: it refuses to replace a target that is there.
-    """
-
-    name: str
-    prepare: Callable[[Path], None]
-    run: Callable[[Path], None]
-    target: str
-    once: bool = False
-
-
-# --- the commands ----------------------------------------------------------------------------------------
-
-
-def tool(name: str, *arguments: str) -> Callable[[Path], None]:
-    def run(folder: Path) -> None:
-        os.chdir(folder)
-        sys.argv = [name, *arguments]
-        sys.path.insert(0, str(TOOLS))
-        runpy.run_path(str(TOOLS / name), run_name="__main__")
-
-    return run
-
-
-def prepare_convert(folder: Path) -> None:
-    targets.bundle(folder / "ckpt")
-    for name in ("out.safetensors", "out.pth"):
-        (folder / name).write_bytes(b"the old weights")
-
-
-def prepare_export(folder: Path) -> None:
-    targets.weights(".safetensors")(folder)
-    (folder / "back.h5").write_bytes(b"the old weights")
-
-
-def prepare_release(folder: Path) -> None:
-    targets.bundle(folder / "ckpt")
-
-
-def prepare_eval(folder: Path) -> None:
-    from PIL import Image
-
-    (folder / "coco").mkdir()
-    images = []
-    for number in range(24):
-        name = f"{number}.png"
-        Image.effect_noise((96, 72), number + 1).convert("RGB").save(folder / "coco" / name)
-        images.append({"id": number, "file_name": name, "width": 96, "height": 72})
-    box = {"bbox": [1, 1, 40, 40], "area": 1600, "iscrowd": 0, "category_id": 1}
-    content = {
-        "images": images,
-        "annotations": [{"id": n + 1, "image_id": n, **box} for n in range(len(images))],
-        "categories": [{"id": 1, "name": "thing"}],
-    }
-    (folder / "coco" / "instances_val.json").write_text(json.dumps(content))
-    (folder / "names.txt").write_text("thing\nb\nc\nd\ne\n")
-    targets.weights(".safetensors")(folder)
-
-
-def prepare_eval_again(folder: Path) -> None:
-    """Older results are there, and half of the pictures are detected."""
-    prepare_eval(folder)
-    status = os.waitpid(_fork(tool(*EVAL), folder), 0)[1]
-    assert status == 0, (folder / LOG).read_text()[-2000:]
-    (folder / LOG).unlink()
-    (folder / "eval" / "metrics.json").write_text('{"the old": "figures"}\n')
-    (folder / "eval" / "detections.json").write_text("[]\n")
-    (shard,) = (folder / "eval" / "shards").iterdir()
-    lines = shard.read_text().splitlines(keepends=True)
-    shard.write_text("".join(lines[: len(lines) // 2]))
-
-
-def prepare_download(folder: Path) -> None:
-    (folder / "cache").mkdir()
-
-
-def prepare_download_again(folder: Path) -> None:
-    """A file that is no longer what its record says."""
-    target = folder / DOWNLOADED
-    target.parent.mkdir(parents=True)
-    target.write_bytes(b"rotten")
-    target.with_name(target.name + ".json").write_text(json.dumps({"sha256": "0" * 64}))
-
-
-def download(folder: Path) -> None:
-    from porting.sources import download as downloading
-    from porting.sources.google_releases import fetch, release_named
-
-    downloading.BACKOFF_SECONDS = 0.01
-    release = release_named("efficientdet-d0")
-    assert release is not None
-    print(fetch(release, folder / "cache"))
-
-
-@contextlib.contextmanager
-def release_server() -> Iterator[None]:
-    """Serves any release, slowly, from a process of its own."""
-    from porting.sources.google_releases import BASE_URL_VARIABLE
-
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    os.environ[BASE_URL_VARIABLE], os.environ["no_proxy"] = ours.recv(), "*"
-    try:
-        yield
-    finally:
-        process.kill()
-        process.join()
-
-
-def _serve(connection: multiprocessing.connection.Connection) -> None:
-    from parity_tests.checkpoint.test_releases import Handler, Server, encode
-
-    class Slow(Handler):
-        """In pieces, so that a kill meets a file half there."""
-
-        def serve(self, limit: int | None = None, changed: dict[str, str | None] | None = None) -> None:
-            body, start = self.server.body, 0
-            asked = self.headers.get("Range", "")
-            if asked.startswith("bytes="):
-                start = int(asked.removeprefix("bytes=").rstrip("-"))
-            self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(body) - start))
-            if start:
-                self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-            self.send_header("ETag", '"first"')
-            self.send_header("X-Goog-Hash", f"md5={encode(hashlib.md5(body).digest())}")
-            self.end_headers()
-            for at in range(start, len(body), 1 << 17):
-                self.wfile.write(body[at : at + (1 << 17)])
-                time.sleep(0.01)
-
-    server = Server()
-    server.RequestHandlerClass = Slow
-    connection.send(server.url)
-    server.serve_forever()
-
-
-COMMANDS = {
-    command.name: command
-    for command in (
-        Command(
-            "convert",
-            prepare_convert,
-            tool("convert.py", "--ckpt", "ckpt", "--out", "out.safetensors"),
-            "out.safetensors",
-        ),
-        Command(
-            "convert to .pth",
-            prepare_convert,
-            tool("convert.py", "--ckpt", "ckpt", "--out", "out.pth"),
-            "out.pth",
-        ),
-        Command(
-            "export",
-            prepare_export,
-            tool("export.py", "--weights", "model.safetensors", "--to", "tf-checkpoint", "--out", "back"),
-            "back",
-            once=True,
-        ),
-        Command(
-            "export to h5",
-            prepare_export,
-            tool("export.py", "--weights", "model.safetensors", "--to", "h5", "--out", "back.h5"),
-            "back.h5",
-        ),
-        Command("eval", prepare_eval, tool(*EVAL), "eval/metrics.json"),
-        Command("eval again", prepare_eval_again, tool(*EVAL), "eval/metrics.json"),
-        Command("download", prepare_download, download, DOWNLOADED),
-        Command("download again", prepare_download_again, download, DOWNLOADED),
-        Command(
-            "release",
-            prepare_release,
-            tool("release.py", "--ckpt", "ckpt", "--out", "release", "--size", "128"),
-            "release/custom",
-            once=True,
-        ),
-    )
-}
 
 
 # --- killing ---------------------------------------------------------------------------------------------
@@ -247,7 +53,7 @@ COMMANDS = {
 
 @dataclass
 class Tally:
-    """What was found after each kill; ``examples``: (verdict, seed, more) of what must not be."""
+    """The results after each kill. ``examples``: (verdict, seed, details) of the faults."""
 
     seconds: float
     moments: int
@@ -256,7 +62,7 @@ class Tally:
 
     @property
     def counts(self) -> Counter[str]:
-        """Of all kills; with :data:`HIDDEN`, which comes beside a verdict."""
+        """The verdicts of all kills, and :data:`HIDDEN`, which is counted separately."""
         return sum(self.by.values(), Counter())
 
     @property
@@ -266,7 +72,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A command, what it begins with, and what undisturbed runs of it make of that."""
+    """A command, the folder that it starts from, and the result of undisturbed runs."""
 
     command: Command
     start: Path
@@ -278,9 +84,9 @@ class _Trial:
     moments: list[Moment]
 
     def attempt(self, moment: Moment | None, rng: random.Random) -> tuple[str, bool, str]:
-        """Kill it once, at a random time if not at ``moment``: (verdict, hidden files are left, more)."""
+        """Kill the command once, at ``moment`` or a random time: (verdict, hidden files left, details)."""
         _reset(self.start, self.work)
-        pid = _fork(self.command.run, self.work, Calls(self.work, moment) if moment else None)
+        pid = fork(self.command.run, self.work, Calls(self.work, moment) if moment else None)
         if moment is None:
             time.sleep(rng.uniform(0, 1.05 * self.seconds))
             os.kill(pid, signal.SIGKILL)
@@ -291,7 +97,7 @@ class _Trial:
         if found not in (self.old, self.new):
             return BROKEN, False, f"{moment or 'at a random time'}; there is {', '.join(files(self.work))}"
         if not (self.command.once and found == self.new):
-            status = os.waitpid(_fork(self.command.run, self.work), 0)[1]
+            status = os.waitpid(fork(self.command.run, self.work), 0)[1]
             if status:
                 return AGAIN, False, f"{moment or 'at a random time'}: {self._log()}"
         return self._judge(OLD if found == self.old else NEW, moment)
@@ -331,7 +137,7 @@ def kill(command: Command, kills: int, seed: int, progress: Callable[[], None] =
 
 
 def _prepared(command: Command, root: Path) -> _Trial:
-    """Three undisturbed runs, which must agree."""
+    """Make three undisturbed runs, which must agree."""
     start, work, seen = root / "start", root / "work", root / "seen"
     start.mkdir()
     command.prepare(start)
@@ -339,11 +145,11 @@ def _prepared(command: Command, root: Path) -> _Trial:
     for _ in range(3):
         _reset(start, work)
         began = time.perf_counter()
-        status = os.waitpid(_fork(command.run, work, Calls(work), seen), 0)[1]
+        status = os.waitpid(fork(command.run, work, Calls(work), seen), 0)[1]
         assert status == 0, (work / LOG).read_text()[-2000:]
         durations.append(time.perf_counter() - began)
         results.append(files(work))
-    assert results[0] == results[1] == results[2], f"{command.name} writes something else each time"
+    assert results[0] == results[1] == results[2], f"{command.name} writes different files each time"
     old, new = digest(start / command.target), digest(work / command.target)
     assert old != new
     written, found = moments.load(seen)
@@ -358,7 +164,7 @@ def _size(path: Path) -> int:
 
 
 def in_turn(found: list[Moment], rng: random.Random) -> list[Moment]:
-    """In random order, but one of each kind in turn, and halves first: what is written once comes early."""
+    """In random order, but one of each kind in turn, and middles first, so that rare writes come early."""
     kinds: dict[str, list[Moment]] = {}
     for moment in sorted(rng.sample(found, len(found)), key=lambda moment: moment.phase != MIDDLE):
         kinds.setdefault(moment.what, []).append(moment)
@@ -371,46 +177,14 @@ def _reset(start: Path, work: Path) -> None:
     shutil.copytree(start, work)
 
 
-def _fork(
-    run: Callable[[Path], None], work: Path, calls: Calls | None = None, seen: Path | None = None
-) -> int:
-    """``run(work)`` in a fork; its process id. What it prints goes to :data:`LOG`.
-
-    ``calls`` watches it, and writes what it saw to ``seen``.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        log = os.open(work / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        if calls:
-            calls.watch()
-        run(work)
-        status = 0
-    except SystemExit as leaving:
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr)
-    finally:
-        with contextlib.suppress(BaseException):
-            if calls and seen:
-                calls.save(seen)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(status)
-
-
 def files(folder: Path) -> dict[str, str]:
-    """Name → digest of every file and folder in ``folder``, but the log."""
+    """Name → digest of every file and folder in ``folder``, except the log."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
     return {name: digest(path) if path.is_file() else "folder" for name, path in found.items() if name != LOG}
 
 
 def digest(target: Path) -> str:
-    """Of a file, or of all files of a folder."""
+    """The digest of a file, or of all files in a folder; :data:`ABSENT` if there is none."""
     if not target.exists():
         return ABSENT
     content = hashlib.sha256()
@@ -455,7 +229,7 @@ def main() -> int:
 
 
 def load_libraries() -> None:
-    """What the commands would spend most of their time on, once for all forks."""
+    """Import the libraries once for all forks; the commands would spend most of their time on it."""
     import pycocotools.cocoeval
     import safetensors.torch
     import torch

@@ -1,4 +1,4 @@
-"""The moments at which a command changes files, counted, and a process that kills itself at one of them."""
+"""Counts the moments at which a command changes files, and kills the process at one of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from typing import Any
 
 BEFORE, MIDDLE, AFTER = "before", "in the middle of", "after"
 
-#: What changes files by name; the name is the last argument given.
+#: Functions of ``os`` that change files by name → the number of the argument with the name.
 NAMED = {"replace": 2, "rename": 2, "unlink": 1, "remove": 1, "rmdir": 1, "mkdir": 1, "truncate": 1}
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Before, in the middle of or after the file-changing call number ``call``. ``what``: the call and the
-    file's name, without the random part that temporary names have."""
+    """Before, in the middle of, or after call number ``call``, which changes a file.
+
+    ``what``: the function and the file's name, without the random part of temporary names.
+    """
 
     call: int
     phase: str
@@ -34,11 +36,12 @@ class Moment:
 
 
 class Calls:
-    """The calls that change files in ``folder``, from :meth:`watch` on, in this process.
+    """The calls that change files in ``folder``, in this process, after :meth:`watch`.
 
-    They are ``os``'s, and ``open`` for writing with the writes that follow: pathlib and what is built on it
-    come down to these. Files that compiled code opens are not seen; ``written`` tells: the bytes that were.
-    With a ``moment`` the process kills itself then; half of a write is on disk in its middle.
+    These are functions of ``os``, and ``open`` for writing with the writes that follow; pathlib uses the same
+    ones. Files opened by compiled code are not seen; ``written``, the number of bytes seen, reveals that.
+    With a ``moment``, the process kills itself at that moment; in the middle of a write, half of it is on
+    disk.
     """
 
     def __init__(self, folder: Path, moment: Moment | None = None) -> None:
@@ -61,7 +64,7 @@ class Calls:
             accessor.open = staticmethod(io.open)
 
     def save(self, path: Path) -> None:
-        """What was seen, for :func:`load`; called last."""
+        """Write the moments to ``path`` for :func:`load`. Called last."""
         content = json.dumps([self.written, [vars(moment) for moment in self.moments]])
         file = os.open(os.fspath(path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.write(file, content.encode())
@@ -74,7 +77,7 @@ class Calls:
             setattr(accessor, name, staticmethod(wrapper))
 
     def at(self, what: str, do: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
-        """``do()``, one call; ``half()`` does half of it."""
+        """Count and make one call, ``do()``. ``half()`` does half of it."""
         self._count += 1
         number = self._count
         self.moments += [Moment(number, phase, what) for phase in ((BEFORE, MIDDLE) if half else (BEFORE,))]
@@ -84,7 +87,7 @@ class Calls:
         if now == MIDDLE and half:
             half()
             _die()
-        result = do()  # one that fails, an unlink of what is not there, has no "after"
+        result = do()  # a call that fails has no "after", such as an unlink of a missing file
         self.moments.append(Moment(number, AFTER, what))
         if now == AFTER:
             _die()
@@ -128,7 +131,7 @@ class Calls:
 
 
 class _Written:
-    """A file opened for writing. Each write is on disk when it is over, so that "after" means something."""
+    """A file opened for writing. Each write is flushed, so that it is on disk after the call."""
 
     def __init__(self, file: Any, calls: Calls, name: str) -> None:
         self._file, self._calls, self._name = file, calls, name
@@ -166,13 +169,13 @@ class _Written:
 
 
 def load(path: Path) -> tuple[int, list[Moment]]:
-    """(bytes written, moments) that :meth:`Calls.save` wrote."""
+    """(bytes written, moments), as written by :meth:`Calls.save`."""
     written, moments = json.loads(path.read_text())
     return written, [Moment(**moment) for moment in moments]
 
 
 def _name(path: Any) -> str:
-    """A file's name; of a temporary one without process id and random part."""
+    """A file's name; a temporary name without process id and random part."""
     return re.sub(r"\d+-[0-9a-f]{8}", "*", os.path.basename(os.fspath(path)))
 
 

@@ -1,7 +1,6 @@
-"""Files whose every byte is in its place, and which would cost more than they are worth.
+"""Well-formed files that would cost far more memory or time than their size.
 
-Each is read in the fuzzer's own process, under its bars: ten seconds, twice the file and what small things
-take.
+Each is read in the fuzzer's process, with its limits: ten seconds, twice the file plus a constant.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ import numpy as np
 import pytest
 
 from parity_tests.robustness.fuzz import FAULTS, OBJECTS, REFUSED, SECONDS, _Reader
-from parity_tests.robustness.targets import convert_checkpoint, read_yaml, with_graph
+from parity_tests.robustness.samples import with_graph
+from parity_tests.robustness.targets import convert_checkpoint, read_yaml
 from porting.checkpoint.v2.table import MAGIC, _append_block, _BlockBuilder, write_table
 from porting.checkpoint.v2.writer import _entry, _header
 from porting.checkpoint.wire import bytes_field, int_field, write_varint
 
-#: What the longest lists that are read (variables, objects) may take, whatever the file has for them.
+#: Memory allowed for the longest lists that are read (variables, objects), whatever the size of the file.
 LISTS = 32 << 20
 
 Make = Callable[[Path], Path]
@@ -43,7 +43,7 @@ def index(items: dict[bytes, bytes]) -> Make:
 
 
 def snappy_index(folder: Path) -> Path:
-    """One entry of 5 million fields, of two bytes each, which snappy packs to a twentieth."""
+    """One entry of 5 million two-byte fields, which snappy compresses to a twentieth."""
     fields = 5_000_000
     head = b""
     for key, value in ((b"", _header(1)), (b"a", b"")):
@@ -61,9 +61,9 @@ def snappy_index(folder: Path) -> Path:
 
 
 def graph(*nodes: tuple[list[tuple[bytes, int]], int]) -> Make:
-    """Each of ``nodes``: its attributes (name, object), and how many such follow each other.
+    """An object graph. Each of ``nodes``: its attributes (name, object), and how often it is repeated.
 
-    Objects are counted from that node on where a node comes more than once.
+    For a repeated node, object numbers count from the node itself.
     """
     message, at = b"", 0
     for children, times in nodes:
@@ -118,7 +118,7 @@ COSTLY: dict[str, tuple[Make, Callable[[Path], str]]] = {
 
 
 @pytest.mark.parametrize("name", COSTLY)
-def test_a_file_costs_no_more_than_it_is_worth(name: str, tmp_path: Path) -> None:
+def test_the_cost_of_a_file_is_bounded_by_its_size(name: str, tmp_path: Path) -> None:
     make, use = COSTLY[name]
     path = make(tmp_path)
     size = sum(file.stat().st_size for file in tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Commands whose disk, folder or neighbour fails them: the old target stays, or the new one is complete."""
+"""Failures of the disk, a folder or another process: the old target stays, or the new one is complete."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from typing import Any
 
 import pytest
 
-from parity_tests.helpers.paths import TOOLS
-from parity_tests.robustness import kills, targets
+from parity_tests.helpers.paths import ROOT, TOOLS
+from parity_tests.robustness import kill_commands, samples
+from parity_tests.robustness.kill_commands import EVAL
+from parity_tests.robustness.kills import digest
+from porting.cli.process import run as run_main
 from porting.errors import OutputError
 from pytorch_model import load_model
 from pytorch_model.files import check_writable, new_folder, replacing
-
-sys.path.insert(0, str(TOOLS))
-
-import _cli
 
 SLOWLY = ("--hparams", "image_size=512x512")
 LARGEST_FILE = 30_000  # bytes; less than any of the targets
@@ -59,7 +58,7 @@ FULL: dict[str, tuple[Sequence[str], str]] = {
 
 
 def disk_full() -> None:
-    """As on a full disk, writing fails in the middle of a file: here beyond :data:`LARGEST_FILE`."""
+    """Make writing fail in the middle of a file, as on a full disk: after :data:`LARGEST_FILE` bytes."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
@@ -72,8 +71,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from pytorch_model.weights.files import write_weights
 
     folder = tmp_path_factory.mktemp("inputs")
-    kills.prepare_convert(folder)
-    targets.weights(".safetensors")(folder)
+    kill_commands.prepare_convert(folder)
+    samples.weights(".safetensors")(folder)
     model = create_model("efficientdet-d0", image_size=(64, 64))
     write_weights(folder / "d0.safetensors", model.state_dict(), model.config, {})
     Image.effect_noise((200, 200), 80).convert("RGB").save(folder / "picture.png")
@@ -89,14 +88,14 @@ def work(inputs: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
     (tmp_path / "coco").mkdir()
-    kills.prepare_eval(tmp_path / "coco")
+    kill_commands.prepare_eval(tmp_path / "coco")
     return tmp_path / "coco"
 
 
 def run(
     work: Path, command: Sequence[str], before: Callable[[], None] | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """``before`` runs in the command's process before it does."""
+    """Run a command in ``work``. ``before`` runs first, in the command's process."""
     return subprocess.run(
         [sys.executable, TOOLS / command[0], *command[1:]],
         cwd=work,
@@ -111,13 +110,13 @@ def run(
 def test_a_full_disk(work: Path, name: str) -> None:
     command, target = FULL[name]
     before = {path.relative_to(work) for path in work.rglob("*")}
-    old = kills.digest(work / target)
+    old = digest(work / target)
     done = run(work, command, disk_full)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     name = target.split("/")[0]
     assert re.search(rf"error: (cannot write {name}|{name}/model cannot be written)", done.stderr)
-    assert kills.digest(work / target) == old
+    assert digest(work / target) == old
     after = {path.relative_to(work) for path in work.rglob("*")}
     assert after - before <= {Path(target).parent}, "something is left over"
 
@@ -137,7 +136,7 @@ def test_the_folder_vanishes(tmp_path: Path) -> None:
 
 
 def heed_permissions() -> None:
-    """Root, too, may from now on write only where permissions say so."""
+    """From now on, permissions apply to root too."""
     if os.geteuid() == 0:
         drop_from_bounding_set, dac_override = 24, 1
         assert ctypes.CDLL(None).prctl(drop_from_bounding_set, dac_override, 0, 0, 0) == 0
@@ -160,10 +159,10 @@ LOCKED = {
 
 @pytest.mark.skipif(sys.platform != "linux" and os.geteuid() == 0, reason="root may write anywhere")
 @pytest.mark.parametrize("name", LOCKED)
-def test_a_folder_that_may_not_be_written(work: Path, name: str) -> None:
-    """It is said before the work, of which nothing is printed."""
+def test_a_folder_that_is_not_writable(work: Path, name: str) -> None:
+    """The error comes before the work, so nothing else is printed."""
     if name == "evaluate":
-        kills.prepare_eval(work)
+        kill_commands.prepare_eval(work)
     (work / "locked").mkdir(mode=0o500)
     done = run(work, LOCKED[name], heed_permissions)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -176,72 +175,72 @@ def test_a_folder_that_may_not_be_written(work: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("check", [check_writable, replacing], ids=["before", "after"])
-def test_what_is_no_file_is_not_replaced(check: Callable[[Path], Any], pipe: Path, tmp_path: Path) -> None:
+def test_only_files_are_replaced(check: Callable[[Path], Any], pipe: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(pipe)
     for path in (pipe, tmp_path / "link", Path("/dev/null")):
         message = "it is a pipe or a device, not a file; give a file name"
         with pytest.raises(OutputError, match=message), check(path) or nullcontext():
-            raise AssertionError("it was not refused")
+            raise AssertionError("it was not rejected")
         assert not path.is_file()
     assert sorted(tmp_path.iterdir()) == [tmp_path / "link", pipe]
 
 
-@pytest.mark.parametrize("sign", ["q", "é", "日"])
-def test_names_as_long_as_can_be(sign: str, tmp_path: Path) -> None:
-    """255 bytes, which the temporary name must not exceed."""
+@pytest.mark.parametrize("character", ["q", "é", "日"])
+def test_the_longest_names(character: str, tmp_path: Path) -> None:
+    """The limit is 255 bytes, also for the temporary name."""
     bytes_left = 255 - len(".safetensors")
-    path = tmp_path / f"{sign * (bytes_left // len(sign.encode()))}.safetensors"
+    path = tmp_path / f"{character * (bytes_left // len(character.encode()))}.safetensors"
     check_writable(path)
     with replacing(path) as temporary:
         temporary.write_bytes(b"new")
     assert path.read_bytes() == b"new"
-    folder = tmp_path / (sign * (255 // len(sign.encode())))
+    folder = tmp_path / (character * (255 // len(character.encode())))
     with new_folder(folder) as temporary:
         (temporary / "a").write_bytes(b"new")
     assert sorted(tmp_path.iterdir()) == sorted([path, folder])
     with pytest.raises(OutputError, match=r"cannot write .*: File name too long; choose"):
-        check_writable(path.with_name(f"{sign * 3}{path.name}"))
+        check_writable(path.with_name(f"{character * 3}{path.name}"))
 
 
 def test_two_at_once(work: Path) -> None:
-    """Both write the same file; it is complete whoever was last."""
+    """Both write the same file; it is complete, whichever was last."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     both = [subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
-    assert load_model(work / "out.safetensors").config.num_classes == targets.CONFIG.num_classes
+    assert load_model(work / "out.safetensors").config.num_classes == samples.CONFIG.num_classes
     assert not [path for path in work.iterdir() if path.name.startswith(".")]
 
 
 def test_two_evaluations_at_once(coco: Path) -> None:
-    """Kept results of two would mix; the second one does not begin."""
+    """The second one does not start, because the kept results would mix."""
     (coco / "eval").mkdir()
     with open(coco / "eval" / ".lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = run(coco, kills.EVAL)
+        done = run(coco, EVAL)
     assert done.returncode == 2
     assert "error: another evaluation is at work in eval; let it end, or choose another --out" in done.stderr
     assert [path.name for path in (coco / "eval").rglob("*.*")] == [".lock"]
-    command = [sys.executable, str(TOOLS / kills.EVAL[0]), *kills.EVAL[1:]]
+    command = [sys.executable, str(TOOLS / EVAL[0]), *EVAL[1:]]
     both = [subprocess.Popen(command, cwd=coco, stderr=subprocess.DEVNULL) for _ in range(2)]
     assert sorted(process.wait() for process in both) in ([0, 0], [0, 2])
-    both_ran = kills.digest(coco / "eval" / "metrics.json")
-    assert run(coco, (*kills.EVAL, "--restart")).returncode == 0
-    assert kills.digest(coco / "eval" / "metrics.json") == both_ran
+    both_ran = digest(coco / "eval" / "metrics.json")
+    assert run(coco, (*EVAL, "--restart")).returncode == 0
+    assert digest(coco / "eval" / "metrics.json") == both_ran
 
 
 def test_out_of_memory(coco: Path) -> None:
-    """The first convolution of 24 such pictures asks for 6 GB."""
-    assert run(coco, kills.EVAL).returncode == 0
-    old = kills.digest(coco / "eval" / "metrics.json")
+    """The first convolution of 24 such images needs 6 GB."""
+    assert run(coco, EVAL).returncode == 0
+    old = digest(coco / "eval" / "metrics.json")
     (coco / "eval").rename(coco / "before")
-    large = (*kills.EVAL, "--batch-size", "24", "--hparams", "image_size=2048x4096")
+    large = (*EVAL, "--batch-size", "24", "--hparams", "image_size=2048x4096")
     done = run(coco, large, little_memory)
     assert done.returncode == 2, done.stderr
     assert "error: out of memory; try a smaller --batch-size or --size" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (coco / "eval" / "metrics.json").exists()
-    assert run(coco, kills.EVAL).returncode == 0
-    assert kills.digest(coco / "eval" / "metrics.json") == old
+    assert run(coco, EVAL).returncode == 0
+    assert digest(coco / "eval" / "metrics.json") == old
 
 
 def little_memory() -> None:
@@ -251,11 +250,11 @@ def little_memory() -> None:
 @pytest.mark.slow
 def test_a_worker_is_killed_for_its_memory(coco: Path) -> None:
     """The kernel sends SIGKILL. The others end too, and the next run goes on to the same figures."""
-    assert run(coco, (*kills.EVAL, *SLOWLY)).returncode == 0
-    undisturbed = kills.digest(coco / "eval" / "metrics.json")
+    assert run(coco, (*EVAL, *SLOWLY)).returncode == 0
+    undisturbed = digest(coco / "eval" / "metrics.json")
     shutil.rmtree(coco / "eval")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, str(TOOLS / kills.EVAL[0]), *kills.EVAL[1:], *SLOWLY]
+    command = [*torchrun, str(TOOLS / EVAL[0]), *EVAL[1:], *SLOWLY]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = subprocess.Popen(command, cwd=coco, stderr=subprocess.PIPE, text=True, env=environment)
     kept = coco / "eval" / "shards" / "ours-1.jsonl"
@@ -268,7 +267,7 @@ def test_a_worker_is_killed_for_its_memory(coco: Path) -> None:
     assert kept.exists()
     done = subprocess.run(command, cwd=coco, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert kills.digest(coco / "eval" / "metrics.json") == undisturbed
+    assert digest(coco / "eval" / "metrics.json") == undisturbed
 
 
 def worker(parent: int, rank: int) -> int:
@@ -284,7 +283,7 @@ def worker(parent: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no process {rank}")
 
 
-#: Each look at the clock is an hour before the last one.
+#: Each reading of the clock is an hour earlier than the one before.
 BACKWARDS = """
 import itertools, time
 hours = itertools.count()
@@ -297,7 +296,7 @@ CLOCKED = {
     "convert to .pth": FULL["convert to .pth"],
     "export": FULL["export"],
     "export h5": FULL["export h5"],
-    "eval": (kills.EVAL, "eval/metrics.json"),
+    "eval": (EVAL, "eval/metrics.json"),
     "release": (("release.py", "--ckpt", "ckpt", "--out", "release", "--size", "128"), "release/custom"),
 }
 
@@ -305,7 +304,7 @@ CLOCKED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CLOCKED)
 def test_the_clock_goes_backwards(work: Path, coco: Path, tmp_path: Path, name: str) -> None:
-    """Nothing that is written depends on the time, on that of this machine or that of the files."""
+    """Nothing written depends on the time: neither the clock nor the times of files."""
     command, target = CLOCKED[name]
     shutil.copytree(coco, work, dirs_exist_ok=True)
     odd = tmp_path / "odd"
@@ -317,7 +316,7 @@ def test_the_clock_goes_backwards(work: Path, coco: Path, tmp_path: Path, name: 
     assert run(work, command).returncode == 0
     done = run(odd, command, PYTHONPATH=str(tmp_path / "clock"))
     assert done.returncode == 0, done.stderr
-    assert kills.digest(odd / target) == kills.digest(work / target)
+    assert digest(odd / target) == digest(work / target)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +337,7 @@ def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup has hangups ignored
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores hangups
     )
     while process.poll() is None and not list((work / "tmp").rglob("*.data-*")):
         time.sleep(0.001)
@@ -352,29 +351,29 @@ def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) ->
 ENDED = """
 import signal, sys
 sys.path.insert(0, sys.argv[1])
-import _cli
+from porting.cli import process
 
 class Swallows:
     def __del__(self):
-        signal.raise_signal(signal.SIGTERM)  # what a __del__ raises is printed, not passed on
+        signal.raise_signal(signal.SIGTERM)  # Python prints exceptions of __del__ and goes on
 
-def fail(message, plainly=_cli.fail):
+def fail(message, plainly=process.fail):
     signal.raise_signal(signal.SIGTERM)
     return plainly(message)
 
 def main():
     Swallows()
     print("swallowed", flush=True)
-    _cli.fail = fail
+    process.fail = fail
     signal.raise_signal(signal.SIGTERM)
     return 0
 
-_cli.run(main)
+process.run(main)
 """
 
 
-def test_signals_end_it_whatever_swallowed_the_first_and_one_more_does_no_harm() -> None:
-    command = [sys.executable, "-c", ENDED, str(TOOLS)]
+def test_a_signal_ends_the_command_even_if_an_earlier_one_was_swallowed() -> None:
+    command = [sys.executable, "-c", ENDED, str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (143, "swallowed\n"), done.stderr
     assert done.stderr.endswith("\nerror: ended by SIGTERM; nothing was left half-written\n")
@@ -397,14 +396,14 @@ with joined():
 def test_signals_end_a_process_that_waits_for_another(
     coco: Path, ignored: Sequence[int], sent: Sequence[int]
 ) -> None:
-    """The wait is gloo's, where no handler of Python's runs."""
+    """It waits inside gloo, where no Python handler runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     environment = {**os.environ, **where, "PYTHONPATH": str(TOOLS.parent)}
     waiting = subprocess.Popen(
-        [sys.executable, TOOLS / kills.EVAL[0], *kills.EVAL[1:]],
+        [sys.executable, TOOLS / EVAL[0], *EVAL[1:]],
         cwd=coco,
         env={**environment, "RANK": "1"},
         preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
@@ -415,7 +414,7 @@ def test_signals_end_a_process_that_waits_for_another(
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "joined\n"
-        time.sleep(0.5)  # the other is about to wait; a default action does not mind when it comes
+        time.sleep(0.5)  # until the other waits; a default action works at any time
         for number in sent:
             waiting.send_signal(number)
         assert waiting.wait(timeout=30) == -sent[-1]
@@ -426,7 +425,7 @@ def test_signals_end_a_process_that_waits_for_another(
 
 
 def test_hangups_that_are_ignored_stay_ignored(work: Path) -> None:
-    """As nohup has it."""
+    """nohup sets this."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     process = subprocess.Popen(
         command,
@@ -442,25 +441,25 @@ def test_hangups_that_are_ignored_stay_ignored(work: Path) -> None:
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (1, 2)], ids=str)
 def test_closed_streams(work: Path, closed: tuple[int, ...]) -> None:
-    """Nothing can be said, and no file gets the number of a stream and what is printed."""
+    """Nothing can be printed, and no file takes a stream's number and receives the output."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     plain = subprocess.run(command, cwd=work, capture_output=True)
-    whole = kills.digest(work / "out.safetensors")
+    whole = digest(work / "out.safetensors")
     done = subprocess.run(command, cwd=work, capture_output=True, preexec_fn=lambda: [*map(os.close, closed)])
     assert (plain.returncode, done.returncode) == (0, 0), done.stderr
-    assert kills.digest(work / "out.safetensors") == whole
+    assert digest(work / "out.safetensors") == whole
 
 
 @pytest.mark.parametrize("moment", [0.3, 0.8, 1.0])
 def test_interrupts(work: Path, moment: float) -> None:
-    """Ctrl-C, at parts of the time the command takes: exit status 130 or done, nothing left over."""
+    """Ctrl-C at several points of the run: exit status 130, or complete; nothing is left over."""
     command = [sys.executable, str(TOOLS / CONVERT[0]), *CONVERT[1:]]
     before = {path.name for path in work.iterdir()}
-    old = kills.digest(work / "out.safetensors")
+    old = digest(work / "out.safetensors")
     subprocess.run(command, cwd=work, check=True, capture_output=True)
-    new = kills.digest(work / "out.safetensors")
+    new = digest(work / "out.safetensors")
     (work / "out.safetensors").write_bytes(b"the old weights")
-    assert kills.digest(work / "out.safetensors") == old != new
+    assert digest(work / "out.safetensors") == old != new
     process = subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None:
         used = _cpu_seconds(process.pid)
@@ -471,7 +470,7 @@ def test_interrupts(work: Path, moment: float) -> None:
     assert process.returncode in (0, 130), errors
     assert "Traceback" not in errors
     # An interrupt between the renaming and the end finds the new file there.
-    assert kills.digest(work / "out.safetensors") in ((old, new) if process.returncode else (new,))
+    assert digest(work / "out.safetensors") in ((old, new) if process.returncode else (new,))
     assert {path.name for path in work.iterdir()} == before
 
 
@@ -499,7 +498,7 @@ LONG_NAMES = {
 
 
 @pytest.mark.parametrize("name", LONG_NAMES)
-def test_a_name_too_long_is_the_names_fault(work: Path, name: str) -> None:
+def test_too_long_a_name_is_named_in_the_error(work: Path, name: str) -> None:
     done = run(work, LONG_NAMES[name])
     assert done.returncode == 2, done.stderr
     error = done.stderr.strip().splitlines()[-1]
@@ -507,8 +506,8 @@ def test_a_name_too_long_is_the_names_fault(work: Path, name: str) -> None:
     assert not re.search(r"cannot print|Traceback|Errno", done.stderr)
 
 
-def test_a_closed_pipe_is_no_failed_check(work: Path) -> None:
-    """The status is what a shell reports of a program that a closed pipe ended: 128 + SIGPIPE."""
+def test_a_closed_pipe_is_not_a_failed_check(work: Path) -> None:
+    """The status is the one that a shell reports for SIGPIPE: 128 + its number."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, str(TOOLS / "inspect_checkpoint.py"), "--ckpt", "ckpt"]
@@ -517,7 +516,7 @@ def test_a_closed_pipe_is_no_failed_check(work: Path) -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_names_do_not_steer_the_terminal(work: Path) -> None:
+def test_names_do_not_control_the_terminal(work: Path) -> None:
     name = "a\x1b[31m\nb\x9b\u202ec\udcff"
     done = run(work, ("inspect_checkpoint.py", "--ckpt", name), PYTHONUTF8="1")
     assert done.returncode == 2
@@ -526,15 +525,15 @@ def test_names_do_not_steer_the_terminal(work: Path) -> None:
     assert done.stderr.strip().isprintable()
 
 
-def test_other_faults_of_the_system_are_not_called_printing(capsys: pytest.CaptureFixture[str]) -> None:
-    """A last resort, for faults that nothing closer to them explains."""
+def test_other_system_errors_are_not_reported_as_printing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last resort, for errors that no code closer to them explains."""
 
     def end(error: OSError) -> str:
         def main() -> int:
             raise error
 
         with pytest.raises(SystemExit) as ended:
-            _cli.run(main)
+            run_main(main)
         assert ended.value.code == 2
         out, err = capsys.readouterr()
         assert out == ""  # with --json, a program reads it

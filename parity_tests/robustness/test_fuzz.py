@@ -1,4 +1,4 @@
-"""Damaged files of every kind, some of each; ``python -m parity_tests.robustness.fuzz`` tries more."""
+"""Damaged files of every kind, a few of each; ``python -m parity_tests.robustness.fuzz`` tries more."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from parity_tests.robustness.damage import mutated, mutated_text
 from parity_tests.robustness.fuzz import FAULTS, IDENTICAL, REFUSED, _Sample, fuzz, resident_measured
 from parity_tests.robustness.targets import TARGETS, Target
 from porting.errors import CheckpointError, EfficientDetError
@@ -23,14 +24,14 @@ SEED, INPUTS = 20260, 30
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
-def test_damage_is_refused_or_changes_nothing(name: str) -> None:
+def test_damage_is_rejected_or_changes_nothing(name: str) -> None:
     tally = fuzz([TARGETS[name]], INPUTS, SEED)[name]
     print(f"{name}: {dict(tally.counts)}")
     assert not tally.faults, tally.examples[:3]
     assert tally.counts[REFUSED]
 
 
-# The runner itself: each kind of fault is seen.
+# The fuzzer itself sees each kind of fault.
 
 
 def sample(folder: Path) -> Path:
@@ -61,7 +62,7 @@ def swells(path: Path) -> str:
 
 
 def swells_beside_python(path: Path) -> str:
-    """By an allocator that tracemalloc does not see."""
+    """Uses an allocator that tracemalloc does not see."""
     return str(torch.ones(1 if sound(path) else 300 << 20, dtype=torch.uint8)[0])
 
 
@@ -103,7 +104,7 @@ def same(path: Path) -> str:
         pytest.param(
             swells_beside_python,
             "too much memory",
-            marks=pytest.mark.skipif(not resident_measured(), reason="the system does not tell the peak"),
+            marks=pytest.mark.skipif(not resident_measured(), reason="the system does not report the peak"),
         ),
         (dies, "process died"),
         (refuses, REFUSED),
@@ -115,14 +116,12 @@ def test_every_fault_is_seen(
 ) -> None:
     monkeypatch.setattr("parity_tests.robustness.fuzz.SECONDS", 1.0)
     with _Sample(Target("sample", sample, use, vouched=True), tmp_path / "s") as files:
-        for seed in range(2):  # again after the process had to be replaced
+        for seed in range(2):  # twice, because the process may have been replaced
             assert files.attempt(seed)[0] == verdict
     assert (verdict in FAULTS) == (verdict not in (REFUSED, IDENTICAL))
 
 
-def test_damage_depends_on_the_seed_alone() -> None:
-    from parity_tests.robustness.mutate import mutated, mutated_text
-
+def test_damage_depends_only_on_the_seed() -> None:
     data = b"num_classes=20,image_size=640x480\n" * 5
     for damage in (mutated, mutated_text):
         found = [damage(data, random.Random(seed)) for seed in range(200)]
@@ -132,8 +131,8 @@ def test_damage_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, target in TARGETS.items() if target.seal])
-def test_what_is_sealed_passes_every_checksum(tmp_path: Path, name: str) -> None:
-    """It differs from the sound file, and no checksum of file, block or member is what refuses it."""
+def test_sealed_damage_passes_every_checksum(tmp_path: Path, name: str) -> None:
+    """It differs from the sound file, and no checksum of a file, block or member rejects it."""
     target = TARGETS[name]
     assert target.seal
     path = target.make(tmp_path)

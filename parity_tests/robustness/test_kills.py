@@ -1,4 +1,4 @@
-"""Commands killed in the middle, a few times; ``python -m parity_tests.robustness.kills`` does it often."""
+"""Commands killed while they run, a few times; ``python -m parity_tests.robustness.kills`` does it often."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import pytest
 
 from parity_tests.helpers.paths import ROOT
 from parity_tests.robustness import kills
-from parity_tests.robustness.kills import AGAIN, BROKEN, BY_CALL, COMMANDS, HIDDEN, LEFT, NEW, OLD, Command
+from parity_tests.robustness.kill_commands import COMMANDS, Command, fork
+from parity_tests.robustness.kills import AGAIN, BROKEN, BY_CALL, HIDDEN, LEFT, NEW, OLD
 from parity_tests.robustness.moments import Calls, Moment, load
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, for forks of one that runs threads may hang."""
+    """Run in a separate process, because forks of a process with threads may hang."""
     return subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
@@ -57,14 +58,14 @@ sys.exit(kills.main())
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kills"), [("convert", 12), ("eval again", 20)])
 def test_writing_in_place_is_seen(name: str, kills: int) -> None:
-    """The commands as they are, but that their targets are written where they lie."""
+    """The same commands, but they write their targets in place."""
     done = run("-c", IN_PLACE, "--kills", str(kills), "--commands", name, "--json")
     print(done.stdout)
     assert done.returncode == 1, done.stdout + done.stderr
     assert json.loads(done.stdout)[name][BY_CALL][BROKEN], done.stderr
 
 
-# The runner itself: what must not be is seen.
+# The runner itself sees each kind of fault.
 
 
 def nothing(folder: Path) -> None:
@@ -72,7 +73,7 @@ def nothing(folder: Path) -> None:
 
 
 def slowly(folder: Path) -> None:
-    """Half of the file, a while, the other half."""
+    """Writes half of the file, waits, and writes the other half."""
     (folder / "target").write_text("ne")
     subprocess.run(["sleep", "0.3"], check=True)
     (folder / "target").write_text("new")
@@ -93,14 +94,14 @@ def soundly(folder: Path) -> None:
 
 
 def untidily(folder: Path) -> None:
-    """By way of another visible name each time."""
+    """Uses a different visible temporary name each time."""
     temporary = folder / f"{os.getpid()}.tmp"
     temporary.write_text("new")
     os.replace(temporary, folder / "target")
 
 
 def forgetfully(folder: Path) -> None:
-    """By way of another hidden name each time."""
+    """Uses a different hidden temporary name each time."""
     temporary = folder / f".{os.getpid()}.tmp"
     temporary.write_text("new")
     os.replace(temporary, folder / "target")
@@ -121,7 +122,7 @@ def _written(folder: Path) -> Path:
         (forgetfully, {HIDDEN}),
     ],
 )
-def test_what_must_not_be_is_seen(run: Callable[[Path], None], expected: set[str]) -> None:
+def test_every_fault_is_seen(run: Callable[[Path], None], expected: set[str]) -> None:
     tally = kills.kill(Command("sample", nothing, run, "target"), 16, 0)
     print(tally.by)
     assert expected <= set(tally.counts) <= {*expected, OLD, NEW}
@@ -137,13 +138,13 @@ def in_many_ways(folder: Path) -> None:
     (folder / "folder").rmdir()
 
 
-def test_each_phase_of_each_call_is_met(tmp_path: Path) -> None:
+def test_each_phase_of_each_call_is_reached(tmp_path: Path) -> None:
     found = {}
     for number, moment in enumerate([None, *_moments_of(in_many_ways, tmp_path / "listed")]):
         folder = tmp_path / str(number)
         folder.mkdir()
         nothing(folder)
-        pid = kills._fork(in_many_ways, folder, Calls(folder, moment))
+        pid = fork(in_many_ways, folder, Calls(folder, moment))
         assert os.waitpid(pid, 0)[1] == (signal.SIGKILL if moment else 0)
         text = folder / "folder" / "text"
         old = (folder / "target").read_text()
@@ -172,5 +173,5 @@ def test_each_phase_of_each_call_is_met(tmp_path: Path) -> None:
 
 def _moments_of(run: Callable[[Path], None], folder: Path) -> list[Moment]:
     folder.mkdir()
-    assert os.waitpid(kills._fork(run, folder, Calls(folder), folder / "seen"), 0)[1] == 0
+    assert os.waitpid(fork(run, folder, Calls(folder), folder / "seen"), 0)[1] == 0
     return load(folder / "seen")[1]

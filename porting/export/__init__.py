@@ -1,7 +1,7 @@
-"""Weights written for other programs. One :class:`Target` a program, each in a module of its own.
+"""Exports weights to the formats of other programs. Each :class:`Target` has its own module.
 
-A new target is a module here with ``write(weights, out)`` and a line in :data:`TARGETS`; what it needs is
-imported when it writes.
+A new target is a module here with ``write(weights, out)`` and a line in :data:`TARGETS`. The module is
+imported when the target writes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weights:
-    """A checked state dict, the configuration it fits, and what its file says of where it came from."""
+    """A checked state dict, the configuration that it fits, and the metadata of its file."""
 
     state_dict: Mapping[str, Tensor]
     config: EfficientDetConfig
@@ -29,7 +29,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Written:
-    """``files``, below or at the output path; ``facts``: what was done and checked, one sentence each."""
+    """``files``: at or below the output path. ``facts``: what was done and checked, one sentence each."""
 
     files: tuple[Path, ...]
     facts: tuple[str, ...]
@@ -37,14 +37,14 @@ class Written:
 
 @dataclass(frozen=True)
 class Target:
-    """A program to write for. ``module``, below this package, has ``write(weights, out) -> Written``."""
+    """An output format. ``module``, in this package, has ``write(weights, out) -> Written``."""
 
     name: str
     summary: str
     module: str
 
     def write(self, weights: Weights, out: Path) -> Written:
-        """Write, read back, compare; complete or not at all. Raises :class:`EfficientDetError`."""
+        """Write, read back and compare. Nothing is left if it fails. Raises :class:`EfficientDetError`."""
         written: Written = importlib.import_module(f"{__name__}.{self.module}").write(weights, out)
         return written
 
@@ -58,7 +58,7 @@ TARGETS: Mapping[str, Target] = {
         Target("h5", "one file, as Keras's save_weights writes AutoML's model", "h5"),
         Target("effdet", "a state dict that the effdet package's models load", "effdet"),
         Target("onnx", "the network, any batch, at the configuration's image size", "onnx_network"),
-        Target("onnx-detector", "the same with AutoML's postprocessing behind it", "onnx_detector"),
+        Target("onnx-detector", "the same, followed by AutoML's postprocessing", "onnx_detector"),
         Target("torch-export", "the network as a torch.export program, .pt2", "torch_export"),
     )
 }

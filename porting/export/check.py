@@ -1,4 +1,4 @@
-"""What every way back to TensorFlow has to pass before its files take their place."""
+"""The check that every export to TensorFlow must pass before its files are in place."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from porting.export import Weights
 
 
 def check_comes_back(checkpoint: Checkpoint, weights: Weights, kinds: Iterable[str]) -> None:
-    """Convert what was written and compare, bit for bit, with what was given, in float32.
+    """Convert the written checkpoint and compare it, bit for bit in float32, with ``weights``.
 
-    ``kinds``: which of its values, ``"raw"`` and ``"EMA"``. Raises :class:`CheckFailedError` naming the first
-    tensor that differs.
+    ``kinds``: which of its values to compare, ``"raw"`` and ``"EMA"``. Raises :class:`CheckFailedError`
+    naming the first tensor that differs.
     """
     for kind in kinds:
         conversion = convert(checkpoint, weights.config, raw=kind == "raw")
@@ -29,7 +29,7 @@ def check_comes_back(checkpoint: Checkpoint, weights: Weights, kinds: Iterable[s
 
 
 def rounding(weights: Weights) -> Iterator[str]:
-    """A sentence for weights that float32 cannot hold."""
+    """A sentence about weights that float32 cannot hold exactly."""
     rounded = [
         key
         for key, tensor in weights.state_dict.items()

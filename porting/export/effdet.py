@@ -1,8 +1,8 @@
 """Weights for the ``effdet`` package: a state dict that its ``tf_efficientdet_*`` models load, ``strict``.
 
-That package keeps the convolution biases that a batch norm makes redundant; they are written as zeros, so
-the function is ours. Its anchors differ in what no weight file can hold: it rounds their aspect ratios to
-1.4 and 0.7 unless its configuration is told otherwise.
+The package keeps the convolution biases that a batch norm makes redundant. They are written as zeros, so the
+function stays the same. Its anchors differ, and a weight file cannot change that: it rounds their aspect
+ratios to 1.4 and 0.7 unless its configuration says otherwise.
 
 Source of the names: effdet 0.4.1 and timm 1.0, by their state dicts.
 """
@@ -21,8 +21,8 @@ from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, mod
 from pytorch_model.files import check_writable, replacing
 from pytorch_model.weights.files import torch_bytes
 
-#: What may differ from a released model: it changes head widths that the package takes as arguments, or
-#: nothing in the network.
+#: Fields that may differ from a released model. They change only head widths, which the package takes as
+#: arguments, or nothing in the network.
 _FREE = (
     "num_classes",
     "num_scales",
@@ -36,7 +36,7 @@ _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked
 
 
 def write(weights: Weights, out: Path) -> Written:
-    """Write the state dict to ``out`` (``.pth``). Raises ConversionError for a model effdet does not have."""
+    """Write the state dict to ``out`` (``.pth``). Raises ConversionError for a model that effdet lacks."""
     if out.suffix != ".pth":
         raise OutputError(f"cannot write {out}: use a name that ends in .pth")
     check_writable(out)
@@ -54,9 +54,9 @@ def write(weights: Weights, out: Path) -> Written:
 
 
 def effdet_recipe(config: EfficientDetConfig, out: Path) -> list[str]:
-    """Python, a statement each, that makes effdet's model and loads ``out`` into it.
+    """Python statements, one per line, that make effdet's model and load ``out`` into it.
 
-    Raises ConversionError for a model effdet does not have.
+    Raises ConversionError for a model that effdet does not have.
     """
     return [
         f"config = effdet.get_efficientdet_config({effdet_model(config)!r})",
@@ -74,7 +74,7 @@ def effdet_aspect_ratios(config: EfficientDetConfig) -> list[tuple[float, float]
 
 
 def effdet_model(config: EfficientDetConfig) -> str:
-    """The name of effdet's model that is this network. Raises ConversionError where there is none."""
+    """The name of effdet's model of this network. Raises ConversionError if there is none."""
     for name in (config.name,) if config.name in MODELS else MODELS:
         free = {field: getattr(config, field) for field in _FREE}
         if model_config(name, **free).replace(name=config.name) == config:
@@ -88,9 +88,9 @@ def effdet_model(config: EfficientDetConfig) -> str:
 
 
 def effdet_state_dict(weights: Weights) -> dict[str, Tensor]:
-    """Every tensor of ours under effdet's name, and effdet's redundant biases, zero.
+    """Every tensor of ours under effdet's name, and zeros for effdet's redundant biases.
 
-    Raises ConversionError if one of ours has no name there.
+    Raises ConversionError if one of our tensors has no name in effdet.
     """
     ours = dict(weights.state_dict)
     theirs = {}
@@ -111,7 +111,7 @@ def effdet_state_dict(weights: Weights) -> dict[str, Tensor]:
 
 
 def effdet_layers(config: EfficientDetConfig) -> Iterator[tuple[str, str, bool]]:
-    """(our module, effdet's, whether effdet has a redundant bias there), for every layer with parameters."""
+    """For every layer with parameters: (our module, effdet's, whether effdet has a redundant bias there)."""
     yield from _backbone(config.backbone)
     for level in config.extra_levels:
         yield from _resample(f"resample.p{level}", f"fpn.resample.{level - config.min_level}")

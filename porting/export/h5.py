@@ -1,9 +1,9 @@
-"""Keras HDF5 weights, as ``save_weights`` writes AutoML's Keras model.
+"""Keras HDF5 weights, as ``save_weights`` writes them for AutoML's Keras model.
 
-Keras loads such a file by position: the layers in ``layer_names``, and in each its ``weight_names``, must be
-in the order in which its model tracks them. That is all trainable variables of a layer and then the batch
-norms' statistics; the backbone's stem comes after its blocks, a node's fusion weights ahead of its
-convolutions, a head's convolutions ahead of its batch norms.
+Keras loads such a file by position: the layers in ``layer_names``, and the ``weight_names`` of each layer,
+must be in the order in which its model tracks them. In each layer, all trainable variables come first, then
+the batch norms' statistics. The backbone's stem comes after its blocks, a node's fusion weights before its
+convolutions, and a head's convolutions before its batch norms.
 
 Source: Keras 2 ``saving/legacy/hdf5_format.py``; AutoML ``tf2/efficientdet_keras.py``.
 """
@@ -27,8 +27,8 @@ from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import check_writable, replacing
 from tf_reference.variables import Variable, variables
 
-KERAS_VERSION = b"2.15.0"  # whose layout this is
-#: Keras splits an attribute whose bytes, all strings padded to the longest, exceed this.
+KERAS_VERSION = b"2.15.0"  # the version with this layout
+#: Keras splits an attribute with more bytes than this, after all strings are padded to the longest.
 ATTRIBUTE_LIMIT = 64512
 
 _NODE = re.compile(r"fpn_cells/cell_(\d+)/fnode(\d+)/(WSM)?")
@@ -47,7 +47,7 @@ def write(weights: Weights, out: Path) -> Written:
     check_writable(out)
     values = reverse(weights.state_dict, weights.config)
     with replacing(out) as temporary:
-        buffer = io.BytesIO()  # HDF5's own writer hides what the disk says
+        buffer = io.BytesIO()  # HDF5's own writer hides errors of the disk
         with h5py.File(buffer, "w") as file:
             _fill(file, values, weights.config)
         temporary.write_bytes(buffer.getbuffer())
@@ -57,14 +57,14 @@ def write(weights: Weights, out: Path) -> Written:
         (out,),
         (
             f"{len(values)} variables in Keras's order",
-            "read back and converted again: every tensor is the one that was given",
+            "read back and converted again: every tensor is equal to the given one",
             *rounding(weights),
         ),
     )
 
 
 def keras_layers(config: EfficientDetConfig) -> Iterator[tuple[str, list[str]]]:
-    """Each layer of AutoML's Keras model with the names of its variables, both in Keras's order."""
+    """Each layer of AutoML's Keras model with the names of its variables. Both are in Keras's order."""
     catalogue = list(variables(config))
     resamples = [f"resample_p{level}" for level in config.extra_levels]
     for layer in (config.backbone.name, *resamples, "fpn_cells", "class_net", "box_net"):
@@ -73,7 +73,7 @@ def keras_layers(config: EfficientDetConfig) -> Iterator[tuple[str, list[str]]]:
 
 
 def _tracked(variable: Variable) -> tuple[int, ...]:
-    """Sorts the catalogue of one layer, which has its scopes in order, as Keras tracks them."""
+    """The sort key within a layer: Keras's order of tracking; ties keep the catalogue's order."""
     name = variable.name
     node = _NODE.match(name)
     if node:
@@ -97,7 +97,7 @@ def _fill(file: Any, values: dict[str, np.ndarray], config: EfficientDetConfig) 
 
 
 def _write_names(group: Any, attribute: str, names: Sequence[str]) -> None:
-    """An attribute of strings, in pieces where HDF5 might not take it whole, as Keras splits it."""
+    """Write an attribute of strings. As Keras does, split it if HDF5 might not accept it as a whole."""
     encoded = [name.encode() for name in names]
     pieces = [np.asarray(encoded)]
     while any(piece.nbytes > ATTRIBUTE_LIMIT for piece in pieces):

@@ -1,10 +1,11 @@
-"""What the exports of a program, not only of weights, start from: the network, an example, a comparison."""
+"""For exports of a program, not only of weights: the network, example images, a comparison of outputs."""
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,23 +14,27 @@ from torch import Tensor, nn
 
 from porting.errors import CheckFailedError
 from porting.export import Weights
+from porting.parity.measure import difference
 from porting.synthetic import synthetic_image
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.postprocess import postprocess_per_class
+from pytorch_model.detection.preprocess import normalise_array
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 
-#: How many times PyTorch's own float32 rounding a float32 program may be off.
-ROUNDING = 10
-FLOAT32_EPSILON = 1e-6  # where PyTorch happens to be exact
-EXAMPLES = 2  # images in the batch a program is traced with; more than one, so that the batch stays free
+ROUNDING = 10  # an exported float32 program may be off by this many times PyTorch's own float32 error
+FLOAT32_EPSILON = 1e-6  # and by this, because PyTorch may happen to be exact
+EXAMPLES = (
+    2  # images in the batch with which a program is traced; more than one, so that the batch stays free
+)
+COUNTS = (1, 3)  # numbers of images on which a program is compared
 
 
 class DetectingNetwork(nn.Module):
     """The network and AutoML's postprocessing: images and scales → boxes, scores, labels.
 
-    ``images``: float32 [N, 3, H, W], normalised, H and W the configuration's. ``image_scales``: float32 [N],
+    ``images``: float32 [N, 3, H, W], normalised, of the configuration's size. ``image_scales``: float32 [N],
     original pixels per network pixel. Returns boxes_yxyx float32 [N, M, 4] in original pixels, scores float32
     [N, M], classes int64 [N, M] from 1, valid_len int64 [N].
     """
@@ -50,22 +55,19 @@ class DetectingNetwork(nn.Module):
 
 
 def loaded(weights: Weights) -> EfficientDet:
-    """The float32 network with ``weights``, ready to evaluate."""
-    with torch.device("meta"):
-        network = EfficientDet(weights.config)
+    """The float32 network with ``weights``, in evaluation mode."""
     state_dict = {
         key: tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in weights.state_dict.items()
     }
-    network.load_state_dict(state_dict, assign=True)
-    return network.eval().requires_grad_(False)
+    network = EfficientDet.from_state_dict(state_dict, weights.config, "the weights")
+    return network.requires_grad_(False)
 
 
 def example_images(config: EfficientDetConfig, count: int = EXAMPLES) -> Tensor:
-    """Drawn pictures, normalised. float32 [count, 3, H, W]."""
-    pictures = np.stack([synthetic_image(*config.image_size, seed=seed) for seed in range(count)])
-    mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
-    return torch.from_numpy((pictures - mean) / stddev).permute(0, 3, 1, 2).contiguous()
+    """Seeded, normalised images of the configuration's size. float32 [count, 3, H, W]."""
+    images = np.stack([synthetic_image(*config.image_size, seed=seed) for seed in range(count)])
+    return torch.from_numpy(normalise_array(images, config)).permute(0, 3, 1, 2).contiguous()
 
 
 def head_names(config: EfficientDetConfig) -> list[str]:
@@ -73,36 +75,40 @@ def head_names(config: EfficientDetConfig) -> list[str]:
     return [f"{head}_p{level}" for head in ("class", "box") for level in config.levels]
 
 
-class Comparison:
-    """What ``network`` computes for ``images``, in float64 and float32, to hold a program against."""
+def compare_outputs(network: EfficientDet, run: Callable[[Tensor], Sequence[Tensor]]) -> float:
+    """The largest relative L2 between the exported program ``run`` and the float32 ``network``.
 
-    def __init__(self, network: EfficientDet, images: Tensor) -> None:
-        self.names = head_names(network.config)
-        self._single = _outputs(network, images)
-        self._double = _outputs(copy.deepcopy(network).double(), images.double())
+    ``run`` takes images and returns the class and box outputs of every level; it is tried on each of
+    :data:`COUNTS` images. Raises :class:`CheckFailedError` if an output differs by more than rounding
+    explains.
+    """
+    worst = 0.0
+    double_network = copy.deepcopy(network).double()
+    for count in COUNTS:
+        images = example_images(network.config, count)
+        outputs = (_outputs(network, images), _outputs(double_network, images.double()), run(images))
+        for name, single, double, found in zip(head_names(network.config), *outputs, strict=True):
+            error, own = relative_l2(found, double), relative_l2(single, double)
+            require_rounding(f"{name} is off by {error:.1e} (relative L2)", error, own)
+            worst = max(worst, relative_l2(found, single))
+    return worst
 
-    def check(self, found: Sequence[Tensor]) -> float:
-        """The largest relative L2 of ``found`` to the float32 network. Raises CheckFailedError if too large.
 
-        Allowed at each output: :data:`ROUNDING` times what float32 itself is off there. A program sums in
-        another order, and how much that matters depends on the weights; a wrong layer is off by percents.
-        """
-        worst = 0.0
-        for name, single, double, theirs in zip(self.names, self._single, self._double, found, strict=True):
-            error, own = relative_l2(theirs, double), relative_l2(single, double)
-            if not error <= ROUNDING * own + FLOAT32_EPSILON:
-                raise CheckFailedError(
-                    f"the exported program's {name} is off by {error:.1e} (relative L2), PyTorch's float32 "
-                    f"by {own:.1e}; nothing was written, try another version of torch or onnx"
-                )
-            worst = max(worst, relative_l2(theirs, single))
-        return worst
+def require_rounding(finding: str, error: float, own: float) -> None:
+    """Raise :class:`CheckFailedError` with ``finding`` if ``error`` is more than rounding explains.
+
+    ``own`` is the error of PyTorch's float32 at the same place; both are errors to float64. A program sums in
+    a different order, and how much that matters depends on the weights. A wrong layer is off by percents.
+    """
+    if not error <= ROUNDING * own + FLOAT32_EPSILON < math.inf:
+        raise CheckFailedError(
+            f"the exported program's {finding}, PyTorch's float32 by {own:.1e}; nothing was written, try "
+            "another version of torch or onnx"
+        )
 
 
 def relative_l2(found: Tensor, expected: Tensor) -> float:
-    expected = expected.double()
-    norm = torch.linalg.vector_norm
-    return float(norm(found.double() - expected) / norm(expected))
+    return difference(found.numpy(), expected.numpy()).relative
 
 
 def _outputs(network: EfficientDet, images: Tensor) -> list[Tensor]:
@@ -113,7 +119,7 @@ def _outputs(network: EfficientDet, images: Tensor) -> list[Tensor]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporters' remarks about themselves say nothing to the user."""
+    """Hide the exporters' warnings about themselves, which mean nothing to the user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,7 +1,7 @@
-"""ONNX: the network and AutoML's postprocessing behind it, images → detections.
+"""ONNX: the network followed by AutoML's postprocessing, images → detections.
 
-The suppression is gaussian and per class, as AutoML evaluates, unrolled over its output slots; ONNX's own
-operator for it knows the hard kind alone.
+The suppression is Gaussian and per class, as in AutoML's evaluation, and unrolled over its output slots.
+ONNX's own operator only does hard suppression.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from porting.errors import CheckFailedError
 from porting.export import Weights, Written
-from porting.export.network import FLOAT32_EPSILON, ROUNDING, DetectingNetwork, example_images, loaded
+from porting.export.network import COUNTS, DetectingNetwork, example_images, loaded, require_rounding
 from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.files import replacing
@@ -23,7 +22,7 @@ OUTPUTS = ("boxes_yxyx", "scores", "classes", "valid_len")
 
 
 def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
-    """Write ``out`` (``.onnx``); its scores are compared with PyTorch's for 1 and 3 images."""
+    """Write ``out`` (``.onnx``) and compare its scores with PyTorch's, for 1 and 3 images."""
     check_onnx(out)
     nms = nms or NMSConfig()
     detector = DetectingNetwork(loaded(weights), nms).eval()
@@ -31,7 +30,7 @@ def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
     with replacing(out) as temporary:
         export_onnx(detector, _inputs(weights, 2), OUTPUTS, temporary, about)
         worst = 0.0
-        for count in (1, 3):
+        for count in COUNTS:
             inputs = _inputs(weights, count)
             worst = max(worst, _check(detector, inputs, run_onnx(temporary, inputs)))
     height, width = weights.config.image_size
@@ -52,17 +51,13 @@ def _inputs(weights: Weights, count: int) -> dict[str, Tensor]:
 
 
 def _check(detector: DetectingNetwork, inputs: dict[str, Tensor], found: list[Tensor]) -> float:
-    """The largest difference of scores; boxes and classes of nearly equal scores may trade places.
+    """The largest difference of scores. Boxes and classes whose scores are nearly equal may change places.
 
-    Raises CheckFailedError where it exceeds what rounding explains, as :class:`Comparison` does for outputs.
+    Raises :class:`CheckFailedError` if it is more than rounding explains.
     """
     with torch.no_grad():
         _, single, *_ = detector(*inputs.values())
         _, double, *_ = copy.deepcopy(detector).double()(*(tensor.double() for tensor in inputs.values()))
     error, own = (float((scores - double).abs().max()) for scores in (found[1], single))
-    if not error <= ROUNDING * own + FLOAT32_EPSILON:
-        raise CheckFailedError(
-            f"the exported program's scores are off by {error:.1e}, PyTorch's float32 by {own:.1e}; nothing "
-            "was written, try another version of torch or onnx"
-        )
+    require_rounding(f"scores are off by {error:.1e}", error, own)
     return error

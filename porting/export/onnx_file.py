@@ -1,4 +1,4 @@
-"""Writing an ONNX file and running it: what both ONNX targets share. Needs onnx, onnxscript, onnxruntime."""
+"""Writes and runs ONNX files, for both ONNX targets. Needs onnx, onnxscript and onnxruntime."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 def check_onnx(out: Path) -> None:
-    """Raise OutputError if ``out`` is no ONNX file's name, cannot be written, or packages are missing."""
+    """Raise OutputError if ``out`` is not an ``.onnx`` name, cannot be written, or packages are missing."""
     if out.suffix != ".onnx":
         raise OutputError(f"cannot write {out}: use a name that ends in .onnx")
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
@@ -34,9 +34,9 @@ def check_onnx(out: Path) -> None:
 def export_onnx(
     module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, about: dict[str, str]
 ) -> None:
-    """Trace ``module`` on ``inputs`` (name → example, batch first) and write it; the batch stays free.
+    """Trace ``module`` on ``inputs`` (name → example, batch first) and write it. The batch stays free.
 
-    Raises :class:`OutputError` where this PyTorch's exporter fails.
+    ``about`` is written as the file's metadata. Raises :class:`OutputError` if PyTorch's exporter fails.
     """
     import onnx
 
@@ -52,7 +52,7 @@ def export_onnx(
                 output_names=list(outputs),
                 verbose=False,
             )
-    except Exception as error:  # of many types; the exporters of PyTorch 2.4 and 2.5 do not get through
+    except Exception as error:  # of many types; the exporters of PyTorch 2.4 and 2.5 fail
         raise OutputError(
             f"cannot write {path.name}: the ONNX exporter of PyTorch {torch.__version__} fails "
             f"({type(error).__name__}); take a newer PyTorch, or another --to"
@@ -74,7 +74,7 @@ def run_onnx(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _silent(logger: str) -> Iterator[None]:
-    """The exporter warns of packages that are not needed here."""
+    """Hide the exporter's warnings about packages that are not needed here."""
     found = logging.getLogger(logger)
     level = found.level
     found.setLevel(logging.ERROR)

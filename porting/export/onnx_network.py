@@ -1,27 +1,23 @@
-"""ONNX: the network alone, images → class and box outputs of every level."""
+"""ONNX: the network without postprocessing, images → class and box outputs of every level."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from porting.export import Weights, Written
-from porting.export.network import Comparison, example_images, head_names, loaded
+from porting.export.network import compare_outputs, example_images, head_names, loaded
 from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
 from pytorch_model.files import replacing
 
 
 def write(weights: Weights, out: Path) -> Written:
-    """Write ``out`` (``.onnx``); its outputs are compared with PyTorch's for 1 and 3 images."""
+    """Write ``out`` (``.onnx``) and compare its outputs with PyTorch's, for 1 and 3 images."""
     check_onnx(out)
     network, names = loaded(weights), head_names(weights.config)
     about = {**weights.metadata, "model": weights.config.name}
     with replacing(out) as temporary:
         export_onnx(network, {"images": example_images(weights.config)}, names, temporary, about)
-        worst = 0.0
-        for count in (1, 3):
-            images = example_images(weights.config, count)
-            found = run_onnx(temporary, {"images": images})
-            worst = max(worst, Comparison(network, images).check(found))
+        worst = compare_outputs(network, lambda images: run_onnx(temporary, {"images": images}))
     height, width = weights.config.image_size
     return Written(
         (out,),

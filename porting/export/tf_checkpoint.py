@@ -1,4 +1,4 @@
-"""A name-based TensorFlow V2 checkpoint with moving averages, as AutoML releases and restores them."""
+"""A name-based TensorFlow V2 checkpoint with moving averages, as AutoML releases and restores it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def write(weights: Weights, out: Path) -> Written:
         tuple(out / name for name in names),
         (
             f"{len(variables)} variables, as many moving averages of the same values, global_step {step}",
-            "read back and converted again: every tensor is the one that was given",
+            "read back and converted again: every tensor is equal to the given one",
             *rounding(weights),
         ),
     )
 
 
 def training_step(weights: Weights) -> int:
-    """The step of the checkpoint these weights came from; 0 where their file does not say."""
+    """The step of the checkpoint from which these weights come; 0 if their file does not say."""
     try:
         step = json.loads(weights.metadata.get("step", "0"))
     except ValueError:

@@ -1,22 +1,16 @@
-"""AutoML's ``--hparams``: ``num_classes=20,image_size=640x480`` or a ``.yaml`` file, as main.py takes them.
-
-Source of the names, the defaults and the syntax: AutoML ``hparams_config.py``.
-"""
+"""The meaning of hyper-parameters: which field each one sets, and which values it may have."""
 
 from __future__ import annotations
 
-import ast
 import difflib
 import itertools
-import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from porting.errors import ConfigError, Reason
+from porting.hparams.text import in_message
 from pytorch_model.config import (
     ACTIVATIONS,
     BOUNDS,
@@ -27,14 +21,8 @@ from pytorch_model.config import (
     EfficientDetConfig,
     backbone_config,
     model_config,
-    shown,
 )
 from pytorch_model.detection.settings import NMSConfig
-from pytorch_model.files import read_bounded
-
-_YAML_SUFFIXES = (".yaml", ".yml")
-_MOST_BYTES = 64 << 10  # of a yaml file; AutoML's have 2 kB, a label_map of LVIS's 1,203 classes 30 kB
-_MOST_VALUES = 10_000  # in it, names among them; PyYAML takes half a kilobyte for each
 
 #: Hyper-parameters of training, data and evaluation. No weight and no activation depends on them.
 IGNORED = frozenset(
@@ -53,7 +41,8 @@ IGNORED = frozenset(
 
 _IGNORED_DICTIONARIES = ("device", "label_map")
 
-#: Hyper-parameters that make another network than this project builds, with what they may be here.
+#: Hyper-parameters that would change the network to one that this project does not build, with the values
+#: that are accepted.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     "apply_bn_for_resampling": (True,),
     "backbone_config": (None,),
@@ -70,10 +59,10 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Hparams:
-    """What hyper-parameters mean here.
+    """Hyper-parameters in this project's terms.
 
-    ``model``: the variant that ``name`` says, or None. ``overrides``: fields of ``EfficientDetConfig``.
-    ``nms``: fields of ``NMSConfig``, on which no weight depends. ``ignored``: given, and without effect here.
+    ``model``: the model variant in ``name``, or None. ``overrides``: fields of ``EfficientDetConfig``.
+    ``nms``: fields of ``NMSConfig``, on which no weight depends. ``ignored``: names without effect here.
     """
 
     model: str | None
@@ -82,22 +71,10 @@ class Hparams:
     ignored: tuple[str, ...]
 
 
-def read_hparams(text: str) -> Hparams:
-    """Read ``name=value,…``, or the ``.yaml`` file that ``text`` names.
-
-    Values are Python's and ``true``, ``false``; lists stand in brackets or are split by ``*``; an image size
-    is a number or ``WIDTHxHEIGHT``. Raises :class:`ConfigError` on an unknown name, a value of a wrong kind,
-    and on what would be another network than this project builds.
-    """
-    if text.lower().endswith(_YAML_SUFFIXES) and ("=" not in text or os.path.isfile(text)):
-        return _interpret(_read_yaml(Path(text)))
-    return _interpret(_read_text(text))
-
-
 def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfig, tuple[int, int]]:
-    """What ``--hparams`` mean for weights that are ported already: the suppression, the input's size.
+    """The suppression and the input size (height, width) to use with weights that are already ported.
 
-    Raises :class:`ConfigError` where they ask for another network than the weights are.
+    Raises :class:`ConfigError` if ``hparams`` describe a network different from ``config``.
     """
     if hparams.model not in (None, config.name):
         raise ConfigError(f"--hparams name the model {hparams.model}, the weights are of {config.name}")
@@ -110,133 +87,12 @@ def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfi
     return NMSConfig(**hparams.nms), hparams.overrides.get("image_size", config.image_size)
 
 
-# Syntax
-
-
-def _read_text(text: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in _split(text):
-        if not item.strip():
-            continue
-        name, equals, value = item.partition("=")
-        name = name.strip()
-        if not equals or not name:
-            raise ConfigError(
-                f"--hparams has {_shown(item.strip())} where NAME=VALUE belongs; write "
-                "num_classes=20,image_size=640x480, or name a .yaml file"
-            )
-        if name in values:
-            raise ConfigError(f"--hparams gives {_shown(name)} twice; leave one out")
-        values[name] = _parse_value(value.strip())
-    return values
-
-
-def _split(text: str) -> Iterator[str]:
-    """The pieces of ``text`` between commas, but not those in brackets or quotes."""
-    start, depth, quote = 0, 0, ""
-    for position, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "\"'":
-            quote = character
-        elif character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif character == "," and depth == 0:
-            yield text[start:position]
-            start = position + 1
-        if depth < 0:
-            break
-    if depth or quote:
-        raise ConfigError(f"--hparams has a bracket or quote without its other half: {_shown(text[start:])}")
-    yield text[start:]
-
-
-def _parse_value(text: str) -> Any:
-    if text in ("true", "false"):
-        return text == "true"
-    if "*" in text:  # AutoML's own way to write a list
-        return [_parse_value(part) for part in text.split("*")]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return text
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = read_bounded(path, _MOST_BYTES)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--hparams {path} cannot be read: {reason}; check the path") from None
-    values = _load_yaml(path, content)
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise ConfigError(f"--hparams {path} is not a list of NAME: VALUE lines; is it the right file?")
-    return values
-
-
-def _load_yaml(path: Path, content: bytes) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise ConfigError(
-            f"--hparams {path} needs PyYAML, which is not installed: pip install pyyaml"
-        ) from None
-
-    class Loader(yaml.SafeLoader):
-        """Safe, and able to read the tuples that AutoML's training writes (image_size, as height, width).
-
-        References are refused, which nothing of AutoML's has: few of them, each twice the one before, would
-        stand for more values than any memory holds. So are values beyond :data:`_MOST_VALUES`.
-        """
-
-        values = 0
-
-        def compose_node(self, parent: Any, index: Any) -> Any:
-            self.values += 1
-            if self.values > _MOST_VALUES:
-                raise ConfigError(
-                    f"--hparams {path} holds more than {_MOST_VALUES:,} values; is it the right file?"
-                )
-            if self.check_event(yaml.AliasEvent):
-                event = self.peek_event()  # type: ignore[no-untyped-call]
-                raise ConfigError(
-                    f"--hparams {path} in line {event.start_mark.line + 1} refers to another value "
-                    f"(*{event.anchor}); write it out"
-                )
-            return super().compose_node(parent, index)
-
-    def construct_tuple(loader: Loader, node: Any) -> tuple[Any, ...]:
-        return tuple(loader.construct_sequence(node, deep=True))
-
-    Loader.add_constructor("tag:yaml.org,2002:python/tuple", construct_tuple)
-    try:
-        return yaml.load(content, Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"--hparams {path} is not YAML: {where}{problem}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, LookupError) as error:
-        # PyYAML lets through what its converters meet: impossible dates, numbers, very deep nesting.
-        raise ConfigError(
-            f"--hparams {path} holds a value that means nothing: {_shown(str(error))}"
-        ) from None
-
-
-# Meaning
-
-
 class _Wrong(Reason):
-    """What a value must be."""
+    """Internal: says what a value must be; the caller adds the name and the value and raises."""
 
 
-def _interpret(values: dict[str, Any]) -> Hparams:
+def interpret(values: dict[str, Any]) -> Hparams:
+    """Check every name and value and convert them. Raises :class:`ConfigError`."""
     overrides: dict[str, Any] = {}
     nms: dict[str, Any] = {}
     ignored: list[str] = []
@@ -244,15 +100,15 @@ def _interpret(values: dict[str, Any]) -> Hparams:
     for name, value in _flatten(values):
         root = name.partition(".")[0]
         try:
-            if name in _FIELDS:
-                field, convert = _FIELDS[name]
+            if name in FIELDS:
+                field, convert = FIELDS[name]
                 overrides[field] = convert(value)
-            elif name in _NMS_FIELDS:
-                nms[name.partition(".")[2]] = _NMS_FIELDS[name](value)
+            elif name in NMS_FIELDS:
+                nms[name.partition(".")[2]] = NMS_FIELDS[name](value)
             elif name == "name":
                 model = _one_of(*MODELS)(value)
             elif name == "scale_range":
-                _boolean(value)  # what it does depends on two others
+                _boolean(value)  # its effect depends on two others, see below
             elif root in FIXED:
                 _require_fixed(name, value)
             elif name in IGNORED or root in _IGNORED_DICTIONARIES:
@@ -260,15 +116,15 @@ def _interpret(values: dict[str, Any]) -> Hparams:
             else:
                 raise ConfigError(_unknown(name))
         except _Wrong as wrong:
-            raise ConfigError(f"{name} is {_shown(value)}, must be {wrong}") from None
+            raise ConfigError(f"{name} is {in_message(value)}, must be {wrong}") from None
     if values.get("scale_range"):
         overrides.update(_scaled_range(overrides))
-    NMSConfig(**nms)  # refuses what no suppression can be
+    NMSConfig(**nms)  # rejects settings that do not fit each other
     return Hparams(model, overrides, nms, tuple(ignored))
 
 
 def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names as AutoML's text form writes them, ``nms_configs.method`` for one in a dictionary."""
+    """Names as in AutoML's text form: ``nms_configs.method`` for a name inside a dictionary."""
     for name, value in values.items():
         if name == "nms_configs" and isinstance(value, dict):
             for inner, inner_value in value.items():
@@ -278,10 +134,10 @@ def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _unknown(name: str) -> str:
-    known = [*_FIELDS, *_NMS_FIELDS, *FIXED, *IGNORED, "name", "scale_range"]
+    known = [*FIELDS, *NMS_FIELDS, *FIXED, *IGNORED, "name", "scale_range"]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]}?" if near else "see AutoML's hparams_config.py for those there are"
-    return f"{_shown(name)} is not a hyper-parameter of AutoML's EfficientDet; {hint}"
+    hint = f"did you mean {near[0]}?" if near else "see AutoML's hparams_config.py for the known names"
+    return f"{in_message(name)} is not a hyper-parameter of AutoML's EfficientDet; {hint}"
 
 
 def _require_fixed(name: str, value: Any) -> None:
@@ -289,7 +145,7 @@ def _require_fixed(name: str, value: Any) -> None:
     if not any(type(value) is type(standard) and value == standard for standard in allowed):
         advice = f"only {name}={allowed[0]} is supported" if allowed else "leave it out"
         raise ConfigError(
-            f"{name}={_shown(value)} makes a network that this project does not build; {advice}"
+            f"{name}={in_message(value)} makes a network that this project does not build; {advice}"
         )
 
 
@@ -297,16 +153,10 @@ def _scaled_range(overrides: Mapping[str, Any]) -> dict[str, Any]:
     """``scale_range`` maps 0…255 to [-1, 1]. AutoML uses it for AdvProp, with mean 0 and deviation 1."""
     if overrides.get("mean_rgb") != (0.0,) * 3 or overrides.get("stddev_rgb") != (1.0,) * 3:
         raise ConfigError(
-            "scale_range=true goes with mean_rgb=0.0,stddev_rgb=1.0, as in AutoML's AdvProp models; give "
-            "all three, or mean_rgb and stddev_rgb alone"
+            "scale_range=true needs mean_rgb=0.0,stddev_rgb=1.0, as in AutoML's AdvProp models; give "
+            "all three, or only mean_rgb and stddev_rgb"
         )
     return {"mean_rgb": (127.5,) * 3, "stddev_rgb": (127.5,) * 3}
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, str):
-        return repr(value if len(value) <= 80 else f"{value[:80]}…")
-    return shown(value)
 
 
 # Kinds of values
@@ -321,7 +171,7 @@ def _boolean(value: Any) -> bool:
 
 
 def _whole(least: int, most: int) -> Convert:
-    """A whole number. The upper bounds are far from any model, and near enough for a typing error to show."""
+    """A whole number. The upper bounds are far above any model, but catch typing errors."""
 
     def convert(value: Any) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -331,22 +181,18 @@ def _whole(least: int, most: int) -> Convert:
     return convert
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9:  # no nan
-        return float(value)
-    raise _Wrong("a number")
+def _real(within: Callable[[float], bool], what: str) -> Convert:
+    def convert(value: Any) -> float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and within(value):
+            return float(value)
+        raise _Wrong(what)
+
+    return convert
 
 
-def _positive(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e9:
-        return float(value)
-    raise _Wrong("a number above 0")
-
-
-def _fraction(value: Any) -> float:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1:
-        return float(value)
-    raise _Wrong("a number from 0 to 1")
+_number = _real(lambda value: abs(value) < 1e9, "a number")  # not nan
+_positive = _real(lambda value: 0 < value < 1e9, "a number above 0")
+_fraction = _real(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def _optional(convert: Convert) -> Convert:
@@ -366,7 +212,7 @@ def _one_of(*names: str) -> Convert:
 
 
 def _image_size(value: Any) -> tuple[int, int]:
-    """(height, width) in pixels. AutoML's text puts the width first, its tuple (in yaml) the height."""
+    """(height, width) in pixels. AutoML's text form puts the width first, its tuple (in YAML) the height."""
     size: tuple[Any, ...] = (value, value)
     if isinstance(value, tuple) and len(value) == 2:
         size = value
@@ -380,7 +226,7 @@ def _image_size(value: Any) -> tuple[int, int]:
 
 
 def _aspect_ratios(value: Any) -> tuple[float | tuple[float, float], ...]:
-    """Numbers, or the pairs that AutoML's first years took: factors of the anchor's width and height."""
+    """Numbers, or pairs, which early versions of AutoML took: factors of the anchor's width and height."""
     wrong = _Wrong("a list of numbers above 0 (each width by height), such as [1.0,2.0,0.5], or of pairs")
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= MOST_ASPECT_RATIOS:
         raise wrong
@@ -424,7 +270,7 @@ def _weight_method(value: Any) -> str:
 
 
 def _survival_prob(value: Any) -> float | None:
-    return (_fraction(value) or None) if value is not None else None  # AutoML asks only whether it is set
+    return (_fraction(value) or None) if value is not None else None  # AutoML only checks whether it is set
 
 
 def _backbone(value: Any) -> BackboneConfig:
@@ -432,7 +278,7 @@ def _backbone(value: Any) -> BackboneConfig:
 
 
 _BACKBONES = tuple(dict.fromkeys(model_config(name).backbone.name for name in MODELS))
-_FIELDS: Mapping[str, tuple[str, Convert]] = {
+FIELDS: Mapping[str, tuple[str, Convert]] = {
     "act_type": ("act_type", _one_of(*ACTIVATIONS)),
     "anchor_scale": ("anchor_scale", _anchor_scale),
     "aspect_ratios": ("aspect_ratios", _aspect_ratios),
@@ -452,7 +298,7 @@ _FIELDS: Mapping[str, tuple[str, Convert]] = {
     "stddev_rgb": ("stddev_rgb", _rgb(_positive)),
     "survival_prob": ("survival_prob", _survival_prob),
 }
-_NMS_FIELDS: Mapping[str, Convert] = {
+NMS_FIELDS: Mapping[str, Convert] = {
     "nms_configs.iou_thresh": _optional(_fraction),
     "nms_configs.max_nms_inputs": _whole(0, 10_000_000),
     "nms_configs.max_output_size": _whole(1, 10_000_000),
