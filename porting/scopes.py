@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 EMA_SUFFIX = "/ExponentialMovingAverage"
+MOMENTUM_SUFFIX = "/Momentum"
 
 #: Optimizer slots: suffixes TensorFlow's optimizers add to a trainable variable's name.
-SLOT_SUFFIXES = ("/Momentum", "/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1", "/Adagrad")
+SLOT_SUFFIXES = (MOMENTUM_SUFFIX, "/Adam", "/Adam_1", "/RMSProp", "/RMSProp_1", "/Adagrad")
+
+#: The two variables of a batch norm that training updates without gradients.
+STATISTICS = ("/moving_mean", "/moving_variance")
 
 #: Scalars of the training loop, no part of the model: Adam's, those of mixed precision's loss scale, and the
 #: mean number of positives that ``positives_momentum`` keeps (AutoML ``det_model_fn.py``).

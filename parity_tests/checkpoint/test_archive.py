@@ -21,8 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import porting.checkpoint
-from porting.checkpoint import Checkpoint, archive, open_checkpoint
+from porting.checkpoint import Checkpoint, archive, open_checkpoint, unpack
 from porting.checkpoint.v2.writer import write_bundle
 from porting.errors import CheckpointError, EfficientDetError
 
@@ -160,17 +159,15 @@ def test_real_files_of_other_formats(place: str, files: list[str], shared: Path,
             assert value.tobytes() == theirs[key].tobytes(), key
 
 
-def test_notes_are_passed_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_are_passed_on(folder: Path, tmp_path: Path) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
-    real = open_checkpoint
 
-    def noting(path: Path, step: int | None = None) -> Checkpoint:
-        checkpoint = real(path, step)
+    def noting(path: Path, step: int | None) -> Checkpoint:
+        checkpoint = open_checkpoint(path, step)
         checkpoint.notes = (f"{checkpoint.source} is odd",)
         return checkpoint
 
-    monkeypatch.setattr(porting.checkpoint, "open_checkpoint", noting)
-    with archive.open_archive(tmp_path / "m.tar.gz") as checkpoint:
+    with archive.open_archive(tmp_path / "m.tar.gz", None, noting) as checkpoint:
         assert checkpoint.notes == (f"{tmp_path / 'm.tar.gz'}:efficientdet-d0/model is odd",)
 
 
@@ -225,21 +222,20 @@ def test_what_macos_adds_is_passed_over(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_other_formats_go_through_the_same_open(
-    members: list[str], opened: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
+    members: list[str], opened: str, tmp_path: Path, temporary: Path
 ) -> None:
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as out:
         for member in members:
             out.writestr(member, member)
     seen: list[tuple[Path, int | None]] = []
 
-    def fake(path: Path, step: int | None = None) -> Checkpoint:
+    def fake(path: Path, step: int | None) -> Checkpoint:
         seen.append((path, step))
         assert path.exists()
         raise CheckpointError(f"{path} was opened")
 
-    monkeypatch.setattr(porting.checkpoint, "open_checkpoint", fake)
     with pytest.raises(CheckpointError) as caught:
-        archive.open_archive(tmp_path / "m.zip", 3)
+        archive.open_archive(tmp_path / "m.zip", 3, fake)
     ((path, step),) = seen
     assert Path(*path.relative_to(temporary).parts[2:]) == Path(opened)
     assert step == 3
@@ -283,7 +279,7 @@ def test_nothing_is_left_when_unpacking_stops(
     error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
-    real, calls = archive._copy, []
+    real, calls = unpack._copy, []
 
     def copy(*args: Any) -> None:
         calls.append(args)
@@ -291,7 +287,7 @@ def test_nothing_is_left_when_unpacking_stops(
             raise error
         real(*args)
 
-    monkeypatch.setattr(archive, "_copy", copy)
+    monkeypatch.setattr(unpack, "_copy", copy)
     kind = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(kind, match="No space left on device" if kind is CheckpointError else None):
         open_checkpoint(tmp_path / "m.tar.gz")
@@ -483,10 +479,10 @@ def test_an_archive_that_holds_archives_is_not_descended(folder: Path, tmp_path:
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bombs of a size for tests: 2 MB are always allowed."""
-    monkeypatch.setattr(archive, "_ALWAYS_ALLOWED", 2_000_000)
-    monkeypatch.setattr(archive, "_HEADER_ROOM", 300_000)
-    monkeypatch.setattr(archive, "_CHUNK", 1 << 14)
-    monkeypatch.setattr(archive, "_MOST_MEMBERS", 500)
+    monkeypatch.setattr(unpack, "_ALWAYS_ALLOWED", 2_000_000)
+    monkeypatch.setattr(unpack, "_HEADER_ROOM", 300_000)
+    monkeypatch.setattr(unpack, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(unpack, "_MOST_MEMBERS", 500)
 
 
 def written(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from parity_tests.helpers.paths import GOLDENS, ROOT, SHARED
 from porting.checkpoint import open_checkpoint, wire
 from porting.checkpoint.v2 import snappy, table
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.errors import CheckpointError
 

@@ -18,14 +18,8 @@ from hypothesis import strategies as st
 
 from porting.checkpoint import Checkpoint, open_checkpoint, wire
 from porting.checkpoint.v2 import snappy, table
-from porting.checkpoint.v2.bundle import (
-    Entry,
-    TensorBundle,
-    _byte_size,
-    _parse_any_entry,
-    _parse_usual_entry,
-    read_index,
-)
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.locate import locate
 from porting.checkpoint.v2.writer import _Replacement, write_bundle
 from porting.errors import CheckpointError, OutputError
@@ -440,39 +434,6 @@ LYING_TABLES = {
     "metaindex": (raw_table((b"c", raw_block(A)), metaindex=b"\0\x09\0" + EMPTY), "does not fit"),
     "handle": (raw_table((b"c", raw_block(A)), handle_tail=b"\0"), "not a block address"),
 }
-
-
-def read_or_refused(parse: Callable[[bytes], Entry | None], message: bytes) -> Entry | str | None:
-    try:
-        return parse(message)
-    except wire.Malformed as error:
-        return str(error)
-
-
-@given(
-    st.sampled_from([0, 1, 3, 14, 127, 128]),
-    st.lists(st.integers(0, 1 << 12) | st.integers(0, 1 << 63), max_size=4),
-    st.integers(0, 1),
-    st.integers(0, 1 << 63),
-    st.none() | st.integers(0, 1 << 63),
-    st.binary(max_size=2),
-    st.integers(0, 255),
-)
-def test_usual_entries_read_as_any_other(
-    dtype: int, shape: list[int], shard: int, offset: int, size: int | None, more: bytes, byte: int
-) -> None:
-    """The short way reads what the long way does, or leaves it to that. ``size`` None: that of the shape."""
-    fits = _byte_size(dtype, tuple(shape))
-    size = (fits or 0) % (1 << 64) if size is None else size
-    dimensions = b"".join(wire.bytes_field(2, wire.int_field(1, length)) for length in shape)
-    numbers = ((3, shard), (4, offset), (5, size))
-    message = wire.int_field(1, dtype) + wire.bytes_field(2, dimensions)
-    message += b"".join(wire.int_field(*number) for number in numbers) + wire.fixed32_field(6, 0x820A0D7F)
-    mutations = [message[:i] + bytes([byte]) + message[i + 1 :] for i in range(len(message))]
-    for entry in (message, message + more, *mutations):
-        assert read_or_refused(_parse_usual_entry, entry) in (None, read_or_refused(_parse_any_entry, entry))
-    usual = size == fits and size < 1 << 63 and not shard and offset < 1 << 63
-    assert (_parse_usual_entry(message) is not None) == usual
 
 
 def test_raw_table_is_fine_when_it_does_not_lie() -> None:

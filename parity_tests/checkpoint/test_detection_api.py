@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 from parity_tests.helpers.object_trees import VALUE, Memory, graph_of, odapi_paths
 from parity_tests.helpers.paths import GOLDENS
 from porting.checkpoint import Checkpoint, open_checkpoint
-from porting.checkpoint.objects.detection_api import ENDPOINTS, read_layout
-from porting.checkpoint.objects.graph import Variable, open_object_checkpoint
+from porting.checkpoint.objects.detection_api import ENDPOINTS
+from porting.checkpoint.objects.detection_api_layout import read_layout
+from porting.checkpoint.objects.graph import Variable
+from porting.checkpoint.objects.open import open_object_checkpoint
 from porting.checkpoint.objects.pipeline_config import read_pipeline
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables, convert
 from porting.errors import CheckpointError, ConversionError
@@ -737,7 +740,7 @@ def test_an_empty_list_says_nothing(tmp_path: Path) -> None:
         ("a: @", "line 1: '@' is unexpected"),
         ("a {" * 5000, "messages nest too deep"),
         ("a: " + "[" * 5000, "messages nest too deep"),
-        ("#" * (1 << 21), "is too long for a pipeline configuration"),
+        ("#" * (1 << 21), "cannot be read: it has more than 262,144 bytes"),
         (pipeline_text(num_classes="many"), r"model\.ssd\.num_classes is 'many'; correct the file"),
         (pipeline_text(num_classes="2.5"), r"model\.ssd\.num_classes is 2\.5"),
         (pipeline_text(num_classes="{}"), r"model\.ssd\.num_classes is a message"),

@@ -16,6 +16,7 @@ from parity_tests.checkpoint.test_object_graph import LISTED, keras_names, tiny
 from parity_tests.helpers.configs import configs
 from parity_tests.helpers.recordings import shared_recording
 from porting.checkpoint import open_checkpoint
+from porting.checkpoint.base import read_head
 from porting.checkpoint.keras_h5 import KerasH5, is_h5
 from porting.convert import convert, variables_digest
 from porting.errors import CheckpointError
@@ -335,10 +336,10 @@ def test_groups_in_circles_end(tmp_path: Path) -> None:
 
 def test_not_hdf5(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(b"PK\x03\x04")
-    assert not is_h5(tmp_path / "w")
-    assert not is_h5(tmp_path)
+    assert not is_h5(read_head(tmp_path / "w"), tmp_path / "w")
+    assert not is_h5(read_head(tmp_path), tmp_path)
     (tmp_path / "folder.h5").mkdir()
-    assert not is_h5(tmp_path / "folder.h5")
+    assert not is_h5(read_head(tmp_path / "folder.h5"), tmp_path / "folder.h5")
     (tmp_path / "page.h5").write_text("<html>404</html>")  # what was to be a download
     for name in ("page.h5", "nothing.h5"):
         with pytest.raises(CheckpointError, match=rf"{name} (cannot be read as HDF5|.*exists)"):

@@ -21,7 +21,8 @@ from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.recordings import shared_recording
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.objects.automl_keras import KerasNames
-from porting.checkpoint.objects.graph import GRAPH_KEY, Variable, open_object_checkpoint
+from porting.checkpoint.objects.graph import GRAPH_KEY, Variable
+from porting.checkpoint.objects.open import open_object_checkpoint
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables, convert, variables_digest

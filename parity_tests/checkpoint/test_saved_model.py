@@ -20,7 +20,7 @@ from parity_tests.helpers.object_trees import automl_paths
 from parity_tests.helpers.paths import ROOT
 from porting.checkpoint import open_checkpoint, wire
 from porting.checkpoint.frozen_graph import FrozenGraph
-from porting.checkpoint.v2.bundle import read_index
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables
 from porting.errors import CheckpointError

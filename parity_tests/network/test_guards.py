@@ -24,7 +24,8 @@ from porting.checkpoint.frozen_graph import FrozenGraph
 from porting.checkpoint.objects import graph as object_graph
 from porting.checkpoint.tflite import checkpoint as tflite
 from porting.checkpoint.tflite import flatbuffer
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.table import MAGIC, read_table
 from porting.checkpoint.wire import Malformed
 from porting.convert import check_targets
@@ -46,10 +47,10 @@ def test_a_folder_is_no_frozen_graph(tmp_path: Path) -> None:
 
 
 def test_a_tflite_file_too_large_for_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tflite, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(tflite, "_MOST_BYTES", 1000)
     (tmp_path / "a.tflite").write_bytes(golden("float32").read_bytes())
-    with pytest.raises(CheckpointError, match=r"a\.tflite is larger than any TFLite file"):
-        tflite.open_tflite(tmp_path / "a.tflite")
+    with pytest.raises(CheckpointError, match=r"a\.tflite cannot be read: it has more than 1,000 bytes"):
+        tflite.open_tflite(tmp_path / "a.tflite", None)
 
 
 def test_a_tensor_of_another_shape() -> None:
@@ -152,7 +153,9 @@ def test_what_is_larger_than_any_model(tmp_path: Path, monkeypatch: pytest.Monke
         file.truncate(1 << 25)
         file.seek(0, 2)
         file.write(bytes(40) + MAGIC.to_bytes(8, "little"))
-    with pytest.raises(CheckpointError, match="has 33554480 bytes, more than the index of any EfficientDet"):
+    with pytest.raises(
+        CheckpointError, match="cannot be read: it has more than 16,777,216 bytes; check the path"
+    ):
         read_index(tmp_path / "model.index")
     for name in ("frozen", "objects"):
         (tmp_path / name).mkdir()

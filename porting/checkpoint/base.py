@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -10,11 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from pytorch_model.files import check_regular
+
 STEP_VARIABLE = "global_step"
 
 #: No checkpoint of an EfficientDet comes near: D4 has 2,709 with its averages. Listing them takes some 400
 #: bytes each, whatever the file has for them.
 MOST_VARIABLES = 1 << 16
+
+
+#: Bytes: a tar header, the longest of the beginnings by which formats are recognised.
+HEAD_SIZE = 512
+
+
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """The first 512 bytes of a file; empty for a folder and for a file that cannot be read."""
+    try:
+        check_regular(path)  # reading a pipe might wait for ever
+        with open(path, "rb") as file:
+            return file.read(HEAD_SIZE)
+    except (OSError, ValueError):  # also nothing at ``path``, or an impossible name
+        return b""
 
 
 class Checkpoint(Mapping[str, np.ndarray], ABC):

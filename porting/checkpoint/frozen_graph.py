@@ -20,8 +20,10 @@ import numpy as np
 
 from porting.checkpoint import wire
 from porting.checkpoint.base import MOST_VARIABLES, Checkpoint
+from porting.checkpoint.messages import parse_shape, unreadable
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
+from pytorch_model.files import read_bounded
 
 FORMAT = "frozen TensorFlow graph"
 SUFFIX = ".pb"
@@ -33,12 +35,11 @@ _VARIABLE = re.compile(
 _DT_FLOAT = 1
 _FROZEN_BY_TF2 = "/ReadVariableOp/resource"
 _UNFROZEN = ("VarHandleOp", "VariableV2", "Variable")
-_MOST_DIMENSIONS = 32
+_MOST_BYTES = (1 << 31) - 1  # protocol buffers allow no larger message
 
 
-def is_frozen_graph(path: str | os.PathLike[str]) -> bool:
-    """Is ``path`` a file that is called like a graph, and not like a SavedModel's?"""
-    path = Path(path)
+def is_frozen_graph(head: bytes, path: Path) -> bool:
+    """Whether ``path`` is a file with the name of a graph, other than that of a SavedModel's."""
     return path.suffix == SUFFIX and path.name != "saved_model.pb" and os.path.isfile(path)
 
 
@@ -64,11 +65,9 @@ class FrozenGraph(Checkpoint):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         try:
-            data = memoryview(self._path.read_bytes())
+            data = memoryview(read_bounded(self._path, _MOST_BYTES))
         except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
-            ) from None
+            raise unreadable(self._path, error) from None
         try:
             self._constants, kinds = _read_graph(data)
         except Malformed as error:
@@ -177,15 +176,7 @@ def _read_tensor(name: str, message: memoryview, most_bytes: int) -> _Constant:
 
 
 def _read_shape(name: str, message: memoryview) -> tuple[int, ...]:
-    """A ``TensorShapeProto`` without unknown dimensions."""
-    shape: list[int] = []
-    for number, _, value in wire.read_fields(message):
-        if number == 2:
-            length = 0
-            for inner, _, dimension in wire.read_fields(wire.expect_bytes(number, value)):
-                if inner == 1:
-                    length = wire.expect_int(inner, dimension)
-            if length < 0 or len(shape) == _MOST_DIMENSIONS:
-                raise Malformed(f"the constant {name} has an impossible shape")
-            shape.append(length)
-    return tuple(shape)
+    try:
+        return parse_shape(message)
+    except Malformed as error:
+        raise Malformed(f"the constant {name} has an impossible shape: {error}") from None

@@ -33,13 +33,9 @@ _FLOATS = ("f2", "f4", "f8")
 _COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
 
 
-def is_h5(path: str | os.PathLike[str]) -> bool:
-    """Is ``path`` a file that is called, or begins, like HDF5?"""
-    try:
-        with open(path, "rb") as file:
-            return Path(path).suffix in SUFFIXES or file.read(len(_MAGIC)) == _MAGIC
-    except (OSError, ValueError):  # a folder, nothing, an impossible name
-        return False
+def is_h5(head: bytes, path: Path) -> bool:
+    """Whether the file at ``path``, which begins with ``head``, has the name or the first bytes of HDF5."""
+    return head.startswith(_MAGIC) or (path.suffix in SUFFIXES and os.path.isfile(path))
 
 
 def open_h5(path: str | os.PathLike[str], step: int | None = None) -> KerasH5:

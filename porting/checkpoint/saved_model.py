@@ -7,7 +7,6 @@ from pathlib import Path, PurePath
 
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.renamed import Renamed, Source
-from porting.checkpoint.v2.bundle import TensorBundle
 from porting.errors import CheckpointError
 from porting.scopes import EMA_SUFFIX
 
@@ -34,21 +33,9 @@ def saved_model_prefix(path: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def understood(bundle: TensorBundle) -> Checkpoint:
-    """The AutoML variables in ``bundle``: as they are called there, as its objects say, or as it serves them.
-
-    Raises CheckpointError if its objects are no EfficientDet's.
-    """
-    from porting.checkpoint.objects.graph import is_object_based, open_object_checkpoint
-
-    # No training script calls its checkpoints so.
-    is_served = PurePath(bundle.source).name == _VARIABLES
-    try:
-        checkpoint = open_object_checkpoint(bundle) if is_object_based(bundle) else bundle
-    except BaseException:
-        bundle.close()
-        raise
-    return as_served(checkpoint) if is_served else checkpoint
+def is_saved_model(prefix: str) -> bool:
+    """Whether the checkpoint at ``prefix`` is in a SavedModel. No training script uses this name."""
+    return PurePath(prefix).name == _VARIABLES
 
 
 def as_served(checkpoint: Checkpoint) -> Checkpoint:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import PurePath
 
 from porting.checkpoint.base import Checkpoint
-from porting.checkpoint.objects.graph import FORMAT, ObjectTree, Piece, Variable, assemble
+from porting.checkpoint.objects.assemble import Piece, assemble
+from porting.checkpoint.objects.backbones import backbone_named
+from porting.checkpoint.objects.graph import ObjectTree, Variable
 from porting.errors import CheckpointError
-from pytorch_model.config import MAX_BACKBONE_LEVEL, MODELS, Node, model_config
-from tf_reference.variables import variable_shapes
+from pytorch_model.config import MAX_BACKBONE_LEVEL, Node, model_config
 
+FORMAT = "TensorFlow 2 object-based checkpoint"
 PARTS = ("backbone", "fpn_cells", "class_net", "box_net")
 HUB_PARTS = ("base_model", "classes", "boxes")
 
@@ -208,26 +210,6 @@ def _in_node(node: Node, parts: list[int | str]) -> str | None:
         case ["op_after_combine", ("conv_op" | "bn") as layer, str(leaf)]:
             return f"op_after_combine{node.id}/{'conv' if layer == 'conv_op' else 'bn'}/{leaf}"
     return None
-
-
-@lru_cache(maxsize=1)
-def _known_backbones() -> dict[str, dict[str, tuple[int, ...]]]:
-    """Name → shapes of its variables, for every released backbone."""
-    known = {}
-    for model in MODELS:
-        config = model_config(model)
-        scope = config.backbone.name + "/"
-        known[config.backbone.name] = {
-            name.removeprefix(scope): shape
-            for name, shape in variable_shapes(config).items()
-            if name.startswith(scope)
-        }
-    return known
-
-
-def backbone_named(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The released EfficientNet with exactly these variables (name inside its scope → shape), or None."""
-    return next((name for name, known in _known_backbones().items() if known == shapes), None)
 
 
 def _check_full_names(variables: Mapping[str, Variable], pieces: Mapping[str, Piece], source: str) -> None:

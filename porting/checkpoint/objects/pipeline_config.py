@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from porting.checkpoint.messages import unreadable
 from porting.errors import CheckpointError
+from pytorch_model.files import read_bounded
 
 NAME = "pipeline.config"
 
@@ -56,12 +58,11 @@ class Pipeline:
 def read_pipeline(path: Path) -> Pipeline:
     """Read the file at ``path``. Raises CheckpointError if it is not an EfficientDet's pipeline."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MOST_BYTES + 1)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, _MOST_BYTES).decode()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; check the file") from None
-    if len(text) > _MOST_BYTES:
-        raise CheckpointError(f"{path} is too long for a pipeline configuration; check the file")
     return _pipeline(_Fields(path, "", _parse(path, text)))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.messages import unreadable
 from porting.checkpoint.tflite.flatbuffer import flexbuffer_map
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import IDENTIFIER, Graph, Operator, Tensor, read_graph
@@ -23,10 +24,11 @@ from porting.checkpoint.tflite.weights import Layer, Variable, check_layers, var
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.config import EfficientDetConfig
+from pytorch_model.files import read_bounded
 
 SUFFIX = ".tflite"
 
-_LARGEST_FILE = (1 << 31) - 1  # bytes: a FlatBuffer's offsets are signed 32-bit numbers
+_MOST_BYTES = (1 << 31) - 1  # a FlatBuffer's offsets are signed 32-bit numbers
 
 # How anchors may be rounded in the file; the settings behind them are round numbers.
 _ANCHOR_TOLERANCE = {np.dtype("<f4"): 1e-5, np.dtype("<f2"): 1e-3}
@@ -100,16 +102,9 @@ class TFLiteCheckpoint(Checkpoint):
         self._variables, self.layers = None, ()
 
 
-def is_tflite(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is called ``.tflite`` and no folder, or is a file that begins as TFLite does."""
-    path = Path(path)
-    try:
-        if path.is_dir() or path.suffix == SUFFIX:
-            return not path.is_dir()
-        with path.open("rb") as file:
-            return file.read(8)[4:] == IDENTIFIER
-    except (OSError, ValueError):  # nothing there, or an impossible name
-        return False
+def is_tflite(head: bytes, path: Path) -> bool:
+    """Whether ``path`` ends in ``.tflite`` and is not a folder, or ``head``, its first bytes, are TFLite's."""
+    return head[4:8] == IDENTIFIER or (path.suffix == SUFFIX and not os.path.isdir(path))
 
 
 def open_tflite(path: str | os.PathLike[str], step: int | None = None) -> TFLiteCheckpoint:
@@ -121,19 +116,14 @@ def open_tflite(path: str | os.PathLike[str], step: int | None = None) -> TFLite
 
 def _read_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            head = file.read(8)
-            if head[4:] != IDENTIFIER:
-                raise CheckpointError(
-                    f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; fetch it again"
-                )
-            if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
-                raise CheckpointError(f"{path} is larger than any TFLite file; fetch it again")
-            return head + file.read()
+        data = read_bounded(path, _MOST_BYTES)
     except OSError as error:
+        raise unreadable(path, error) from None
+    if data[4:8] != IDENTIFIER:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
-        ) from None
+            f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; fetch it again"
+        )
+    return data
 
 
 # --- names -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 
 from porting.checkpoint import wire
-from porting.checkpoint.v2.bundle import DTYPE_NUMBERS, HEADER_KEY, SLICE_PREFIX, shard_path
+from porting.checkpoint.v2.index import DTYPE_NUMBERS, HEADER_KEY, SLICE_PREFIX, shard_path
 from porting.checkpoint.v2.locate import STATE_FILE
 from porting.checkpoint.v2.table import mask_crc, write_table
 from porting.errors import OutputError
