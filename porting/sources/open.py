@@ -7,7 +7,7 @@ from pathlib import Path
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.sources import SYNTHETIC
 from porting.sources.download import Listener
-from porting.sources.google_releases import fetch, release_named
+from porting.sources.google_releases import fetch, google_release_named
 from pytorch_model.config import model_config
 
 
@@ -26,7 +26,7 @@ def open_source(
     """
     if spec.startswith(SYNTHETIC):
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
-    release = release_named(spec, cache)
+    release = google_release_named(spec, cache)
     if release:
         return open_checkpoint(fetch(release, cache, listener), step)
     return open_checkpoint(spec, step)
