@@ -27,15 +27,8 @@ from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
 from porting.checkpoint.tflite.flatbuffer import Table, flexbuffer_map
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import Graph, Operator, Tensor, _check_order, read_graph
-from porting.checkpoint.tflite.match import (
-    Convolution,
-    Head,
-    Structure,
-    _check_predictions,
-    _End,
-    _head,
-    match,
-)
+from porting.checkpoint.tflite.match import _check_predictions, _End, _head, match
+from porting.checkpoint.tflite.structure import Convolution, Head, Structure
 from porting.checkpoint.tflite.weights import Layer, _without_bn, check_layers, shared_kernel
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError, ConfigError

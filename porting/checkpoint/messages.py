@@ -1,4 +1,4 @@
-"""Pieces that several readers share: TensorFlow's shape message, and parts of error messages."""
+"""Helpers that several readers share: TensorFlow's shape message, and parts of error messages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def shortened(text: str) -> str:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that the system does not let us read."""
+    """The error for a file that cannot be read."""
     return CheckpointError(
         f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
     )

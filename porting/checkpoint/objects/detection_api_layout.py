@@ -1,6 +1,6 @@
-"""The variables of the Object Detection API's EfficientDet, mapped to AutoML's names by their paths.
+"""The variables of the Object Detection API's EfficientDet, mapped from their paths to AutoML's names.
 
-Source: as :mod:`.detection_api`.
+The sources are those of :mod:`.detection_api`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
+from porting import scopes
 from porting.checkpoint.objects.assemble import Piece
 from porting.checkpoint.objects.backbones import backbone_named
 from porting.checkpoint.objects.graph import Variable
@@ -23,15 +24,13 @@ from pytorch_model.config import MAX_BACKBONE_LEVEL, BackboneConfig, Node, backb
 _BN = frozenset({"beta", "gamma", "moving_mean", "moving_variance"})
 _SEPARABLE = frozenset({"bias", "depthwise_kernel", "pointwise_kernel"})
 _CONV = frozenset({"bias", "kernel"})
-_HEADS = {  # AutoML's scope → its layers' prefix, the API's BNs, convolutions and predicting layer
+_HEADS = {  # AutoML's head → the API's batch norms, convolutions and predicting layer
     "class_net": (
-        "class",
         "_base_tower_layers_for_heads/class_predictions_with_background",
         "_head_scope_conv_layers/ClassPredictionTower",
         "_prediction_heads/class_predictions_with_background/_class_predictor_layers",
     ),
     "box_net": (
-        "box",
         "_base_tower_layers_for_heads/box_encodings",
         "_head_scope_conv_layers/BoxPredictionTower",
         "_box_prediction_head/_box_encoder_layers",
@@ -42,9 +41,9 @@ _LAYERS_PER_REPEAT = 3  # convolution, batch norm, activation
 
 @dataclass(frozen=True)
 class Layout:
-    """The whole tree explained: every variable is in ``pieces`` (AutoML name → what it is made of) or unused.
+    """The meaning of every variable: in ``pieces`` (AutoML name → what it is made of), or ``unused``.
 
-    ``detector_blocks``: how many of the backbone's blocks the detector runs; the classifier has the rest.
+    ``detector_blocks``: how many blocks of the backbone the detector runs; the rest belong to a classifier.
     """
 
     backbone: BackboneConfig
@@ -56,7 +55,7 @@ class Layout:
 
 
 def read_layout(variables: Mapping[str, Variable], source: str = "the checkpoint") -> Layout:
-    """Explain every variable (path from the detector → variable). Raises CheckpointError where it cannot."""
+    """Map every variable (path from the detector → variable). Raises CheckpointError if one does not fit."""
     reader = _Reader(variables, source)
     backbone = reader.read_backbone()
     reader.read_heads()
@@ -64,7 +63,7 @@ def read_layout(variables: Mapping[str, Variable], source: str = "the checkpoint
     left = variables.keys() - {piece.path for piece in reader.pieces.values()} - reader.unused
     left = {path for path in left if not path.startswith(("optimizer/", "_optimizer/"))}
     if left:
-        reader.refuse(f"{min(left)} ({len(left)} in all) is no part of an EfficientDet")
+        reader.refuse(f"{min(left)} ({len(left)} in all) is not part of an EfficientDet")
     return Layout(
         backbone,
         reader.detector_blocks,
@@ -103,24 +102,24 @@ class _Reader:
         )
 
     def place(self, layer: str, scope: str, leaves: frozenset[str]) -> None:
-        """The variables ``leaves`` of the API's ``layer`` are those of AutoML's ``scope``."""
+        """Map the variables ``leaves`` of the API's ``layer`` to those of AutoML's ``scope``."""
         found = self.layers[layer].leaves if layer in self.layers else frozenset()
         if found != leaves:
             missing, extra = sorted(leaves - found), sorted(found - leaves)
             reason = "; it was trained with force_use_bias: false" if missing == ["bias"] else ""
             self.refuse(
-                f"{layer} has {', '.join(extra) or 'nothing'} beyond what {scope} needs, and lacks "
+                f"{layer} has {', '.join(extra) or 'nothing'} that {scope} does not need, and lacks "
                 f"{', '.join(missing) or 'nothing'}{reason}"
             )
         for leaf in sorted(leaves):
             self.pieces[f"{scope}/{leaf}"] = Piece(f"{layer}/{leaf}")
 
     def numbers(self, pattern: str) -> list[int]:
-        """The different numbers that ``pattern``'s group finds among the layers, in order."""
+        """The different numbers that the group of ``pattern`` matches in the layers' paths, ascending."""
         regex = re.compile(pattern)
         return sorted({int(found[1]) for path in self.layers if (found := regex.fullmatch(path))})
 
-    # Keras numbers the layers with weights as they follow each other; EfficientNet is a chain of them.
+    # Keras numbers the layers that have weights in the order of execution. EfficientNet is a chain of them.
 
     def read_backbone(self) -> BackboneConfig:
         chain = self._chain()
@@ -144,7 +143,7 @@ class _Reader:
         }
         self.unused |= {f"{layer.path}/{leaf}" for layer in chain for leaf in layer.leaves}
         if any(self._in_detector(layer) for layer in chain):
-            self.refuse(f"{chain[0].path} belongs to no block")
+            self.refuse(f"{chain[0].path} does not belong to a block")
         return backbone_config(name)
 
     def _chain(self) -> list[_Layer]:
@@ -164,7 +163,7 @@ class _Reader:
 
     @staticmethod
     def _is_top(chain: list[_Layer]) -> bool:
-        """Is this the classifier: a convolution and a batch norm that no depthwise convolution follows?"""
+        """Whether this is the classifier: a convolution and a batch norm without a depthwise one after them."""
         return not any(layer.leaves == {"depthwise_kernel"} for layer in chain[:3])
 
     def take(self, chain: list[_Layer], scope: str, leaves: frozenset[str] | set[str]) -> None:
@@ -173,8 +172,8 @@ class _Reader:
         self.place(chain.pop(0).path, scope, frozenset(leaves))
 
     def _block(self, chain: list[_Layer], scope: str) -> None:
-        bns = iter(f"{scope}/tpu_batch_normalization{suffix}" for suffix in ("", "_1", "_2"))
-        convs = iter((f"{scope}/conv2d", f"{scope}/conv2d_1"))
+        bns = iter(f"{scope}/{scopes.numbered('tpu_batch_normalization', i)}" for i in range(3))
+        convs = iter(f"{scope}/{scopes.numbered('conv2d', i)}" for i in range(2))
         if chain[0].leaves == {"kernel"}:
             self.take(chain, next(convs), {"kernel"})
             self.take(chain, next(bns), _BN)
@@ -186,9 +185,10 @@ class _Reader:
         self.take(chain, next(bns), _BN)
 
     def read_heads(self) -> None:
-        """The box tower tells the number of levels; both heads must have as many, and as many repeats."""
-        levels = self.numbers(rf"_box_predictor/{_HEADS['box_net'][1]}/(\d+)/\d+")
-        repeats = self.numbers(rf"_box_predictor/{_HEADS['box_net'][2]}/(\d+)")
+        """The box tower gives the number of levels and of repeats; both heads must have as many."""
+        norms, convolutions, _ = _HEADS["box_net"]
+        levels = self.numbers(rf"_box_predictor/{norms}/(\d+)/\d+")
+        repeats = self.numbers(rf"_box_predictor/{convolutions}/(\d+)")
         if (
             not levels
             or not repeats
@@ -196,10 +196,11 @@ class _Reader:
         ):
             self.refuse("its heads are not two towers of convolutions (share_prediction_tower?)")
         self.num_levels = len(levels)
-        for scope, (prefix, _, convs, predict) in _HEADS.items():
+        for head, (_, convolutions, predictor) in _HEADS.items():
             for repeat in range(len(repeats)):
-                self.place(f"_box_predictor/{convs}/{repeat}", f"{scope}/{prefix}-{repeat}", _SEPARABLE)
-            self.place(f"_box_predictor/{predict}/0", f"{scope}/{prefix}-predict", _SEPARABLE)
+                layer = f"_box_predictor/{convolutions}/{repeat}"
+                self.place(layer, scopes.head_layer(head, repeat), _SEPARABLE)
+            self.place(f"_box_predictor/{predictor}/0", scopes.head_predictor(head), _SEPARABLE)
         self._bn_layers = [(repeat, index) for repeat in range(len(repeats)) for index in levels]
 
     def read_bifpn(self) -> None:
@@ -215,46 +216,45 @@ class _Reader:
         ):
             self.refuse(
                 f"{len(numbers)} BiFPN nodes after {self.extra_levels} levels above P{MAX_BACKBONE_LEVEL} "
-                f"are no whole cells of {per_cell}"
+                f"do not make whole cells of {per_cell}"
             )
         min_level = MAX_BACKBONE_LEVEL + self.extra_levels - self.num_levels + 1
-        for scope, (prefix, bns, _, _) in _HEADS.items():
+        for head, (norms, _, _) in _HEADS.items():
             for repeat, index in self._bn_layers:
-                layer = f"_box_predictor/{bns}/{index}/{_LAYERS_PER_REPEAT * repeat + 1}"
-                self.place(layer, f"{scope}/{prefix}-{repeat}-bn-{min_level + index}", _BN)
+                layer = f"_box_predictor/{norms}/{index}/{_LAYERS_PER_REPEAT * repeat + 1}"
+                self.place(layer, scopes.head_norm(head, repeat, min_level + index), _BN)
         nodes = _cell_nodes(self.num_levels)
         for number in range(self.extra_levels):
             self._resample(
-                f"{stage}/node_input_blocks/{number}/0/1", f"resample_p{MAX_BACKBONE_LEVEL + 1 + number}"
+                f"{stage}/node_input_blocks/{number}/0/1", scopes.extra_level(MAX_BACKBONE_LEVEL + 1 + number)
             )
         for number in numbers:
             cell, index = divmod(number - self.extra_levels, per_cell)
-            self._node(stage, number, f"fpn_cells/cell_{cell}/fnode{index}", nodes[index])
+            self._node(stage, number, scopes.bifpn_node(cell, index), nodes[index])
 
     def _node(self, stage: str, number: int, scope: str, node: Node) -> None:
-        for i, node_input in enumerate(node.inputs):
-            self._resample(
-                f"{stage}/node_input_blocks/{number}/{i}/1", f"{scope}/resample_{i}_{node_input}_{node.id}"
-            )
+        for i in range(len(node.inputs)):
+            layer = f"{stage}/node_input_blocks/{number}/{i}/1"
+            self._resample(layer, f"{scope}/{scopes.resampled_input(node, i)}")
         self._fusion(f"{stage}/node_combine_op/{number}/bifpn_combine_weights", scope, len(node.inputs))
-        after = f"{stage}/node_post_combine_block/{number}"  # 0 is the activation
-        self.place(f"{after}/1", f"{scope}/op_after_combine{node.id}/conv", _SEPARABLE)
-        self.place(f"{after}/2", f"{scope}/op_after_combine{node.id}/bn", _BN)
+        after = f"{stage}/node_post_combine_block/{number}"  # its layer 0 is the activation
+        self.place(f"{after}/1", f"{scope}/{scopes.after_combine(node)}/conv", _SEPARABLE)
+        self.place(f"{after}/2", f"{scope}/{scopes.after_combine(node)}/bn", _BN)
 
     def _resample(self, layer: str, scope: str) -> None:
-        """A 1×1 convolution and its batch norm, where the width changes."""
+        """Map a 1×1 convolution and its batch norm, which are there if the width changes."""
         if f"{layer}/0" in self.layers or f"{layer}/1" in self.layers:
             self.place(f"{layer}/0", f"{scope}/conv2d", _CONV)
             self.place(f"{layer}/1", f"{scope}/bn", _BN)
 
     def _fusion(self, path: str, scope: str, inputs: int) -> None:
-        """One variable holds the weights of all inputs; AutoML has one each. Plain sums have none."""
+        """Map the weights of a node's inputs: one variable here, one per input in AutoML; none in plain sums."""
         if path not in self.variables:
             return
         if self.variables[path].shape != (inputs, 1):
             self.refuse(f"{path} has shape {list(self.variables[path].shape)}, not [{inputs}, 1]")
         for i in range(inputs):
-            self.pieces[f"{scope}/WSM" + (f"_{i}" if i else "")] = Piece(path, partial(_element, index=i))
+            self.pieces[f"{scope}/{scopes.numbered('WSM', i)}"] = Piece(path, partial(_element, index=i))
 
 
 def _element(array: np.ndarray, index: int) -> np.ndarray:
@@ -262,5 +262,5 @@ def _element(array: np.ndarray, index: int) -> np.ndarray:
 
 
 def _cell_nodes(num_levels: int) -> tuple[Node, ...]:
-    """The nodes of a BiFPN cell, which depend on the number of levels alone."""
+    """The nodes of a BiFPN cell. They depend only on the number of levels."""
     return model_config("efficientdet-d0", min_level=3, max_level=2 + num_levels).bifpn_nodes

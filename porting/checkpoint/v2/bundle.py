@@ -30,9 +30,9 @@ FORMAT = "TensorFlow V2 checkpoint"
 class TensorBundle(Checkpoint):
     """A V2 checkpoint with its data files open. ``TensorBundle(read_index("model.index"))``.
 
-    Raises CheckpointError if a data file is missing or too short for what the index says it holds. Each
-    tensor's CRC32C is verified as it is read. Strings, partitioned variables and types that NumPy lacks are
-    listed (dtype ``object``) but refuse to be read.
+    Raises CheckpointError if a data file is missing, or shorter than the index says. The CRC32C of each tensor
+    is verified when it is read. Strings, partitioned variables and types that NumPy does not have are listed
+    (dtype ``object``), but reading them raises CheckpointError.
     """
 
     def __init__(self, index: BundleIndex) -> None:
@@ -70,10 +70,10 @@ class TensorBundle(Checkpoint):
         return self._read_array(name, entry, entry.storage)
 
     def read_string(self, name: str) -> bytes:
-        """The value of a string variable that holds one string (``_CHECKPOINTABLE_OBJECT_GRAPH`` does).
+        """The value of a variable that is one string, such as ``_CHECKPOINTABLE_OBJECT_GRAPH``.
 
-        It is stored as the length (varint), a masked CRC32C of the length, the bytes. Raises CheckpointError,
-        and :class:`KeyError` if there is no such name.
+        It is stored as the length (varint), a masked CRC32C of the length, and the bytes. Raises
+        CheckpointError, and :class:`KeyError` if there is no variable ``name``.
         """
         entry = self.index.entries[name]
         if entry.dtype != DT_STRING or entry.partitioned or math.prod(entry.shape) != 1:
@@ -85,7 +85,7 @@ class TensorBundle(Checkpoint):
             raise self._damage(name, entry, str(error)) from None
         if start + 4 + length != len(raw):
             raise self._damage(name, entry, f"its string of {length} bytes does not fill {len(raw)}")
-        # TensorFlow sums the length as a fixed-width number, not as the varint it stores.
+        # In the checksum, TensorFlow uses the length as a fixed-width number, not the varint that it stores.
         fixed = length.to_bytes(4 if length < 1 << 32 else 8, "little")
         if mask_crc(google_crc32c.value(fixed + raw[start:])) != entry.crc32c:
             raise self._damage(name, entry, "it fails its CRC32C checksum")
@@ -94,7 +94,7 @@ class TensorBundle(Checkpoint):
     def _read_bool(self, name: str, entry: Entry) -> np.ndarray:
         array = self._read_array(name, entry, np.dtype("u1"))
         if array.size and array.max() > 1:
-            raise self._damage(name, entry, f"it holds the byte {array.max()} where a bool belongs")
+            raise self._damage(name, entry, f"it is a bool but holds the byte {array.max()}")
         return array.view(np.bool_)
 
     def _read_array(self, name: str, entry: Entry, dtype: np.dtype) -> np.ndarray:
@@ -104,7 +104,7 @@ class TensorBundle(Checkpoint):
         return array
 
     def _read_bytes(self, name: str, entry: Entry, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """The entry's bytes straight from the file into a fresh array, checksum not looked at."""
+        """Read the entry's bytes into a new array, without verifying the checksum."""
         if not self._close.alive:
             raise CheckpointError(f"{self.source} is closed; open it again to read {name!r}")
         try:
@@ -122,7 +122,7 @@ class TensorBundle(Checkpoint):
         return array
 
     def _read_rest(self, name: str, entry: Entry, unread: memoryview) -> None:
-        """Fill ``unread`` from where the file stands: one request may return less than was asked for."""
+        """Fill ``unread`` from the current position: one request may return fewer bytes than requested."""
         while unread:
             count = self._files[entry.shard].readinto(unread)  # type: ignore[attr-defined]
             if not count:
@@ -140,7 +140,7 @@ class TensorBundle(Checkpoint):
 
 
 def _extents(index: BundleIndex) -> dict[int, tuple[int, str]]:
-    """Shard → (how many bytes it must have, the variable that ends there), for shards with variables."""
+    """Shard → (the bytes that it must have at least, the variable that ends there), if it has variables."""
     extents: dict[int, tuple[int, str]] = {}
     for name, entry in index.entries.items():
         if not entry.partitioned:
@@ -158,7 +158,7 @@ def _open_shard(index: BundleIndex, shard: int, stop: int, name: str) -> BinaryI
             return open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{index.path} is there but its data file {path.name} is not; put it beside the index"
+            f"{index.path} exists but its data file {path.name} does not; put it beside the index"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None
@@ -169,5 +169,5 @@ def _open_shard(index: BundleIndex, shard: int, stop: int, name: str) -> BinaryI
 
 
 def _widen_bfloat16(halves: np.ndarray) -> np.ndarray:
-    """bfloat16 is the upper half of a float32; ``halves`` are its bits as uint16."""
+    """bfloat16 → float32, of which it is the upper half. ``halves``: its bits as uint16."""
     return (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)

@@ -50,12 +50,14 @@ _DTYPES: dict[int, tuple[str, np.dtype]] = {
 _OTHER_DTYPES = {DT_STRING: "string", 8: "complex64", 18: "complex128", 20: "resource", 21: "variant"}
 DTYPE_NUMBERS = {dtype: number for number, (_, dtype) in _DTYPES.items() if number != DT_BFLOAT16}
 
-_MOST_INDEX_BYTES = 16 << 20  # of an index file; D4's, averages included, has 100 kB
-_MOST_NAME_BYTES = 8 << 20  # keys share what they begin with: those of a small file may be long without end
+_MOST_INDEX_BYTES = 16 << 20  # of an index file; that of D4 with averages has 100 kB
+_MOST_NAME_BYTES = (
+    8 << 20
+)  # a key shares the beginning of the one before, so a small file can hold very long ones
 
 
 class Entry(NamedTuple):
-    """One variable as the index describes it (``BundleEntryProto``)."""
+    """One variable in the index (``BundleEntryProto``)."""
 
     dtype: int  # TensorFlow's DataType
     shape: tuple[int, ...]
@@ -63,7 +65,7 @@ class Entry(NamedTuple):
     offset: int  # bytes, in its shard
     size: int  # bytes
     crc32c: int  # masked
-    partitioned: bool  # stored in slices under other keys; offset, size and checksum mean nothing
+    partitioned: bool  # stored in slices under other keys; offset, size and checksum have no meaning
 
     @property
     def dtype_name(self) -> str:
@@ -73,12 +75,12 @@ class Entry(NamedTuple):
 
     @property
     def storage(self) -> np.dtype | None:
-        """The dtype of the bytes on disk, None for those that are not plain arrays."""
+        """The dtype of the bytes on disk; None if they are not a plain array."""
         return _DTYPES[self.dtype][1] if self.dtype in _DTYPES else None
 
     @property
     def array_dtype(self) -> np.dtype:
-        """The dtype of the array that reading returns (bfloat16 widens); ``object`` where it cannot be."""
+        """The dtype of the array that reading returns (bfloat16 is widened); ``object`` if it cannot be read."""
         if self.dtype == DT_BFLOAT16:
             return np.dtype(np.float32)
         if self.partitioned or self.storage is None:
@@ -88,7 +90,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class BundleIndex:
-    """What an ``.index`` file says: everything about the variables but their values."""
+    """The content of an ``.index`` file: everything about the variables except their values."""
 
     path: Path
     num_shards: int
@@ -108,9 +110,10 @@ def shard_path(prefix: str, shard: int, num_shards: int) -> Path:
 
 
 def read_index(path: str | os.PathLike[str]) -> BundleIndex:
-    """Read an ``.index`` file alone: names, shapes, dtypes and places of all variables.
+    """Read an ``.index`` file: names, shapes, dtypes and positions of all variables.
 
-    Every byte of it is checked (CRC32C of each block, order of keys). Raises CheckpointError.
+    Every byte is checked (CRC32C of each block, order of keys). The data files are not opened. Raises
+    CheckpointError.
     """
     path = Path(path)
     try:
@@ -139,7 +142,7 @@ def _parse_index(path: Path, data: bytes) -> BundleIndex:
             num_shards = _parse_header(path, value)
             continue
         if key.startswith(SLICE_PREFIX):
-            continue  # its whole is listed under the variable's own name, marked as partitioned
+            continue  # the variable is also listed under its own name, marked as partitioned
         try:
             name = key.decode()
         except UnicodeDecodeError:
@@ -157,7 +160,7 @@ def _parse_index(path: Path, data: bytes) -> BundleIndex:
 
 
 def _parse_header(path: Path, message: bytes) -> int:
-    """Number of shards, from a ``BundleHeaderProto`` of a version and endianness that can be read."""
+    """The number of shards in a ``BundleHeaderProto``. Raises if version or endianness are not supported."""
     num_shards = endianness = min_consumer = 0
     for number, _, value in wire.read_fields(message):
         if number == 1:
@@ -175,7 +178,7 @@ def _parse_header(path: Path, message: bytes) -> int:
         )
     if min_consumer > 1:
         raise CheckpointError(
-            f"{path} asks for version {min_consumer} of the checkpoint format, only version 1 is known; "
+            f"{path} needs version {min_consumer} of the checkpoint format, only version 1 is supported; "
             "save it again with a released version of TensorFlow"
         )
     if not 0 <= num_shards < 1 << 31:
@@ -225,7 +228,7 @@ def _check_entry(entry: Entry, num_shards: int) -> None:
     if partitioned:
         return
     if not 0 <= shard < num_shards:
-        raise Malformed(f"it lies in data file {shard} of {num_shards}")
+        raise Malformed(f"it is in data file {shard} of {num_shards}")
     if offset < 0 or size < 0:
         raise Malformed(f"it claims {size} bytes at offset {offset}")
     if size != _byte_size(dtype, shape) is not None:
@@ -235,5 +238,5 @@ def _check_entry(entry: Entry, num_shards: int) -> None:
 
 
 def _byte_size(dtype: int, shape: tuple[int, ...]) -> int | None:
-    """What an array takes on disk; None for types that are not plain arrays."""
+    """The number of bytes of an array on disk; None for types that are not plain arrays."""
     return math.prod(shape) * _DTYPES[dtype][1].itemsize if dtype in _DTYPES else None
