@@ -1,7 +1,7 @@
 """Checkpoints inside ``.tar.gz``, ``.tgz``, ``.tar`` and ``.zip`` files, as AutoML releases them.
 
-The files that a reader of weights may need are unpacked into a private temporary folder and opened there like
-any other checkpoint. Closing the checkpoint removes the folder.
+The files that a reader may need are unpacked into a private temporary folder and opened there like any other
+checkpoint. Closing the checkpoint removes the folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from porting.errors import CheckpointError, EfficientDetError
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
 _SAVED_MODEL = "saved_model.pb"
-#: The folder inside the temporary one. Readers also look in the folder above a checkpoint; so that is ours too.
+#: The folder in the temporary folder. Readers also look in the folder above a checkpoint, so we own that too.
 _UNPACKED = "unpacked"
 
 #: Opens the checkpoint at a path; the second argument is the step, or None.
@@ -33,7 +33,7 @@ Opener = Callable[[Path, int | None], Checkpoint]
 
 
 def is_archive(head: bytes, path: Path) -> bool:
-    """Whether the file at ``path``, which begins with ``head``, has the name or the first bytes of an archive."""
+    """Whether the file at ``path`` has the name of an archive, or ``head``, its first bytes, are those of one."""
     named = path.name.lower().endswith(SUFFIXES) and os.path.isfile(path)
     return named or kind_of(head) is not None
 
@@ -41,9 +41,9 @@ def is_archive(head: bytes, path: Path) -> bool:
 def open_archive(path: Path, step: int | None, open_inside: Opener) -> Checkpoint:
     """Open the one checkpoint inside the archive at ``path``. ``open_inside`` opens the unpacked files.
 
-    Of several kinds of weights the most complete is taken: a V2 checkpoint, then ``.h5``, SavedModel, frozen
-    graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: damaged, hostile, too
-    large, no weights in it, or two of one kind.
+    If there are several kinds of weights, the most complete is used: a V2 checkpoint, then ``.h5``, SavedModel,
+    frozen graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: the archive is damaged,
+    hostile or too large, holds no weights, or holds two checkpoints of one kind.
     """
     try:
         private = Path(tempfile.mkdtemp(prefix="efficientdet-"))
@@ -60,7 +60,10 @@ def open_archive(path: Path, step: int | None, open_inside: Opener) -> Checkpoin
 
 
 class _ArchivedCheckpoint(Checkpoint):
-    """A checkpoint in an unpacked ``folder``, the one above being its own; it speaks of the archive."""
+    """A checkpoint in the unpacked ``folder``. Its texts name the archive instead of the folder.
+
+    It owns the folder above ``folder`` and removes it when it is closed.
+    """
 
     def __init__(self, inner: Checkpoint, archive: Path, folder: Path) -> None:
         source, *notes = (_spoken(text, archive, folder) for text in (inner.source, *inner.notes))
@@ -93,7 +96,7 @@ def _close_and_remove(inner: Checkpoint, folder: Path) -> None:
 
 @contextmanager
 def _translated(archive: Path, folder: Path) -> Iterator[None]:
-    """Errors raised inside name the archive where they would name the temporary folder."""
+    """Replace the temporary folder by the archive in the messages of errors raised inside."""
     try:
         yield
     except EfficientDetError as error:
@@ -135,7 +138,7 @@ def _open_one(
     index = locate(chosen, step)
     _refuse_nesting(index)
     if not index.resolve().is_relative_to(folder.resolve()):
-        # A state file may hold any path, and locate() rightly follows those of folders.
+        # A state file may hold any path, and locate() follows those.
         raise CheckpointError(
             f"the checkpoint state file in {archive} names {index.with_suffix('')}, which is not in the "
             "archive; unpack it and name the prefix you mean"
@@ -144,6 +147,6 @@ def _open_one(
 
 
 def _refuse_nesting(path: Path) -> None:
-    # There are archives that hold themselves.
+    # An archive can contain itself, without end.
     if is_archive(read_head(path), path):
         raise CheckpointError(f"{path} is an archive in an archive; unpack the outer one first")

@@ -56,7 +56,7 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         notes: Iterable[str] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """``dtypes`` are those of the arrays that reading returns; ``object`` for variables that cannot be read."""
+        """``dtypes`` are those of the arrays that reading returns; ``object`` if it cannot be read."""
         self.source = source  # the path, in a form that the user recognises
         self.location = source  # where the file is while this is open; differs for an unpacked archive
         self.format = format  # "TensorFlow V2 checkpoint"

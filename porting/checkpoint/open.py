@@ -1,7 +1,7 @@
-"""Recognise what a path leads to, and open it. One :class:`Reader` per format.
+"""Find the format of a file or folder, and open it. One :class:`Reader` per format.
 
-A new format is a module with two functions, ``is_…(head, path)`` and ``open_…(path, step)``, and a line in
-:data:`READERS`.
+To add a format, write a module with two functions, ``is_…(head, path)`` and ``open_…(path, step)``, and add a
+line to :data:`READERS`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The 26 checkpoints Google released: where they lie, what AP was published, how to get one by name."""
+"""The 26 checkpoints that Google released: addresses, published AP, and download by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from porting.errors import CheckpointError, EfficientDetError
 from porting.sources.download import Listener, download
 
 BASE_URL = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientdet"
-#: Environment variable with another base address, for a mirror.
+#: Environment variable with a different base address, for a mirror.
 BASE_URL_VARIABLE = "EFFICIENTDET_RELEASES_URL"
 
 CACHE_FOLDER = "efficientdet-porting"
@@ -33,12 +33,12 @@ class GoogleRelease:
 
     @property
     def model(self) -> str:
-        """The variant it is a checkpoint of: ``efficientdet-d2`` for ``efficientdet-d2-640``."""
+        """The model variant: ``efficientdet-d2`` for ``efficientdet-d2-640``."""
         return re.sub(r"-(640|advprop)$", "", self.name)
 
     @property
     def url(self) -> str:
-        """Raises :class:`EfficientDetError` where the environment names a base that is no web address."""
+        """The address. Raises :class:`EfficientDetError` if the base in the environment is not a web address."""
         base = os.environ.get(BASE_URL_VARIABLE) or BASE_URL
         if not base.startswith(("https://", "http://")):
             raise EfficientDetError(
@@ -47,7 +47,10 @@ class GoogleRelease:
         return f"{base.rstrip('/')}/{self.path}"
 
     def cached_at(self, cache: Path) -> Path:
-        """Its file in ``cache``. The name leads the path twice: what weights cannot tell is read off it."""
+        """The path of its file in ``cache``. Folder and file have the release's name.
+
+        ``infer_config`` takes from this name what the weights do not contain (image size, input range).
+        """
         suffix = ".tgz" if self.path.endswith(".tgz") else ".tar.gz"
         return cache / self.name / (self.name + suffix)
 
@@ -88,11 +91,11 @@ GOOGLE_RELEASES: Mapping[str, GoogleRelease] = {
 
 
 def google_release_named(spec: str, cache: Path | None = None) -> GoogleRelease | None:
-    """The release that ``spec`` names, ``efficientdet-d0`` or ``efficientdet_d0``; None if it is a path.
+    """The release with the name ``spec``: ``efficientdet-d0`` or ``efficientdet_d0``; None if it is a path.
 
-    What lies under that name here goes first, unless it is the folder in ``cache`` (see :func:`fetch`) that
-    the release is kept in. Raises :class:`~porting.errors.CheckpointError` for what looks
-    like a release's name, and is neither one nor there.
+    A file or folder with that name has priority, unless it is the folder in ``cache`` (see :func:`fetch`) where
+    the release is stored. Raises :class:`~porting.errors.CheckpointError` for a name that looks like a
+    release's, but is neither a release nor an existing path.
     """
     name = spec.lower().replace("_", "-")
     if not re.fullmatch(r"efficientdet-[a-z0-9-]{1,40}", name):
@@ -103,12 +106,12 @@ def google_release_named(spec: str, cache: Path | None = None) -> GoogleRelease 
         return GOOGLE_RELEASES[name]
     near = difflib.get_close_matches(name, GOOGLE_RELEASES, n=3) or list(GOOGLE_RELEASES)[:3]
     raise CheckpointError(
-        f"{spec} is neither here nor a release of Google's; the nearest releases are {', '.join(near)}"
+        f"{spec} is neither an existing path nor a Google release; similar releases are {', '.join(near)}"
     )
 
 
 def _is_kept_in(place: Path, cache: Path | None) -> bool:
-    """Whether ``place`` is a folder of ``cache``, and no checkpoint was unpacked there."""
+    """Whether ``place`` is a folder of ``cache`` without an unpacked checkpoint."""
     if not place.is_dir() or any(place.glob("*.index")):
         return False
     return place.resolve().parent == (cache or default_cache()).resolve()
@@ -117,24 +120,24 @@ def _is_kept_in(place: Path, cache: Path | None) -> bool:
 def default_cache() -> Path:
     """``$XDG_CACHE_HOME/efficientdet-porting``, else ``~/.cache/efficientdet-porting``.
 
-    Raises :class:`EfficientDetError` where there is no home.
+    Raises :class:`EfficientDetError` if there is no home folder.
     """
     given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):  # the XDG specification has relative ones ignored
+    if os.path.isabs(given):  # the XDG specification says to ignore relative paths
         return Path(given) / CACHE_FOLDER
     try:
         return Path.home() / ".cache" / CACHE_FOLDER
     except RuntimeError:
         raise EfficientDetError(
-            "there is no home folder to keep downloads in; say --cache-dir FOLDER"
+            "there is no home folder to store downloads in; give --cache-dir FOLDER"
         ) from None
 
 
 def fetch(release: GoogleRelease, cache: Path | None = None, listener: Listener | None = None) -> Path:
-    """The archive of ``release``, from ``cache`` or else from the web; by default :func:`default_cache`.
+    """The path of the archive of ``release`` in ``cache`` (by default :func:`default_cache`).
 
-    Raises :class:`~porting.errors.CheckpointError` where it cannot be had, with what to do by hand, and
-    :class:`~porting.errors.OutputError` where the cache cannot be written.
+    It is downloaded if it is not there. Raises :class:`~porting.errors.CheckpointError` if that fails, with
+    instructions to do it by hand, and :class:`~porting.errors.OutputError` if the cache cannot be written.
     """
     target = release.cached_at(cache or default_cache())
     advice = (

@@ -1,4 +1,4 @@
-"""From the variables of an object tree to a checkpoint under AutoML's names, averages and slots included."""
+"""From the variables of an object tree to a checkpoint with AutoML's names, including averages and slots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from porting.scopes import EMA_SUFFIX, STATISTICS
 
 _AVERAGE = "average"  # tfa MovingAverage's slot
 
-#: A slot's name in TensorFlow 2 → the suffix of the same thing in a name-based checkpoint.
+#: The name of a slot in TensorFlow 2 → its suffix in a name-based checkpoint.
 _SLOT_SUFFIXES = {"momentum": "/Momentum", "m": "/Adam", "v": "/Adam_1", "rms": "/RMSProp"}
 
 #: Attributes of a model, or of the checkpoint around it, that hold the state of training.
@@ -29,7 +29,7 @@ _STEP_KEY = re.compile(r"(.*/)?\w*optimizer/(iter|_iterations)|step|global_step"
 
 
 class Piece(NamedTuple):
-    """What an AutoML variable is made of: the variable at ``path``, or ``take`` of it, of ``shape``."""
+    """The source of an AutoML variable: the variable at ``path``, or ``take(array)`` of ``shape``."""
 
     path: str
     take: Callable[[np.ndarray], np.ndarray] | None = None
@@ -45,13 +45,12 @@ def assemble(
     stale_statistics: bool = False,
     settings: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """The checkpoint whose variables are ``pieces`` (AutoML name → what it is made of).
+    """The checkpoint with the variables ``pieces`` (AutoML name → its source) and their averages and slots.
 
-    ``settings``: what the source tells of the configuration, as :class:`Checkpoint` keeps it.
-    ``stale_statistics``: averages of batch-norm statistics are never updated and must not be used. Slots
-    follow their variable, under AutoML's suffixes. What belongs to the model but is nobody's piece keeps its
-    path for a name, so that conversion refuses it; what belongs to training is left out and counted in the
-    notes.
+    ``settings``: as in :class:`Checkpoint`. ``stale_statistics``: the averages of batch-norm statistics are
+    never updated and must not be used. Slots get AutoML's suffixes. A variable that belongs to the model but
+    is not in ``pieces`` keeps its path as its name, so that conversion rejects it. Variables of the training
+    loop are left out and counted in the notes.
     """
     bundle = tree.bundle
     slots, unknown_slots = _slots(bundle, variables.values())
@@ -82,9 +81,9 @@ def assemble(
 def _slots(
     bundle: TensorBundle, variables: Iterable[Variable]
 ) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Key of a variable → slot → key of the slot variable; and the keys of slots of a kind not known.
+    """Key of a variable → slot → key of the slot variable; and the keys of slots of unknown kinds.
 
-    Raises CheckpointError for a known slot that has not its variable's shape.
+    Raises CheckpointError if a known slot does not have the shape of its variable.
     """
     shapes = {variable.key: variable.shape for variable in variables}
     slots: dict[str, dict[str, str]] = defaultdict(dict)
@@ -112,10 +111,10 @@ def _averages(
     slots: Mapping[str, Mapping[str, str]],
     stale_statistics: bool,
 ) -> tuple[dict[str, Source], list[str]]:
-    """The moving averages, and what to say about them.
+    """The moving averages, and notes about them.
 
-    Optimizers that average do so for what they update and nothing else. AutoML's ``emackpt`` pairs these
-    averages with the batch-norm statistics and frozen weights as they are, so those are their own averages.
+    An averaging optimizer averages only the variables that it updates. AutoML's ``emackpt`` combines these
+    averages with the raw batch-norm statistics and frozen weights. So those are used as their own averages.
     """
     sources: dict[str, Source] = {}
     if not any(_AVERAGE in slots.get(variable.key, {}) for variable in variables.values()):
@@ -134,12 +133,12 @@ def _averages(
         elif not its_slots:
             own["weights that the optimizer never touched"] += 1
         else:
-            continue  # trained without being averaged: conversion says so
+            continue  # trained but not averaged: conversion reports it
         sources[name + EMA_SUFFIX] = Source(key + VALUE, take, shape)
     kinds = " and ".join(f"{count} {what}" for what, count in own.items() if count)
     notes = []
     if kinds:
-        notes.append(f"the optimizer does not average {kinds}: they stand for their own averages")
+        notes.append(f"the optimizer does not average {kinds}: their raw values are used as averages")
     if stale:
         notes.append(
             f"{stale} averages of batch-norm statistics were left out: training does not update them"
@@ -156,12 +155,12 @@ def _is_step(bundle: TensorBundle, key: str) -> bool:
 
 
 def _about_left_out(left: list[str], unknown_slots: list[str]) -> Iterator[str]:
-    """What was left out, in sentences."""
+    """Notes about the variables that were left out."""
     training = [key for key in left if _TRAINING & set(key.split("/"))]
     others = [key for key in left if key not in set(training)]
     for keys, what in (
         (training, "of the training loop"),
-        (unknown_slots, "of the optimizer, of a kind not known,"),
+        (unknown_slots, "of the optimizer, of an unknown kind,"),
         (others, "outside the detector"),
     ):
         if keys:

@@ -1,18 +1,18 @@
-"""EfficientDet of the TensorFlow 2 Object Detection API (``ckpt-0``): the same layers in another tree.
+"""EfficientDet of the TensorFlow 2 Object Detection API (``ckpt-0``): the same layers in a different tree.
 
-What differs from AutoML, and what becomes of it:
+The differences from AutoML, and how they are handled:
 
-- Anchors at a location go by aspect ratio, then by scale; AutoML's go by scale, then by aspect ratio. The
-  predicting layers' channels are put in AutoML's order.
-- The box coder's scale factors divide the predicted boxes, and a background class may come first. Both are
-  in ``pipeline.config``, nowhere in the weights. The scales are divided into the box predictor, the
-  background is left out.
-- P3, P4 and P5 come from fixed blocks (:data:`ENDPOINTS`), which are the last of their resolution in b0
-  alone. With a deeper backbone this is another network than AutoML's, though the variables fit: the
-  configuration says which blocks, and those after the last are left out.
+- Anchors at a location are ordered by aspect ratio, then by scale; AutoML's by scale, then by aspect ratio.
+  The channels of the predicting layers are put in AutoML's order.
+- The predicted boxes are divided by the scale factors of the box coder, and there may be a background class
+  before the others. Both are only in ``pipeline.config``, not in the weights. The weights of the box predictor
+  are divided by the scales; the background class is left out.
+- P3, P4 and P5 come from fixed blocks (:data:`ENDPOINTS`). Only in b0 are these the last blocks of their
+  resolution. With a deeper backbone the network is different from AutoML's, although the variables fit. The
+  configuration then holds the numbers of the blocks, and the blocks after the last one are left out.
 - Image size and anchors are those of ``pipeline.config``, not of a variant.
 
-Source: TensorFlow Models: ``research/object_detection``, in it
+Source: TensorFlow Models, ``research/object_detection``:
 ``models/ssd_efficientnet_bifpn_feature_extractor.py``, ``utils/bifpn_utils.py``,
 ``models/bidirectional_feature_pyramid_generators.py``, ``predictors/convolutional_keras_box_predictor.py``,
 ``anchor_generators/`` and ``box_coders/``; ``official/vision/image_classification/efficientnet/``.
@@ -40,18 +40,18 @@ from pytorch_model.config import BN_EPSILON
 PARTS = ("_feature_extractor", "_box_predictor")
 FORMAT = "TensorFlow Object Detection API checkpoint"
 
-#: Level → (stage, block in the stage) that the API takes it from, whatever the depth of the backbone.
+#: Level → (stage, block in the stage) that the API takes it from, for every depth of the backbone.
 ENDPOINTS = {3: (2, 1), 4: (4, 2), 5: (6, 0)}
 
 _AUTOML_RATIOS = (1.0, 2.0, 0.5)  # AutoML's aspect_ratios, in its order
 
 
 def read(tree: ObjectTree, root: int) -> Checkpoint:
-    """The detector at ``root``, an object that has all of :data:`PARTS`, under AutoML's names.
+    """Read the detector at ``root``, an object with all of :data:`PARTS`.
 
-    Needs the model's ``pipeline.config``: in the folder of the checkpoint or SavedModel, as training leaves
-    it, or else beside that folder, as the API exports it. Raises CheckpointError without it, and for anything
-    that AutoML's network cannot do.
+    Needs the model's ``pipeline.config``: in the folder of the checkpoint or SavedModel, where training leaves
+    it, or in the folder above, where the API exports it. Raises CheckpointError if it is missing, and for
+    anything that AutoML's network cannot do.
     """
     source = tree.bundle.source
     variables = tree.variables(root)
@@ -61,8 +61,8 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
     _check_pipeline(pipeline, layout, variables)
     pieces = {**layout.pieces, **dict(_predictors(layout, pipeline, variables))}
     notes = [
-        "an Object Detection API checkpoint: no real weights of this layout were at hand to run, nor was the "
-        "API's way of resizing images compared",
+        "an Object Detection API checkpoint: this layout was not tested with real weights, and the API's way "
+        "of resizing images was not compared",
         *_about_pipeline(pipeline),
     ]
     kept = {path: variable for path, variable in variables.items() if path not in layout.unused}
@@ -76,13 +76,13 @@ def _endpoints(layout: Layout, source: str) -> tuple[int, int, int]:
     if layout.detector_blocks != fifth + 1:
         raise CheckpointError(
             f"{source} runs {layout.detector_blocks} blocks of {layout.backbone.name}, the Object Detection "
-            f"API runs {fifth + 1}; where this one takes its pyramid from cannot be known"
+            f"API runs {fifth + 1}; the blocks that its pyramid levels come from are unknown"
         )
     return third, fourth, fifth
 
 
 def _settings(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str, Any]:
-    """What the configuration takes from elsewhere than the weights."""
+    """The part of the configuration that is not in the weights."""
     ratios = pipeline.aspect_ratios
     settings = {
         "endpoints": endpoints,
@@ -98,18 +98,18 @@ def _find_pipeline(source: str) -> Path:
     folder, neighbour = prefix.parent, f"{prefix.name}.index"
     if prefix.name == folder.name == "variables":  # of a SavedModel
         folder, neighbour = folder.parent, "its folder variables"
-    for place in (folder, folder.parent):  # further up, whatever lies there is not this model's
+    for place in (folder, folder.parent):  # a file further up would not be this model's
         if (place / PIPELINE).is_file():
             return place / PIPELINE
     raise CheckpointError(
-        f"{source} is an Object Detection API checkpoint, and only its {PIPELINE} tells the box coding, the "
-        "anchors and the background class; put that file, which comes with the model, beside "
+        f"{source} is an Object Detection API checkpoint. Box coding, anchors and background class are only in "
+        f"its {PIPELINE}; put that file, which comes with the model, beside "
         f"{neighbour} (unpack an archive for that)"
     )
 
 
 def _check_pipeline(pipeline: Pipeline, layout: Layout, variables: Mapping[str, Variable]) -> None:
-    """Raise CheckpointError where the pipeline is another model's, or asks for what AutoML's cannot do."""
+    """Raise CheckpointError if the pipeline is a different model's, or needs what AutoML's network cannot do."""
     levels = (layout.max_level - layout.num_levels + 1, layout.max_level)
     weighted = "fpn_cells/cell_0/fnode0/WSM" in layout.pieces
     expected_class = len(_class_channels(pipeline)) + _background_channels(pipeline)
@@ -130,8 +130,8 @@ def _check_pipeline(pipeline: Pipeline, layout: Layout, variables: Mapping[str, 
     wrong = [what for what, fits in found.items() if not fits]
     if wrong:
         raise CheckpointError(
-            f"{pipeline.path} does not go with the checkpoint, or describes a model that AutoML's network "
-            f"cannot be: see its {', '.join(wrong)}"
+            f"{pipeline.path} does not belong to the checkpoint, or describes a model that differs from AutoML's "
+            f"network: see its {', '.join(wrong)}"
         )
 
 
@@ -169,7 +169,7 @@ def _background_channels(pipeline: Pipeline) -> int:
 def _predictors(
     layout: Layout, pipeline: Pipeline, variables: Mapping[str, Variable]
 ) -> Iterator[tuple[str, Piece]]:
-    """The last layer of each head, with channels and box scales as AutoML reads them."""
+    """The last layer of each head, with AutoML's order of channels and without box scales."""
     boxes = (_anchor_order(pipeline)[:, None] * 4 + np.arange(4)[None, :]).reshape(-1)
     divisors = np.tile(np.array(pipeline.box_scales, np.float32), _num_anchors(pipeline))
     for scope, channels, divisor in (
@@ -188,11 +188,11 @@ def _select(array: np.ndarray, channels: np.ndarray, divisor: np.ndarray | None)
 
 
 def _about_pipeline(pipeline: Pipeline) -> Iterator[str]:
-    """What was done because of the pipeline."""
-    yield f"image size, anchors and the blocks that P3, P4 and P5 come from as {pipeline.path} says"
-    yield f"class and box channels in AutoML's order of anchors, as {pipeline.path} says"
+    """Notes about the settings that come from the pipeline."""
+    yield f"image size, anchors and the blocks of P3, P4 and P5 are from {pipeline.path}"
+    yield f"class and box channels were reordered to AutoML's anchors, as described in {pipeline.path}"
     if set(pipeline.box_scales) != {1.0}:
         scales = ", ".join(f"{scale:g}" for scale in pipeline.box_scales)
-        yield f"the box coder's scales {scales} were divided into box_net/box-predict"
+        yield f"box_net/box-predict was divided by the box coder's scales {scales}"
     if pipeline.add_background_class:
         yield "the background class was left out of class_net/class-predict"

@@ -1,8 +1,8 @@
 """TensorFlow 2 object-based checkpoints (``ckpt-N``): the objects that own the variables.
 
-Such a checkpoint names a variable by the attributes that lead to it (``backbone/_stem/_bn/gamma``), and stores
-the whole graph of objects as one string. :mod:`.automl_keras` and :mod:`.detection_api` map the objects of the
-two known models to AutoML's variable names; :mod:`.assemble` makes a checkpoint of the result.
+Such a checkpoint names a variable by the attributes that lead to it (``backbone/_stem/_bn/gamma``), and holds
+the whole graph of objects as one string. :mod:`.automl_keras` and :mod:`.detection_api` map the objects of
+the two known models to AutoML's variable names; :mod:`.assemble` makes a checkpoint of the result.
 
 Source: TensorFlow ``core/protobuf/trackable_object_graph.proto`` and ``python/checkpoint/``.
 """
@@ -23,35 +23,39 @@ GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"  # the end of the key of every variable's value
 SLOT = "/.OPTIMIZER_SLOT/"  # in the key of an optimizer slot, between its variable and the slot
 
-#: Where Keras lists an object's variables once more; in a SavedModel these are the shortest paths to them.
+#: Attributes with which Keras lists an object's variables a second time. They are skipped: in a SavedModel
+#: they would be the shortest paths to the variables.
 _BOOKKEEPING = frozenset(
     {"variables", "trainable_variables", "non_trainable_variables", "keras_api", "vars", "signatures"}
 )
-_MOST_NODES = 1 << 15  # objects of a graph; Lite0's has 1,176. Each takes some 500 bytes
+_MOST_NODES = 1 << 15  # objects of a graph, about 500 bytes each; Lite0's has 1,176
 _LONGEST_PATH = 1000  # characters of the attributes that lead to a variable; an EfficientDet's have about 100
 _NOTHING = memoryview(b"")
 
 
 class Node(NamedTuple):
-    """One object: its attributes (name → node), and where its value lies if it is a variable."""
+    """One object: its attributes (name → node number), and the key of its value if it is a variable."""
 
     children: dict[str, int]
-    key: str = ""  # of the checkpoint, without the ending that all variables' keys share
+    key: str = ""  # in the checkpoint, without VALUE at the end
     full_name: str = ""  # the variable's own name when it was saved: "efficientnet-b0/stem/conv2d/kernel"
 
 
 class Variable(NamedTuple):
+    """A variable of a model. ``key`` and ``full_name`` as in :class:`Node`."""
+
     key: str
     full_name: str
     shape: tuple[int, ...]
 
 
 def is_object_based(bundle: TensorBundle) -> bool:
+    """Whether ``bundle`` names its variables by objects instead of TensorFlow's variable names."""
     return GRAPH_KEY in bundle or any(key.endswith(VALUE) for key in bundle)
 
 
 class ObjectTree:
-    """The objects of ``bundle``, whose data are not read. Raises CheckpointError if the graph is damaged."""
+    """The objects of ``bundle``. No values are read. Raises CheckpointError if the graph is damaged."""
 
     def __init__(self, bundle: TensorBundle) -> None:
         self.bundle = bundle
@@ -67,11 +71,14 @@ class ObjectTree:
             ) from None
 
     def root(self, parts: Collection[str]) -> int | None:
-        """The one object that has all of ``parts`` as attributes; None without one."""
+        """The object that has all of ``parts`` as attributes; None if there is none.
+
+        Raises CheckpointError if there are several different ones.
+        """
         found = [node for node in self._walk(0) if set(parts) <= self.nodes[node].children.keys()]
         bodies = {self.nodes[node].children[part] for node in found for part in parts}
         if len(bodies) > len(parts):
-            raise CheckpointError(f"{self.bundle.source} holds {len(found)} models; save one of them alone")
+            raise CheckpointError(f"{self.bundle.source} holds {len(found)} models; save only one of them")
         return found[0] if found else None
 
     def variables(self, root: int) -> dict[str, Variable]:
@@ -91,12 +98,12 @@ class ObjectTree:
         return found
 
     def count(self, root: int, part: str) -> int | None:
-        """How many objects the list ``part`` of ``root`` holds; None where that is not known."""
+        """The number of objects in the list ``part`` of ``root``; None if it is not known."""
         child = self.nodes[root].children.get(part)
         return len(self.nodes[child].children) if self.is_whole and child is not None else None
 
     def _walk(self, start: int) -> dict[int, tuple[int, str]]:
-        """Every object once, breadth first: which one led to it, by what name; they may lead in circles."""
+        """Object → (the object that led to it, the attribute), breadth first; the graph may have circles."""
         queue, came_from = deque([start]), {start: (start, "")}
         while queue:
             node = queue.popleft()
@@ -107,7 +114,7 @@ class ObjectTree:
         return came_from
 
     def _path(self, came_from: Mapping[int, tuple[int, str]], node: int) -> str:
-        """The attributes that lead to ``node``, where :meth:`_walk` began."""
+        """The attributes that lead to ``node`` from the start of :meth:`_walk`."""
         names: list[str] = []
         length = 0
         while came_from[node][0] != node:
@@ -164,7 +171,7 @@ def _text(number: int, value: int | memoryview) -> str:
 
 
 def _nodes_of_keys(keys: Iterable[str]) -> list[Node]:
-    """The tree that the keys themselves spell out, for a checkpoint without its graph."""
+    """The tree in the keys themselves, for a checkpoint without an object graph."""
     nodes = [Node({})]
     for key in keys:
         if not key.endswith(VALUE) or SLOT in key:

@@ -1,4 +1,4 @@
-"""Open an object-based checkpoint: find out which of the known models it holds, and read that one."""
+"""Open an object-based checkpoint: recognise which of the known models it holds, and read it."""
 
 from __future__ import annotations
 
