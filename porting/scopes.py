@@ -1,6 +1,7 @@
 """Names in an AutoML checkpoint: suffixes, training's own scalars, and the scopes of the network's layers.
 
-``rules.py`` and ``tf_reference/variables.py`` spell these names themselves, on purpose: each checks the other.
+``rules.py`` and ``tf_reference/variables.py`` spell these names themselves, on purpose: each checks the
+other.
 """
 
 from __future__ import annotations

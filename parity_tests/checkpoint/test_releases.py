@@ -1,4 +1,4 @@
-"""Releases by name: the table, and a download that survives every fault a server can have."""
+"""Google's releases by name: the table, and a download that survives the faults of a server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ D0 = GOOGLE_RELEASES["efficientdet-d0"]
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``body`` as Google Cloud Storage does; each of ``faults`` spoils one request, in turn."""
+    """Serves ``body`` like Google Cloud Storage; each of ``faults`` in turn spoils one request."""
 
     daemon_threads = True
     block_on_close = False
@@ -67,7 +67,7 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/e"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client of a broken connection is no news."""
+        """Do not report broken connections."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -80,7 +80,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.serve()
 
     def serve(self, limit: int | None = None, changed: dict[str, str | None] | None = None) -> None:
-        """Send what was asked for, ``limit`` bytes of it, with headers ``changed`` or (None) left out."""
+        """Send the requested bytes, at most ``limit``, with headers ``changed`` or (None) left out."""
         server = self.server
         start = 0
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -98,7 +98,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             crc32c = google_crc32c.value(server.body).to_bytes(4, "big")
             md5 = hashlib.md5(server.body).digest()
             headers["x-goog-hash"] = f"crc32c={encode(crc32c)}"
-            headers["X-Goog-Hash"] = f"md5={encode(md5)}"  # two lines, as Google sends them
+            headers["X-Goog-Hash"] = f"md5={encode(md5)}"  # two lines, like Google's
         headers.update(changed or {})
         self.send_response(206 if start else 200)
         for key, value in headers.items():
@@ -198,7 +198,7 @@ def watcher() -> Watcher:
 
 
 def leftovers(cache: Path) -> list[str]:
-    """All that lies in the cache but the archive, its record and the lock."""
+    """The files in the cache other than the archive, its record and the lock."""
     kept = {"efficientdet-d0.tar.gz", "efficientdet-d0.tar.gz.json", "efficientdet-d0.tar.gz.lock"}
     return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.name not in kept)
 
@@ -228,12 +228,12 @@ def test_the_table_holds_what_was_published(shared: Path) -> None:
 
 @pytest.mark.parametrize("release", GOOGLE_RELEASES.values(), ids=list(GOOGLE_RELEASES))
 @pytest.mark.parametrize("cache", ["/c", "/advprop/d2-640", "/efficientdet-d6", "/x/efficientdet-d7"])
-def test_the_cached_path_tells_what_weights_cannot(release: releases.GoogleRelease, cache: str) -> None:
-    """``infer_config`` reads the source's path; what the cache's own folders are called must not matter."""
+def test_the_cached_path_gives_what_weights_cannot(release: releases.GoogleRelease, cache: str) -> None:
+    """``infer_config`` uses the path of the source; the names of the cache's folders must not matter."""
     assert release.model in MODELS
     folder = release.path.split("/")[-1].split(".")[
         0
-    ]  # inside the archive: of AdvProp, plain efficientdet-d0
+    ]  # inside the archive; for AdvProp it is the plain name efficientdet-d0
     source = f"{release.cached_at(Path(cache))}:{folder}/model"
     plain = model_config(release.model)
     found = infer_config(variable_shapes(plain), source)
@@ -243,7 +243,7 @@ def test_the_cached_path_tells_what_weights_cannot(release: releases.GoogleRelea
     assert found.config == plain.replace(image_size=size, **advprop)
 
 
-def test_every_file_of_the_cache_lies_in_it() -> None:
+def test_every_file_of_the_cache_is_inside_it() -> None:
     places = [release.cached_at(Path("/cache")) for release in GOOGLE_RELEASES.values()]
     assert len(set(places)) == 26
     for release, place in zip(GOOGLE_RELEASES.values(), places, strict=True):
@@ -258,15 +258,15 @@ def test_a_name_in_any_spelling(spec: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("there", ["efficientdet-d0", "efficientdet-d0.index"])
-def test_what_is_here_goes_first(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_paths_have_priority(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / there).touch()
     assert google_release_named("efficientdet-d0") is None
     assert google_release_named("efficientdet-d1") is GOOGLE_RELEASES["efficientdet-d1"]
 
 
-def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --cache-dir . the download makes a folder of the release's name; the next run must not stumble."""
+def test_the_folder_of_the_cache_is_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cache-dir . the download makes a folder with the release's name; the next run must ignore it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     (tmp_path / D0.name).mkdir()
@@ -284,9 +284,13 @@ def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pyt
     ("spec", "near"),
     [("efficientdet-d8", "efficientdet-d"), ("efficientdet-d1-640", "-640"), ("efficientdet-lite5", "lite")],
 )
-def test_a_name_that_is_none(spec: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_releases(
+    spec: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{spec} is neither here nor a release .*{near}"):
+    with pytest.raises(
+        CheckpointError, match=rf"{spec} is neither an existing path nor a Google release.*{near}"
+    ):
         google_release_named(spec)
 
 
@@ -316,7 +320,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", home)
-    with pytest.raises(EfficientDetError, match="say --cache-dir"):
+    with pytest.raises(EfficientDetError, match="give --cache-dir"):
         default_cache()
 
 
@@ -342,7 +346,7 @@ def test_fetch_and_use_again(server: Server, tmp_path: Path, watcher: Watcher) -
     assert watcher.seen[-1] == (len(BODY), len(BODY))
     assert watcher.seen == sorted(watcher.seen)
     assert watcher.notes == []
-    for suffix in (".part", ".part.json"):  # as a run leaves them that is killed at its very end
+    for suffix in (".part", ".part.json"):  # files of a run that was killed at its end
         path.with_name(path.name + suffix).write_bytes(b"{}")
     assert fetch(D0, tmp_path) == path
     assert len(server.requests) == 1
@@ -372,7 +376,7 @@ def test_dropped_and_resumed(server: Server, tmp_path: Path, watcher: Watcher) -
     assert starts[0] < starts[1] == starts[2] <= 1_500_000
     assert all(request["If-Range"] == '"first"' for request in server.requests[1:])
     assert any("broke off at" in note and "trying again" in note for note in watcher.notes)
-    assert any(note.startswith("going on at") for note in watcher.notes)
+    assert any(note.startswith("resuming at") for note in watcher.notes)
 
 
 def test_resumed_by_a_later_run(
@@ -390,7 +394,7 @@ def test_resumed_by_a_later_run(
 
 
 def interrupted(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a ``.part`` of some 1.2 MB."""
+    """Leave a ``.part`` of about 1.2 MB."""
     with monkeypatch.context() as patch:
         patch.setattr(download, "ATTEMPTS", 1)
         server.faults = [drop(1_200_000)]
@@ -410,7 +414,7 @@ def test_the_file_changed_in_between(server: Server, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_the_file_changed_and_only_its_checksum_tells(
+def test_the_file_changed_and_only_its_checksum_shows_it(
     etag: str | None, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.etag = etag
@@ -434,8 +438,10 @@ def test_last_modified_where_there_is_no_etag(
     assert "Range" in server.requests[0]
 
 
-def test_nothing_to_resume_by(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ETag, date and checksum two versions could not be told apart: from the start, then."""
+def test_a_server_without_validators_is_not_resumed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ETag, date and checksum two versions look the same, so the download starts again."""
     server.etag, server.hashes = None, False
     interrupted(server, tmp_path, monkeypatch)
     fetch(D0, tmp_path)
@@ -468,7 +474,7 @@ def test_a_server_that_ignores_ranges(
     "content_range",
     [None, "bytes 0-2999999/3000000", "bytes 1200000-2999999/*", "bytes 1200000-2999999/3000001", "9" * 5000],
 )
-def test_resumed_in_a_wrong_place(
+def test_resumed_at_a_wrong_position(
     content_range: str | None, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(server, tmp_path, monkeypatch)
@@ -479,10 +485,10 @@ def test_resumed_in_a_wrong_place(
 
 
 @pytest.mark.parametrize("more", [0, 5])
-def test_a_part_that_is_already_whole_or_more(
+def test_a_part_that_is_already_complete_or_longer(
     more: int, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last run ended between the last byte and the renaming; or something else wrote to the part."""
+    """The last run ended between the last byte and the renaming, or something else wrote to the part."""
     interrupted(server, tmp_path, monkeypatch)
     part = D0.cached_at(tmp_path).with_name("efficientdet-d0.tar.gz.part")
     part.write_bytes(BODY + bytes(more))
@@ -507,7 +513,7 @@ def test_an_unreadable_note_on_the_part(
 
 
 @pytest.mark.parametrize("fault", [answer(503), answer(500), answer(429), answer(408), hang_up, garbage])
-def test_what_passes_is_tried_again(
+def test_transient_errors_are_retried(
     fault: Callable[[Handler], bool], server: Server, tmp_path: Path, watcher: Watcher
 ) -> None:
     server.faults = [fault, fault, fault]
@@ -519,7 +525,7 @@ def test_what_passes_is_tried_again(
 
 
 @pytest.mark.parametrize("status", [404, 403, 401, 410, 400])
-def test_what_does_not_pass_is_not(status: int, server: Server, tmp_path: Path) -> None:
+def test_permanent_errors_are_not_retried(status: int, server: Server, tmp_path: Path) -> None:
     server.faults = [answer(status)]
     with pytest.raises(CheckpointError) as caught:
         fetch(D0, tmp_path)
@@ -531,14 +537,14 @@ def test_what_does_not_pass_is_not(status: int, server: Server, tmp_path: Path) 
     assert "\n" not in message
 
 
-def test_given_up_in_the_end(server: Server, tmp_path: Path) -> None:
+def test_attempts_are_limited(server: Server, tmp_path: Path) -> None:
     server.faults = [answer(503)] * 10
     with pytest.raises(CheckpointError, match="the server answers 503"):
         fetch(D0, tmp_path)
     assert len(server.requests) == 4
 
 
-def test_attempts_that_bring_something_are_not_counted(
+def test_attempts_with_progress_are_not_counted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "_WORTHWHILE", 100_000)
@@ -569,16 +575,16 @@ def test_a_stalled_server(
 def test_a_wrong_checksum(wrong: str, server: Server, tmp_path: Path) -> None:
     spoil = changed(**{"x-goog-hash": wrong, "X-Goog-Hash": None})
     server.faults = [spoil]
-    fetch(D0, tmp_path)  # once may be bad luck
+    fetch(D0, tmp_path)  # once may be chance
     assert_fetched(tmp_path)
     assert "Range" not in server.requests[1]
     server.faults = [spoil] * 9
     server.requests.clear()
     other = tmp_path / "other"
     name = wrong.partition("=")[0]
-    with pytest.raises(CheckpointError, match=f"what came has {name} .*, the server announced"):
+    with pytest.raises(CheckpointError, match=f"the file has {name} .*, the server announced"):
         fetch(D0, other)
-    assert len(server.requests) == 2  # three megabytes are not fetched four times over
+    assert len(server.requests) == 2  # three megabytes are not fetched four times
     assert leftovers(other) == []
     assert not D0.cached_at(other).exists()
 
@@ -606,7 +612,7 @@ def test_each_of_two_checksum_lines_counts(server: Server, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("start", [0, 1000])
-def test_a_piece_that_nobody_asked_for(start: int, server: Server, tmp_path: Path) -> None:
+def test_a_part_that_was_not_requested(start: int, server: Server, tmp_path: Path) -> None:
     def piece(handler: Handler) -> bool:
         handler.send_response(206)
         handler.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
@@ -632,8 +638,8 @@ def test_both_checksums_are_recorded(one_line: bool, server: Server, tmp_path: P
     assert record["url"] == D0.url
 
 
-def test_longer_than_it_is(server: Server, tmp_path: Path) -> None:
-    """The server promises more bytes than it ever sends."""
+def test_announced_longer_than_it_is(server: Server, tmp_path: Path) -> None:
+    """The server announces more bytes than it sends."""
     server.faults = [changed(Content_Length=str(len(BODY) + 100))] * 9
     with pytest.raises(CheckpointError, match=r"broke off at 3,000,000 of 3,000,100 bytes|answers 416"):
         fetch(D0, tmp_path)
@@ -641,9 +647,9 @@ def test_longer_than_it_is(server: Server, tmp_path: Path) -> None:
     assert not D0.cached_at(tmp_path).exists()
 
 
-def test_shorter_than_it_is(server: Server, tmp_path: Path) -> None:
+def test_announced_shorter_than_it_is(server: Server, tmp_path: Path) -> None:
     server.faults = [changed(Content_Length="1000")] * 9
-    with pytest.raises(CheckpointError, match="what came has crc32c"):
+    with pytest.raises(CheckpointError, match="the file has crc32c"):
         fetch(D0, tmp_path)
     assert not D0.cached_at(tmp_path).exists()
 
@@ -722,7 +728,7 @@ def test_an_impossible_mirror(url: str, tmp_path: Path, monkeypatch: pytest.Monk
 # The cache
 
 
-def test_what_was_put_there_by_hand(server: Server, tmp_path: Path) -> None:
+def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
     target = D0.cached_at(tmp_path)
     target.parent.mkdir(parents=True)
     target.write_bytes(b"by hand")
@@ -732,7 +738,7 @@ def test_what_was_put_there_by_hand(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["file", "record", "no hash"])
-def test_a_rotten_cache(damage: str, server: Server, tmp_path: Path, watcher: Watcher) -> None:
+def test_a_damaged_cache(damage: str, server: Server, tmp_path: Path, watcher: Watcher) -> None:
     target = fetch(D0, tmp_path)
     record = target.with_name(target.name + ".json")
     if damage == "file":
@@ -745,7 +751,7 @@ def test_a_rotten_cache(damage: str, server: Server, tmp_path: Path, watcher: Wa
     assert watcher.notes == [f"{target} has changed since it was stored; fetching it again"]
 
 
-def test_rotten_and_offline(server: Server, tmp_path: Path) -> None:
+def test_damaged_and_offline(server: Server, tmp_path: Path) -> None:
     target = fetch(D0, tmp_path)
     target.write_bytes(b"rotten")
     server.faults = [answer(404)]
@@ -753,14 +759,14 @@ def test_rotten_and_offline(server: Server, tmp_path: Path) -> None:
         CheckpointError, match=r"has changed since .* delete efficientdet-d0\.tar\.gz\.json beside"
     ):
         fetch(D0, tmp_path)
-    assert target.read_bytes() == b"rotten"  # not thrown away: the user may know better
+    assert target.read_bytes() == b"rotten"  # not deleted: the user may trust it
     target.with_name(target.name + ".json").unlink()
     assert fetch(D0, tmp_path).read_bytes() == b"rotten"
 
 
 def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"cannot be written: .*say --cache-dir"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*give --cache-dir"):
         fetch(D0, tmp_path / "file")
     D0.cached_at(tmp_path).mkdir(parents=True)
     with pytest.raises(OutputError, match=r"efficientdet-d0\.tar\.gz cannot be written"):
@@ -818,7 +824,7 @@ def test_two_runs_at_once_fetch_it_once(server: Server, tmp_path: Path, watcher:
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> None:
-    """With locks and, as on Windows and some network disks, without."""
+    """With locks, and without them as on some network disks."""
     script = (
         "import sys; from pathlib import Path; from porting.sources import download; "
         "from porting.sources import google_releases as releases; "
@@ -841,7 +847,7 @@ def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> 
         assert len(server.requests) == 3
 
 
-# All the way to a checkpoint
+# From a name to a checkpoint
 
 
 def test_a_release_opens_by_its_name(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -863,7 +869,9 @@ def test_a_release_opens_by_its_name(server: Server, tmp_path: Path, monkeypatch
         assert checkpoint.source == f"{archive}:efficientdet-d0/model"
     assert server.requests[0]["path"] == "/e/advprop/efficientdet-d0.tar.gz"
     assert list(work.iterdir()) == []
-    with pytest.raises(CheckpointError, match="efficientdet-d9 is neither here nor a release"):
+    with pytest.raises(
+        CheckpointError, match="efficientdet-d9 is neither an existing path nor a Google release"
+    ):
         open_source("efficientdet-d9", work)
     with open_checkpoint(archive) as checkpoint:
         assert checkpoint.step == 3
@@ -929,7 +937,7 @@ def test_convert_says_what_to_do_without_a_network(server: Server, tmp_path: Pat
         (["--model", "efficientdet-d1", "--hparams", "name=efficientdet-d0"], "--model says efficientdet-d1"),
     ],
 )
-def test_convert_refuses_options_before_it_downloads(
+def test_convert_rejects_options_before_it_downloads(
     arguments: list[str], message: str, server: Server, tmp_path: Path
 ) -> None:
     done = convert("--ckpt", "efficientdet-d0", "--cache-dir", tmp_path / "cache", *arguments, cwd=tmp_path)

@@ -33,7 +33,7 @@ Opener = Callable[[Path, int | None], Checkpoint]
 
 
 def is_archive(head: bytes, path: Path) -> bool:
-    """Whether the file at ``path`` has the name of an archive, or ``head``, its first bytes, are those of one."""
+    """Whether the file at ``path`` has an archive's name, or ``head``, its first bytes, are an archive's."""
     named = path.name.lower().endswith(SUFFIXES) and os.path.isfile(path)
     return named or kind_of(head) is not None
 
@@ -41,9 +41,9 @@ def is_archive(head: bytes, path: Path) -> bool:
 def open_archive(path: Path, step: int | None, open_inside: Opener) -> Checkpoint:
     """Open the one checkpoint inside the archive at ``path``. ``open_inside`` opens the unpacked files.
 
-    If there are several kinds of weights, the most complete is used: a V2 checkpoint, then ``.h5``, SavedModel,
-    frozen graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: the archive is damaged,
-    hostile or too large, holds no weights, or holds two checkpoints of one kind.
+    If there are several kinds of weights, the most complete is used: a V2 checkpoint, then ``.h5``,
+    SavedModel, frozen graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: the
+    archive is damaged, hostile or too large, holds no weights, or holds two checkpoints of one kind.
     """
     try:
         private = Path(tempfile.mkdtemp(prefix="efficientdet-"))

@@ -1,9 +1,9 @@
 """Keras HDF5 weights (``.h5``), as written by ``save_weights`` of AutoML's Keras model.
 
-The file has a group for each layer, and in it a dataset for each variable. The dataset has the variable's name,
-followed by ``:0``. Keras also lists the names in attributes (``weight_names``, in pieces if long). These add no
-information and are not read: if such a list is damaged, the HDF5 library can loop for ever. HDF5 has no
-checksums: flipped bits in the values cannot be detected.
+The file has a group for each layer, and in it a dataset for each variable. The dataset has the variable's
+name, followed by ``:0``. Keras also lists the names in attributes (``weight_names``, in pieces if long).
+These add no information and are not read: if such a list is damaged, the HDF5 library can loop for ever. HDF5
+has no checksums: flipped bits in the values cannot be detected.
 
 Source: Keras 2 ``saving/legacy/hdf5_format.py``.
 """

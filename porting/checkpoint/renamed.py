@@ -11,7 +11,7 @@ from porting.checkpoint.base import Checkpoint
 
 
 class Source(NamedTuple):
-    """Where the values of a variable come from: the array stored as ``key``, or ``take(array)`` of ``shape``."""
+    """The source of a variable's values: the array stored as ``key``, or ``take(array)`` of ``shape``."""
 
     key: str
     take: Callable[[np.ndarray], np.ndarray] | None = None

@@ -28,7 +28,7 @@ def saved_model_prefix(path: str | os.PathLike[str]) -> Path | None:
         return prefix
     if any(os.path.isfile(folder / graph) for graph in _GRAPHS):
         raise CheckpointError(
-            f"{folder} is a SavedModel without variables: {prefix}.index does not exist; fetch the whole folder"
+            f"{folder} is a SavedModel without variables: there is no {prefix}.index; fetch the whole folder"
         )
     return None
 

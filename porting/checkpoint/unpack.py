@@ -96,8 +96,8 @@ class _Member(NamedTuple):
 def unpack(archive: Path, folder: Path) -> list[PurePosixPath]:
     """Copy the files that may be weights from ``archive`` into ``folder``; returns their paths in it.
 
-    Raises :class:`~porting.errors.CheckpointError` if the archive is damaged, hostile or too large, or if there
-    is not enough room.
+    Raises :class:`~porting.errors.CheckpointError` if the archive is damaged, hostile or too large, or if
+    there is not enough room.
     """
     found: dict[PurePosixPath, None] = {}
     try:

@@ -1,4 +1,4 @@
-"""Download one file into a cache. An interrupted download is resumed; only a verified, complete file is stored.
+"""Download one file into a cache: resume interrupted downloads, store only complete and verified files.
 
 Files next to ``FILE``: ``FILE.json`` (its source and SHA-256); during the download ``FILE.part`` and
 ``FILE.part.json`` (the server's description of the file); and ``FILE.lock``, which lets only one run download
@@ -96,8 +96,8 @@ def download(url: str, target: Path, advice: str, listener: Listener | None = No
     """Download ``url`` to ``target`` and verify it, unless it is already there.
 
     A file that the user put at ``target`` is used unchecked. A downloaded file that has changed since is
-    fetched again. ``advice`` ends the message of a failure. Raises :class:`~porting.errors.CheckpointError` if
-    it cannot be fetched, :class:`~porting.errors.OutputError` if it cannot be stored.
+    fetched again. ``advice`` ends the message of a failure. Raises :class:`~porting.errors.CheckpointError`
+    if it cannot be fetched, :class:`~porting.errors.OutputError` if it cannot be stored.
     """
     listener = listener or _Silence()
     if _is_good(target):
@@ -148,7 +148,8 @@ def _beside(path: Path, suffix: str) -> Path:
 def _part_of(target: Path, listener: Listener) -> Iterator[Path]:
     """The file to download into; no other run uses it inside this context.
 
-    If files can be locked, it is kept after a failure and can be resumed. Otherwise each run has its own file.
+    If files can be locked, it is kept after a failure and can be resumed. Otherwise each run has its own
+    file.
     """
 
     def busy() -> None:
@@ -198,7 +199,7 @@ def _fetch(url: str, part: Path, listener: Listener) -> dict[str, Any]:
 
 
 def _attempt(url: str, part: Path, listener: Listener) -> _Described:
-    """One request for the missing bytes. Raises :class:`_Transient` or :class:`_Fatal` if they do not arrive."""
+    """One request for the missing bytes. Raises :class:`_Transient` or :class:`_Fatal` if it fails."""
     described = _recorded(part)
     if described is None or described.url != url or not described.resumable:
         _discard(part)

@@ -38,7 +38,7 @@ class GoogleRelease:
 
     @property
     def url(self) -> str:
-        """The address. Raises :class:`EfficientDetError` if the base in the environment is not a web address."""
+        """The address. Raises :class:`EfficientDetError` if the environment names an invalid base address."""
         base = os.environ.get(BASE_URL_VARIABLE) or BASE_URL
         if not base.startswith(("https://", "http://")):
             raise EfficientDetError(
@@ -93,8 +93,8 @@ GOOGLE_RELEASES: Mapping[str, GoogleRelease] = {
 def google_release_named(spec: str, cache: Path | None = None) -> GoogleRelease | None:
     """The release with the name ``spec``: ``efficientdet-d0`` or ``efficientdet_d0``; None if it is a path.
 
-    A file or folder with that name has priority, unless it is the folder in ``cache`` (see :func:`fetch`) where
-    the release is stored. Raises :class:`~porting.errors.CheckpointError` for a name that looks like a
+    A file or folder with that name has priority, unless it is the folder in ``cache`` (see :func:`fetch`)
+    where the release is stored. Raises :class:`~porting.errors.CheckpointError` for a name that looks like a
     release's, but is neither a release nor an existing path.
     """
     name = spec.lower().replace("_", "-")

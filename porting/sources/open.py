@@ -18,12 +18,12 @@ def open_source(
     cache: Path | None = None,
     listener: Listener | None = None,
 ) -> Checkpoint:
-    """Open ``spec``: a path, the name of a Google release such as ``efficientdet-d0``, or ``synthetic:MODEL``.
+    """Open ``spec``: a path, the name of a Google release (``efficientdet-d0``), or ``synthetic:MODEL``.
 
-    A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other.
-    A release is first downloaded into ``cache`` unless it is already there; ``listener`` gets the progress.
-    ``step`` selects one of several checkpoints in a folder. Raises :class:`EfficientDetError`, which says what
-    to do.
+    A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other. A
+    release is first downloaded into ``cache`` unless it is already there; ``listener`` gets the progress.
+    ``step`` selects one of several checkpoints in a folder. Raises :class:`EfficientDetError`, which says
+    what to do.
     """
     if spec.startswith(SYNTHETIC):
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))

@@ -68,8 +68,8 @@ class KerasNames:
     """Path from the model → AutoML variable name.
 
     A name depends on the structure of the model, which is inferred from all the paths together.
-    ``variables``: path → variable. ``extra_levels``: the number of pyramid levels above the backbone, which is
-    the length of ``resample_layers``; None if only variables are known. Raises CheckpointError if the tree
+    ``variables``: path → variable. ``extra_levels``: the number of pyramid levels above the backbone, which
+    is the length of ``resample_layers``; None if only variables are known. Raises CheckpointError if the tree
     contradicts itself.
     """
 
@@ -82,7 +82,7 @@ class KerasNames:
         self.notes: list[str] = []
 
     def name(self, path: str) -> str | None:
-        """AutoML's name of the variable at ``path``; None if AutoML's detector does not have this variable."""
+        """AutoML's name of the variable at ``path``; None if AutoML's detector has no such variable."""
         parts = [int(part) if part.isascii() and part.isdigit() else part for part in path.split("/")]
         match parts:
             case ["backbone", "_stem", "_conv_stem", str(leaf)]:
@@ -173,7 +173,7 @@ class KerasNames:
 
     @cached_property
     def backbone(self) -> str:
-        """The backbone's name: from the variables' full names, or of the EfficientNet with the same shapes."""
+        """The name of the backbone, from the full names, or of the EfficientNet with the same shapes."""
         named = self._in_full_names(r"backbone/_stem/", r"(efficientnet-[^/]+)/")
         if named is not None:
             return named

@@ -5,8 +5,8 @@ The differences from AutoML, and how they are handled:
 - Anchors at a location are ordered by aspect ratio, then by scale; AutoML's by scale, then by aspect ratio.
   The channels of the predicting layers are put in AutoML's order.
 - The predicted boxes are divided by the scale factors of the box coder, and there may be a background class
-  before the others. Both are only in ``pipeline.config``, not in the weights. The weights of the box predictor
-  are divided by the scales; the background class is left out.
+  before the others. Both are only in ``pipeline.config``, not in the weights. The weights of the box
+  predictor are divided by the scales; the background class is left out.
 - P3, P4 and P5 come from fixed blocks (:data:`ENDPOINTS`). Only in b0 are these the last blocks of their
   resolution. With a deeper backbone the network is different from AutoML's, although the variables fit. The
   configuration then holds the numbers of the blocks, and the blocks after the last one are left out.
@@ -49,9 +49,9 @@ _AUTOML_RATIOS = (1.0, 2.0, 0.5)  # AutoML's aspect_ratios, in its order
 def read(tree: ObjectTree, root: int) -> Checkpoint:
     """Read the detector at ``root``, an object with all of :data:`PARTS`.
 
-    Needs the model's ``pipeline.config``: in the folder of the checkpoint or SavedModel, where training leaves
-    it, or in the folder above, where the API exports it. Raises CheckpointError if it is missing, and for
-    anything that AutoML's network cannot do.
+    Needs the model's ``pipeline.config``: in the folder of the checkpoint or SavedModel, where training
+    leaves it, or in the folder above, where the API exports it. Raises CheckpointError if it is missing, and
+    for anything that AutoML's network cannot do.
     """
     source = tree.bundle.source
     variables = tree.variables(root)
@@ -102,14 +102,14 @@ def _find_pipeline(source: str) -> Path:
         if (place / PIPELINE).is_file():
             return place / PIPELINE
     raise CheckpointError(
-        f"{source} is an Object Detection API checkpoint. Box coding, anchors and background class are only in "
-        f"its {PIPELINE}; put that file, which comes with the model, beside "
+        f"{source} is an Object Detection API checkpoint, and the box coding, the anchors and the background "
+        f"class are only in its {PIPELINE}; put that file, which comes with the model, beside "
         f"{neighbour} (unpack an archive for that)"
     )
 
 
 def _check_pipeline(pipeline: Pipeline, layout: Layout, variables: Mapping[str, Variable]) -> None:
-    """Raise CheckpointError if the pipeline is a different model's, or needs what AutoML's network cannot do."""
+    """Raise CheckpointError if the pipeline is not this model's, or does not fit AutoML's network."""
     levels = (layout.max_level - layout.num_levels + 1, layout.max_level)
     weighted = "fpn_cells/cell_0/fnode0/WSM" in layout.pieces
     expected_class = len(_class_channels(pipeline)) + _background_channels(pipeline)
@@ -130,8 +130,8 @@ def _check_pipeline(pipeline: Pipeline, layout: Layout, variables: Mapping[str, 
     wrong = [what for what, fits in found.items() if not fits]
     if wrong:
         raise CheckpointError(
-            f"{pipeline.path} does not belong to the checkpoint, or describes a model that differs from AutoML's "
-            f"network: see its {', '.join(wrong)}"
+            f"{pipeline.path} does not belong to the checkpoint, or describes a network different from "
+            f"AutoML's: see its {', '.join(wrong)}"
         )
 
 

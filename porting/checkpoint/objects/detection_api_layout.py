@@ -163,7 +163,7 @@ class _Reader:
 
     @staticmethod
     def _is_top(chain: list[_Layer]) -> bool:
-        """Whether this is the classifier: a convolution and a batch norm without a depthwise one after them."""
+        """Whether the rest is the classifier, which has no depthwise convolution."""
         return not any(layer.leaves == {"depthwise_kernel"} for layer in chain[:3])
 
     def take(self, chain: list[_Layer], scope: str, leaves: frozenset[str] | set[str]) -> None:
@@ -248,7 +248,7 @@ class _Reader:
             self.place(f"{layer}/1", f"{scope}/bn", _BN)
 
     def _fusion(self, path: str, scope: str, inputs: int) -> None:
-        """Map the weights of a node's inputs: one variable here, one per input in AutoML; none in plain sums."""
+        """Map the fusion weights of a node: one variable here, one per input in AutoML, none for sums."""
         if path not in self.variables:
             return
         if self.variables[path].shape != (inputs, 1):

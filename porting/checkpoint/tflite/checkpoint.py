@@ -54,7 +54,8 @@ class TFLiteCheckpoint(Checkpoint):
     """A TFLite file, which is read and checked as a whole: ``TFLiteCheckpoint("efficientdet_lite0.tflite")``.
 
     ``settings``: image size, activation, … and, if the file has them, anchors and input normalisation.
-    ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → the number of its tensor.
+    ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → the number of its
+    tensor.
 
     Raises :class:`CheckpointError`: not TFLite, damaged, or a different network. TFLite has no checksums:
     damage to a weight stays unnoticed if structure, scales and shared kernels still agree. If a damaged
@@ -104,7 +105,7 @@ class TFLiteCheckpoint(Checkpoint):
 
 
 def is_tflite(head: bytes, path: Path) -> bool:
-    """Whether ``path`` ends in ``.tflite`` and is not a folder, or ``head``, its first bytes, are TFLite's."""
+    """Whether ``path`` ends in ``.tflite`` and is not a folder, or its first bytes ``head`` are TFLite's."""
     return head[4:8] == IDENTIFIER or (path.suffix == SUFFIX and not os.path.isdir(path))
 
 
@@ -211,7 +212,7 @@ def _settings(structure: Structure, graph: Graph) -> dict[str, Any]:
 
 
 def _normalisation(image: Tensor) -> dict[str, tuple[float, float, float]]:
-    """Mean and stddev from the scale and zero point of an 8-bit image: real = scale · (pixel − zero point)."""
+    """Mean and stddev from the quantisation of an 8-bit image: real = scale · (pixel − zero point)."""
     black = 0 if image.dtype == np.uint8 else -128  # how grey level 0 is stored
     if image.dtype not in (np.uint8, np.int8) or len(image.scale) != 1:
         raise Mismatch("its input is neither float nor an 8-bit image")

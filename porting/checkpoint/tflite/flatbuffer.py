@@ -2,8 +2,8 @@
 
 A table starts with the distance back to its vtable, which lists the position of each field in the table (0:
 the field is missing). A field is a number, or the distance forward to a table, a string or a vector. Every
-position is checked against the size of the data before it is read, and vectors are views: a damaged file costs
-no more than its own size.
+position is checked against the size of the data before it is read, and vectors are views: a damaged file
+costs no more than its own size.
 
 Source: google/flatbuffers, ``docs/source/internals.md`` and ``docs/source/flexbuffers.md``.
 """
@@ -22,8 +22,8 @@ _LONGEST_TEXT = 200  # bytes of a string that are read; the names that matter ar
 class Table:
     """The table of ``data`` at byte ``at``. Fields are numbered as in the schema, from 0.
 
-    The constructor and every method raise :class:`~porting.checkpoint.wire.Malformed` if a position is outside
-    the data.
+    The constructor and every method raise :class:`~porting.checkpoint.wire.Malformed` if a position is
+    outside the data.
     """
 
     __slots__ = ("_at", "_data", "_size", "_vtable", "_vtable_size")

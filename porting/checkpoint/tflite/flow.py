@@ -77,7 +77,7 @@ class Flow:
         return self.graph.tensors[tensor].shape
 
     def _is_cast(self, operator: Operator) -> bool:
-        """Whether ``operator`` only changes how values are stored; if so, its output is recorded as a copy."""
+        """Whether ``operator`` only changes how values are stored. If so, record its output as a copy."""
         if operator.kind not in _CASTS or len(operator.inputs) != 1 or len(operator.outputs) != 1:
             return False
         (source,), (target,) = operator.inputs, operator.outputs

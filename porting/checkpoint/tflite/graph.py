@@ -63,8 +63,8 @@ _MOST_DIMENSIONS = 8
 class Tensor:
     """An activation, or a constant with its bytes.
 
-    ``scale`` and ``zero_point`` have one value per channel of ``axis``, or one for the whole tensor, or none if
-    the tensor is not quantised.
+    ``scale`` and ``zero_point`` have one value per channel of ``axis``, or one for the whole tensor, or none
+    if the tensor is not quantised.
     """
 
     index: int

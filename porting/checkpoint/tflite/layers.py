@@ -1,4 +1,4 @@
-"""Match single layers of a TFLite graph: convolutions, sums, resampling, with the exact options of AutoML's."""
+"""Match single layers of a TFLite graph with AutoML's: convolutions, sums and resampling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerMatcher:
         """The only step that reads ``tensor``; it must be of ``kind``."""
         found = self.flow.consumers[tensor]
         if [step.kind for step in found] != [kind]:
-            raise Mismatch(f"{self.after(tensor)} where {where} needs {kind}")
+            raise Mismatch(f"{self.after(tensor)}, but {where} needs {kind}")
         return found[0]
 
     def reading(self, tensor: int, *kinds: str) -> list[Step]:
@@ -64,7 +64,7 @@ class LayerMatcher:
             or activation != step.activation
         ):
             raise Mismatch(
-                f"{operator} {_describe(found_size, found_stride, step.activation)} where {where} "
+                f"{operator} {_describe(found_size, found_stride, step.activation)}, but {where} "
                 f"{_describe(size, stride, activation)}"
             )
         self.check_shape(step, (1, -(-height // found_stride), -(-width // found_stride), out_filters))
@@ -95,7 +95,7 @@ class LayerMatcher:
         """Max-pooling with stride 2, window 3 and SAME: AutoML's resampling from one level to the next."""
         options = [step.operator.option(i, code) for i, code in enumerate("biiiib")]
         if options != [_SAME, 2, 2, 3, 3, NONE]:
-            raise Mismatch(f"{step.operator} does not pool 3×3 by 2 as {where} does")
+            raise Mismatch(f"{step.operator} does not pool 3×3 with stride 2 like {where}")
         _, height, width, filters = self.flow.shape(step.inputs[0])
         self.check_shape(step, (1, (height + 1) // 2, (width + 1) // 2, filters))
         self.place(step)

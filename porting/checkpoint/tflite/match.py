@@ -140,7 +140,7 @@ class _Matcher(LayerMatcher):
             if index and not begin:
                 return
             if len(begin) != 1:
-                raise Mismatch(f"{self.after(x)} where blocks_{index} should begin")
+                raise Mismatch(f"{self.after(x)}, but blocks_{index} should begin there")
             block = self.block(x, begin[0], f"blocks_{index}")
             yield block
             x = block.output
@@ -173,7 +173,7 @@ class _Matcher(LayerMatcher):
             if [s.kind for s in after] == ["MAX_POOL_2D"]:
                 found.append((step, after[0]))
         if len(found) != 1:
-            raise Mismatch(f"{len(found)} max-pooled maps follow the backbone where P6 should")
+            raise Mismatch(f"{len(found)} max-pooled maps follow the backbone, not one for P6")
         before, pool = found[0]
         conv = None if before is None else self.convolution(before, "resample_p6")
         maps: list[int] = []
@@ -190,7 +190,7 @@ class _Matcher(LayerMatcher):
     # --- BiFPN ---
 
     def at_heads(self, features: list[int]) -> bool:
-        """Whether the heads come next. Another cell would add the top level to a map; the heads convolve it."""
+        """Whether the heads come next: they convolve the top level, another cell would add it to a map."""
         return not self.reading(features[-1], *ADDS)
 
     def cell(
@@ -307,7 +307,7 @@ class _Matcher(LayerMatcher):
         return tuple(layers)
 
     def end(self, x: int, level: int, levels: int) -> _End:
-        """What follows the output ``x`` of a head: it is flattened, joined with other levels, made a score."""
+        """Follow the output ``x`` of a head: it is flattened, joined with other levels, made a score."""
         end = _End()
         size = math.prod(self.flow.shape(x))
         while self.flow.consumers[x] and end.postprocess is None:

@@ -1,10 +1,10 @@
 """From the folded convolutions of a TFLite file to AutoML's variables, with checks.
 
 A convolution with a folded batch norm becomes the folded kernel and a batch norm that only adds the folded
-bias. The heads are different: AutoML shares one kernel over all levels, with a batch norm for each level. So the
-file has one folded kernel per level, and each is a multiple of the shared kernel, output channel by output
-channel. From them the shared kernel and the scales of the batch norms are computed; damage shows as a kernel
-that is not a multiple.
+bias. The heads are different: AutoML shares one kernel over all levels, with a batch norm for each level. So
+the file has one folded kernel per level, and each is a multiple of the shared kernel, output channel by
+output channel. From them the shared kernel and the scales of the batch norms are computed; damage shows as a
+kernel that is not a multiple.
 
 Source: TensorFlow Lite 8-bit quantization specification: weights are symmetric, with one scale per output
 channel; the scale of a bias is the product of the scales of input and kernel.
@@ -38,7 +38,7 @@ _MOST_REUSE = 16
 
 
 class Layer(NamedTuple):
-    """A convolution of the file and its AutoML names; ``bn`` is a scope. None: AutoML has no such variable."""
+    """A convolution of the file with its AutoML names; ``bn`` is a scope. None: AutoML has none."""
 
     convolution: Convolution
     kernel: str

@@ -30,9 +30,9 @@ FORMAT = "TensorFlow V2 checkpoint"
 class TensorBundle(Checkpoint):
     """A V2 checkpoint with its data files open. ``TensorBundle(read_index("model.index"))``.
 
-    Raises CheckpointError if a data file is missing, or shorter than the index says. The CRC32C of each tensor
-    is verified when it is read. Strings, partitioned variables and types that NumPy does not have are listed
-    (dtype ``object``), but reading them raises CheckpointError.
+    Raises CheckpointError if a data file is missing, or shorter than the index says. The CRC32C of each
+    tensor is verified when it is read. Strings, partitioned variables and types that NumPy does not have are
+    listed (dtype ``object``), but reading them raises CheckpointError.
     """
 
     def __init__(self, index: BundleIndex) -> None:

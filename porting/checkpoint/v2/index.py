@@ -80,7 +80,7 @@ class Entry(NamedTuple):
 
     @property
     def array_dtype(self) -> np.dtype:
-        """The dtype of the array that reading returns (bfloat16 is widened); ``object`` if it cannot be read."""
+        """The dtype of the array that reading returns (bfloat16 is widened); ``object``: not readable."""
         if self.dtype == DT_BFLOAT16:
             return np.dtype(np.float32)
         if self.partitioned or self.storage is None:

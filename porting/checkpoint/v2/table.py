@@ -1,9 +1,9 @@
 """LevelDB tables: sorted (key, value) pairs in checksummed blocks. A checkpoint's ``.index`` file is one.
 
 A table consists of data blocks, a metaindex block, an index block (last key of each data block → its
-position) and a 48-byte footer. A block holds entries, whose keys omit the prefix shared with the key before, and
-then the offsets of the entries with a complete key ("restarts"). One byte of compression type and a masked
-CRC32C follow each block.
+position) and a 48-byte footer. A block holds entries, whose keys omit the prefix shared with the key before,
+and then the offsets of the entries with a complete key ("restarts"). One byte of compression type and a
+masked CRC32C follow each block.
 
 Sources: google/leveldb ``doc/table_format.md``; TensorFlow ``core/lib/io/{table_builder,block,format}.cc``.
 """
@@ -28,7 +28,7 @@ _BLOCK_SIZE = 262144
 
 
 def mask_crc(crc: int) -> int:
-    """LevelDB's masked form of a CRC32C, for data that itself holds CRCs: rotate by 15 bits, add a constant."""
+    """LevelDB's masked CRC32C, for data that itself holds CRCs: rotated by 15 bits, plus a constant."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -26,9 +26,9 @@ def write_bundle(
 ) -> None:
     """Write ``variables`` as ``PREFIX.index`` and ``PREFIX.data-…``, and the state file ``checkpoint``.
 
-    Arrays are read one at a time, so a lazy mapping is never completely in memory. Missing folders are created,
-    and an older checkpoint with the same prefix is replaced. On any failure, including Ctrl-C, the folder is
-    restored to its state before the call. ``num_shards``: the number of data files.
+    Arrays are read one at a time, so a lazy mapping is never completely in memory. Missing folders are
+    created, and an older checkpoint with the same prefix is replaced. On any failure, including Ctrl-C, the
+    folder is restored to its state before the call. ``num_shards``: the number of data files.
 
     Raises :class:`~porting.errors.OutputError` if it cannot be written: a name or dtype that the format does
     not allow, a full disk, missing permission.
