@@ -344,7 +344,7 @@ def test_no_weights_and_too_many(folder: Path, tmp_path: Path) -> None:
 def test_the_error_of_a_missing_data_file_names_the_archive(folder: Path, tmp_path: Path) -> None:
     (folder / "model.data-00000-of-00001").unlink()
     tar_gz(folder, tmp_path / "m.tar.gz")
-    with pytest.raises(CheckpointError, match=r"m\.tar\.gz:efficientdet-d0/model\.index is there but"):
+    with pytest.raises(CheckpointError, match=r"m\.tar\.gz:efficientdet-d0/model\.index exists but"):
         open_checkpoint(tmp_path / "m.tar.gz")
 
 

@@ -104,7 +104,7 @@ def test_real_index_reads_without_its_data(tf: Any, path: Path) -> None:
     assert {name: list(entry.shape) for name, entry in index.entries.items()} == shapes
     for name, dtype in theirs.get_variable_to_dtype_map().items():
         assert index.entries[name].dtype == dtype.as_datatype_enum, name
-    with pytest.raises(CheckpointError, match=r"its data file .*\.data-00000-of-0000\d is not"):
+    with pytest.raises(CheckpointError, match=r"its data file .*\.data-00000-of-0000\d does not"):
         open_checkpoint(path)
 
 

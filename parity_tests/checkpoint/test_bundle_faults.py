@@ -130,7 +130,7 @@ def test_bool_that_is_neither_0_nor_1(folder: Path) -> None:
 def test_missing_shard(tmp_path: Path) -> None:
     write_bundle(tmp_path / "model", sample(), num_shards=3)
     (tmp_path / "model.data-00001-of-00003").unlink()
-    assert "data file model.data-00001-of-00003 is not" in message(open_checkpoint, tmp_path)
+    assert "data file model.data-00001-of-00003 does not" in message(open_checkpoint, tmp_path)
 
 
 def test_index_without_data_and_data_without_index(folder: Path) -> None:
@@ -139,10 +139,10 @@ def test_index_without_data_and_data_without_index(folder: Path) -> None:
     data.rename(away)
     assert len(read_index(folder / "model.index").entries) == len(sample())
     for path in (folder, folder / "model", folder / "model.index", data):
-        assert "model.data-00000-of-00001 is not" in message(open_checkpoint, path)
+        assert "model.data-00000-of-00001 does not" in message(open_checkpoint, path)
     away.rename(data)
     (folder / "model.index").unlink()
-    assert "its index model.index is not" in message(open_checkpoint, data)
+    assert "its index model.index does not" in message(open_checkpoint, data)
     assert "there is no model.index" in message(open_checkpoint, folder)
     (folder / "checkpoint").unlink()
     assert "no file in it ends in .index" in message(open_checkpoint, folder)
@@ -419,8 +419,8 @@ LYING_TABLES = {
     "restart astray": (raw_table((b"c", raw_block(A, B, restarts=(0, 4)))), "not the start of an entry"),
     "restart order": (raw_table((b"c", raw_block(A, B, restarts=(0, 5, 5)))), "restart points are out of"),
     "first restart": (raw_table((b"c", raw_block(A, B, restarts=(5,)))), "restart points are out of"),
-    "restart outside": (raw_table((b"c", raw_block(A, restarts=(0, 5)))), "restart point lies outside"),
-    "restart in nothing": (raw_table((b"c", raw_block(restarts=(0, 1)))), "restart point lies outside"),
+    "restart outside": (raw_table((b"c", raw_block(A, restarts=(0, 5)))), "restart point is outside"),
+    "restart in nothing": (raw_table((b"c", raw_block(restarts=(0, 1)))), "restart point is outside"),
     "shared at restart": (
         raw_table((b"c", raw_block(A, (1, b"b", b"2"), restarts=(0, 5)))),
         "an entry does not fit",

@@ -462,7 +462,7 @@ def test_contradicting_levels_are_rejected() -> None:
     del names[paths["box_net/box-0-bn-7/beta"]]
     for name in [n for n in paths if "-bn-7/" in n]:
         names.pop(paths[name], None)
-    with pytest.raises(CheckpointError, match="a BiFPN cell of 8 nodes does not go with heads for 4 levels"):
+    with pytest.raises(CheckpointError, match="a BiFPN cell of 8 nodes does not fit heads for 4 levels"):
         read(Memory(arrays, graph_of(names)))
 
 
@@ -497,7 +497,7 @@ def test_hub_checkpoint() -> None:
     assert {name: array.tobytes() for name, array in checkpoint.items()} == {
         name: array.tobytes() for name, array in values.items()
     }
-    assert "no real file of this layout" in checkpoint.notes[0]
+    assert "this layout was not checked with a real file" in checkpoint.notes[0]
 
 
 def damaged_graphs() -> Iterator[tuple[str, bytes, str]]:

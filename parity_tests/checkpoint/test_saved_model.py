@@ -85,7 +85,7 @@ def test_stale_averages_are_left_out(tmp_path: Path, inside: str) -> None:
         assert checkpoint.step == 5
         assert checkpoint.notes == (
             f"left out {len(stale)} moving averages: a SavedModel computes with the plain variables, which "
-            "were the averages when AutoML exported it",
+            "AutoML set to the averages when it exported the model",
         )
         assert choose_variables(checkpoint, config, raw=False)[2] == "raw"
 

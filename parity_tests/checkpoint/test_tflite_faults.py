@@ -238,7 +238,7 @@ def test_a_shared_kernel_comes_back_from_any_quantisation(seed: int, factors: li
         apart = np.abs(found[:, 0, 0] * multiples[:, None] - kernel * factor).max()
         assert apart <= scale * 1.01
     codes[-1][1, 7] += -3 if codes[-1][1, 7] > 0 else 3
-    with pytest.raises(Malformed, match="output channel 1 of what the file has for bn-"):
+    with pytest.raises(Malformed, match="output channel 1 of the kernel for bn-"):
         shared_kernel(int8_levels(codes, scales))
 
 
@@ -277,7 +277,7 @@ def test_the_last_bias_must_be_one(tmp_path: Path) -> None:
 def test_a_depthwise_kernel_has_no_bias(tmp_path: Path) -> None:
     bias = head_layer(INT8, 3)[0].depthwise.bias.stored()
     message = refusal(tmp_path, edited(INT8, bias, bias + 1))
-    assert "comes with a bias" in message
+    assert "has a bias, which a depthwise convolution" in message
 
 
 def test_scales_must_agree(tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_an_unused_constant_is_noted(tmp_path: Path) -> None:
     )
     (tmp_path / "model.tflite").write_bytes(FLOAT32.replace(wanted, other))
     notes = TFLiteCheckpoint(tmp_path / "model.tflite").notes
-    assert f"{len(second.kernel.data)} bytes of constants that nothing in it reads" in notes[0]
+    assert f"{len(second.kernel.data)} bytes of constants that no operator reads" in notes[0]
 
 
 # --- other graphs -----------------------------------------------------------------------------------------
