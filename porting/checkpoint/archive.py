@@ -133,10 +133,10 @@ def _open_one(
     (only,) = choices
     chosen = folder / only
     if not folders:
-        _refuse_nesting(chosen)
+        _reject_nesting(chosen)
         return open_inside(chosen, step)
     index = locate(chosen, step)
-    _refuse_nesting(index)
+    _reject_nesting(index)
     if not index.resolve().is_relative_to(folder.resolve()):
         # A state file may hold any path, and locate() follows those.
         raise CheckpointError(
@@ -146,7 +146,7 @@ def _open_one(
     return open_inside(index, None)
 
 
-def _refuse_nesting(path: Path) -> None:
+def _reject_nesting(path: Path) -> None:
     # An archive can contain itself, without end.
     if is_archive(read_head(path), path):
         raise CheckpointError(f"{path} is an archive in an archive; unpack the outer one first")

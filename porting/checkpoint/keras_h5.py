@@ -93,7 +93,7 @@ class KerasH5(Checkpoint):
     def _damaged(self, error: Exception) -> NoReturn:
         raise CheckpointError(f"{self._path} is damaged: {_one_line(error)}; fetch the file again") from None
 
-    def _refuse(self, reason: str) -> NoReturn:
+    def _reject(self, reason: str) -> NoReturn:
         raise CheckpointError(f"{self._path} {reason}")
 
     def _find_datasets(self, h5py: Any) -> tuple[dict[str, Any], list[str]]:
@@ -103,7 +103,7 @@ class KerasH5(Checkpoint):
             root = self._member(h5py, root, "model_weights")
             notes.append("only the model's weights were taken from a file that holds the whole model")
         if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
-            self._refuse(
+            self._reject(
                 "is HDF5, but not of Keras 2's save_weights: it has no attribute layer_names; "
                 "save the weights with the TensorFlow and Keras that AutoML used"
             )
@@ -112,10 +112,10 @@ class KerasH5(Checkpoint):
             self._check_dataset(path, dataset)
             name = path.partition("/")[2].removesuffix(":0")
             if not name or name in found:
-                self._refuse(f"has {path}, which is not a variable of a layer, or is there twice")
+                self._reject(f"has {path}, which is not a variable of a layer, or is there twice")
             found[name] = dataset
         if not found:
-            self._refuse("holds no weights; build the model before saving it")
+            self._reject("holds no weights; build the model before saving it")
         return self._uncount_stem(found, notes), notes
 
     def _uncount_stem(self, found: dict[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -144,20 +144,20 @@ class KerasH5(Checkpoint):
     def _member(self, h5py: Any, group: Any, name: str, path: str = "") -> Any:
         """``group[name]``, which must be in this file; ``path`` is its name in errors."""
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            self._refuse(f"has a link at {path or name} instead of data; save the weights into one file")
+            self._reject(f"has a link at {path or name} instead of data; save the weights into one file")
         return group[name]
 
     def _check_dataset(self, path: str, dataset: Any) -> None:
         if not hasattr(dataset, "shape"):
-            self._refuse(f"has something other than values at {path}; fetch the file again")
+            self._reject(f"has something other than values at {path}; fetch the file again")
         if dataset.dtype.str[1:] not in _FLOATS or dataset.shape is None:
-            self._refuse(
+            self._reject(
                 f"holds {path} as {dataset.dtype}, but weights are floating point; is it the right file?"
             )
         if dataset.is_virtual or dataset.external:
-            self._refuse(f"keeps the values of {path} in other files; save the weights into one file")
+            self._reject(f"keeps the values of {path} in other files; save the weights into one file")
         if dataset.nbytes > self._path.stat().st_size:
-            self._refuse(
+            self._reject(
                 f"is damaged: {path} claims {dataset.nbytes} bytes, more than the whole file has, or it is "
                 "compressed; save the weights again"
             )
@@ -167,7 +167,7 @@ class KerasH5(Checkpoint):
         else:
             complete = dataset.id.get_storage_size() == dataset.nbytes
         if not complete:
-            self._refuse(f"is incomplete: some values of {path} were never written; save the weights again")
+            self._reject(f"is incomplete: some values of {path} were never written; save the weights again")
 
 
 def _h5py(path: Path) -> Any:

@@ -47,7 +47,7 @@ _ALWAYS_ALLOWED = 256 << 20
 _MOST_MEMBERS = 100_000
 _MOST_DEPTH = 32  # folders in folders
 _HEADER_ROOM = 1 << 20  # bytes for the headers of one tar member (long names, extended attributes)
-_CHUNK = 1 << 18
+_CHUNK = 1 << 18  # bytes
 
 
 def _lzma_errors() -> tuple[type[Exception], ...]:
@@ -154,6 +154,7 @@ def _members(file: BinaryIO, limit: int) -> Iterator[_Member]:
 
 
 def kind_of(head: bytes) -> str | None:
+    """The format of an archive that begins with ``head``; None if it is not an archive."""
     if head.startswith(_GZIP_MAGIC):
         return "gzip"
     if head.startswith(_ZIP_MAGICS):
@@ -277,6 +278,7 @@ def _damaged(archive: Path, error: Exception) -> NoReturn:
 
 
 def no_room(archive: Path, error: OSError) -> NoReturn:
+    """Raise the CheckpointError for an archive that cannot be read, or has no room in the temporary folder."""
     raise CheckpointError(
         f"{archive} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror or error}; "
         "check the path, free some space, or set TMPDIR to a folder with room"

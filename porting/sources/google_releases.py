@@ -55,8 +55,8 @@ class GoogleRelease:
         return cache / self.name / (self.name + suffix)
 
 
-#: From AutoML's README and its Det-AdvProp page, in their order. ``-640``: trained at 640×640, whatever the
-#: variant's own size. ``-advprop``: trained on inputs in [-1, 1].
+#: From AutoML's README and its Det-AdvProp page, in their order. ``-640``: trained at 640×640 for every
+#: variant. ``-advprop``: trained on inputs in [-1, 1].
 GOOGLE_RELEASES: Mapping[str, GoogleRelease] = {
     f"efficientdet-{name}": GoogleRelease(f"efficientdet-{name}", path, ap_val, ap_test_dev)
     for name, path, ap_val, ap_test_dev in (

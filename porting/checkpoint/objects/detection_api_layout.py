@@ -63,7 +63,7 @@ def read_layout(variables: Mapping[str, Variable], source: str = "the checkpoint
     left = variables.keys() - {piece.path for piece in reader.pieces.values()} - reader.unused
     left = {path for path in left if not path.startswith(("optimizer/", "_optimizer/"))}
     if left:
-        reader.refuse(f"{min(left)} ({len(left)} in all) is not part of an EfficientDet")
+        reader.reject(f"{min(left)} ({len(left)} in all) is not part of an EfficientDet")
     return Layout(
         backbone,
         reader.detector_blocks,
@@ -96,7 +96,7 @@ class _Reader:
             leaves[layer].add(leaf)
         self.layers = {path: _Layer(path, frozenset(found)) for path, found in leaves.items()}
 
-    def refuse(self, reason: str) -> NoReturn:
+    def reject(self, reason: str) -> NoReturn:
         raise CheckpointError(
             f"{self.source} is not an EfficientDet that AutoML's network could take over: {reason}"
         )
@@ -107,7 +107,7 @@ class _Reader:
         if found != leaves:
             missing, extra = sorted(leaves - found), sorted(found - leaves)
             reason = "; it was trained with force_use_bias: false" if missing == ["bias"] else ""
-            self.refuse(
+            self.reject(
                 f"{layer} has {', '.join(extra) or 'nothing'} that {scope} does not need, and lacks "
                 f"{', '.join(missing) or 'nothing'}{reason}"
             )
@@ -135,7 +135,7 @@ class _Reader:
         shapes = {name: self.variables[piece.path].shape for name, piece in self.pieces.items()}
         name = backbone_named(shapes)
         if name is None:
-            self.refuse(f"its backbone of {block} blocks is not one of EfficientNet-B0…B7")
+            self.reject(f"its backbone of {block} blocks is not one of EfficientNet-B0…B7")
         behind = tuple(f"blocks_{index}/" for index in range(self.detector_blocks, block))
         self.unused |= {piece.path for inner, piece in self.pieces.items() if inner.startswith(behind)}
         self.pieces = {
@@ -143,7 +143,7 @@ class _Reader:
         }
         self.unused |= {f"{layer.path}/{leaf}" for layer in chain for leaf in layer.leaves}
         if any(self._in_detector(layer) for layer in chain):
-            self.refuse(f"{chain[0].path} does not belong to a block")
+            self.reject(f"{chain[0].path} does not belong to a block")
         return backbone_config(name)
 
     def _chain(self) -> list[_Layer]:
@@ -154,7 +154,7 @@ class _Reader:
             int(found[1]): layer for path, layer in self.layers.items() if (found := pattern.fullmatch(path))
         }
         if sorted(numbered) != list(range(len(numbered))) or not numbered:
-            self.refuse(f"its {len(numbered)} backbone layers are not numbered from 0 without gaps")
+            self.reject(f"its {len(numbered)} backbone layers are not numbered from 0 without gaps")
         return [numbered[i] for i in range(len(numbered))]
 
     @staticmethod
@@ -168,7 +168,7 @@ class _Reader:
 
     def take(self, chain: list[_Layer], scope: str, leaves: frozenset[str] | set[str]) -> None:
         if not chain:
-            self.refuse(f"its backbone ends before {scope}")
+            self.reject(f"its backbone ends before {scope}")
         self.place(chain.pop(0).path, scope, frozenset(leaves))
 
     def _block(self, chain: list[_Layer], scope: str) -> None:
@@ -194,7 +194,7 @@ class _Reader:
             or not repeats
             or "_box_predictor/_head_scope_conv_layers/PredictionTower/0" in self.layers
         ):
-            self.refuse("its heads are not two towers of convolutions (share_prediction_tower?)")
+            self.reject("its heads are not two towers of convolutions (share_prediction_tower?)")
         self.num_levels = len(levels)
         for head, (_, convolutions, predictor) in _HEADS.items():
             for repeat in range(len(repeats)):
@@ -214,7 +214,7 @@ class _Reader:
             or not self.extra_levels
             or len(numbers) % per_cell
         ):
-            self.refuse(
+            self.reject(
                 f"{len(numbers)} BiFPN nodes after {self.extra_levels} levels above P{MAX_BACKBONE_LEVEL} "
                 f"do not make whole cells of {per_cell}"
             )
@@ -252,7 +252,7 @@ class _Reader:
         if path not in self.variables:
             return
         if self.variables[path].shape != (inputs, 1):
-            self.refuse(f"{path} has shape {list(self.variables[path].shape)}, not [{inputs}, 1]")
+            self.reject(f"{path} has shape {list(self.variables[path].shape)}, not [{inputs}, 1]")
         for i in range(inputs):
             self.pieces[f"{scope}/{scopes.numbered('WSM', i)}"] = Piece(path, partial(_element, index=i))
 

@@ -16,7 +16,7 @@ from porting.checkpoint.wire import Malformed
 
 IDENTIFIER = b"TFL3"  # bytes 4…7 of every TFLite file
 
-# schema.fbs TensorType → how one element of a constant lies in the file
+# schema.fbs TensorType → the dtype of a constant in the file
 _DTYPES: dict[int, np.dtype] = {
     0: np.dtype("<f4"),
     1: np.dtype("<f2"),
@@ -197,7 +197,7 @@ def _tensor(index: int, table: Table, buffers: list[np.ndarray]) -> Tensor:
         raise Malformed(f"tensor {index} has an impossible shape")
     buffer = table.number(2, "I")
     if buffer >= len(buffers):
-        raise Malformed(f"tensor {index} lies in buffer {buffer} of {len(buffers)}")
+        raise Malformed(f"tensor {index} is in buffer {buffer} of {len(buffers)}")
     if table.has(6):
         raise Malformed(f"tensor {index} is sparse, which is not supported")
     shape = tuple(int(n) for n in dimensions)

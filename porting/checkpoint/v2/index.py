@@ -30,7 +30,7 @@ from pytorch_model.files import read_bounded
 HEADER_KEY = b""
 SLICE_PREFIX = b"\0"  # keys of the slices of partitioned variables; no variable name starts with it
 
-# TensorFlow core/framework/types.proto: DataType → (its name, how the bytes of one element lie on disk)
+# TensorFlow core/framework/types.proto: DataType → (its name, the dtype of the bytes on disk)
 DT_STRING, DT_BFLOAT16 = 7, 14
 _DTYPES: dict[int, tuple[str, np.dtype]] = {
     1: ("float32", np.dtype("<f4")),
