@@ -631,7 +631,7 @@ def test_a_damaged_stream_of_any_method_is_reported_as_damage(
         open_checkpoint(tmp_path / "m.zip")
 
 
-def read_or_refuse(path: Path) -> bool:
+def read_or_reject(path: Path) -> bool:
     try:
         check(path)
     except EfficientDetError as error:
@@ -670,7 +670,7 @@ def test_any_damage_is_rejected_or_harmless(
         at = data.draw(st.integers(0, len(content) - 1), "at")
         content[at] = data.draw(st.integers(0, 255), "value")
     (tmp_path / name).write_bytes(bytes(content))
-    read_or_refuse(tmp_path / name)
+    read_or_reject(tmp_path / name)
     assert list(temporary.iterdir()) == []
 
 
@@ -679,7 +679,7 @@ def test_a_cut_anywhere_is_rejected(name: str, packed: Contents, tmp_path: Path)
     content = packed[name]
     for length in {*range(0, len(content), max(1, len(content) // 60)), len(content) - 1, len(content) - 9}:
         (tmp_path / name).write_bytes(content[:length])
-        assert not read_or_refuse(tmp_path / name), length
+        assert not read_or_reject(tmp_path / name), length
 
 
 def test_a_tar_cut_inside_its_members_is_rejected(packed: Contents, tmp_path: Path) -> None:
@@ -692,7 +692,7 @@ def test_a_tar_cut_inside_its_members_is_rejected(packed: Contents, tmp_path: Pa
                 i.offset_data + i.size for i in tar if i.name.endswith((".index", "00001", "checkpoint"))
             )
         if length < last:
-            assert not read_or_refuse(tmp_path / "m.tar"), length
+            assert not read_or_reject(tmp_path / "m.tar"), length
 
 
 def test_a_broken_header_in_the_middle_is_not_the_end(folder: Path, tmp_path: Path) -> None:

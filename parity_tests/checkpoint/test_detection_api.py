@@ -293,8 +293,8 @@ def test_the_same_detections(
     theirs = their_predictions(arrays, features, ratios, scales, slots, background, coder)
     with open_checkpoint(model_folder(tmp_path, arrays, text)) as checkpoint:
         ours = our_predictions(checkpoint, config, features)
-        told = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
-        assert (told.aspect_ratios, told.num_scales) == (config.aspect_ratios, scales)
+        inferred = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
+        assert (inferred.aspect_ratios, inferred.num_scales) == (config.aspect_ratios, scales)
     assert len(ours) == len(theirs) == anchors
     for (box, logits), (their_box, their_logits) in zip(sorted(ours), sorted(theirs), strict=True):
         np.testing.assert_allclose(box, their_box, rtol=1e-4, atol=1e-4)  # float32 sums of 64 products
@@ -384,8 +384,8 @@ def test_deeper_backbones_are_a_different_network(
         blocks = f"{whole.backbone.name}/blocks_{endpoints[-1] + 1}/"
         assert not any(name.startswith(blocks) for name in checkpoint)
     assert inference.variant is None
-    told = {"image_size": (512, 512), "anchor_scale": 4.0}  # from the pipeline, not from the variant
-    assert config == detector(whole).replace(name="custom", **told)
+    settings = {"image_size": (512, 512), "anchor_scale": 4.0}  # from the pipeline, not from the variant
+    assert config == detector(whole).replace(name="custom", **settings)
     assert config.backbone.endpoints == endpoints
     assert result.coverage.unused_count == 0
     assert set(result.state_dict) == set(EfficientDet(config).state_dict())

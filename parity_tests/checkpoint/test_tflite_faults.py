@@ -40,7 +40,7 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def refusal(tmp_path: Path, data: bytes) -> str:
+def error_of(tmp_path: Path, data: bytes) -> str:
     """The error of opening ``data``, which must be one line with the name of the file."""
     path = tmp_path / "model.tflite"
     path.write_bytes(data)
@@ -69,8 +69,8 @@ def edited(data: bytes, view: np.ndarray, value: np.ndarray) -> bytes:
 
 
 def test_files_that_are_not_tflite(tmp_path: Path) -> None:
-    assert "is not a TFLite file" in refusal(tmp_path, b"")
-    assert "is not a TFLite file" in refusal(tmp_path, b"\x1c\0\0\0TFL2" + bytes(100))
+    assert "is not a TFLite file" in error_of(tmp_path, b"")
+    assert "is not a TFLite file" in error_of(tmp_path, b"\x1c\0\0\0TFL2" + bytes(100))
     with pytest.raises(CheckpointError, match="No such file"):
         open_checkpoint(tmp_path / "none.tflite")
     (tmp_path / "renamed").write_bytes(INT8)
@@ -81,7 +81,7 @@ def test_files_that_are_not_tflite(tmp_path: Path) -> None:
 def test_every_truncation_is_rejected(tmp_path: Path, data: bytes) -> None:
     lengths = {*range(64), *range(64, len(data), len(data) // 100), *range(len(data) - 16, len(data))}
     for length in sorted(lengths):
-        refusal(tmp_path, data[:length])
+        error_of(tmp_path, data[:length])
 
 
 def constant_bytes(graph: Graph, data: bytes) -> np.ndarray:
@@ -99,7 +99,7 @@ def test_damage_outside_the_weights_is_reported_or_harmless(tmp_path: Path, data
     sound = TFLiteCheckpoint(golden("int8" if data is INT8 else "float32"))
     variables = dict(sound)
     rng = np.random.default_rng(0)
-    refused = told = 0
+    rejected = noted = 0
     for place in rng.choice(np.flatnonzero(~constant_bytes(read_graph(data), data)), 120, replace=False):
         damaged = bytearray(data)
         damaged[place] ^= 1 << rng.integers(8) if rng.random() < 0.5 else rng.integers(1, 256)
@@ -108,17 +108,17 @@ def test_damage_outside_the_weights_is_reported_or_harmless(tmp_path: Path, data
         try:
             found = TFLiteCheckpoint(path)
         except CheckpointError:
-            refused += 1
+            rejected += 1
             continue
         assert found.shapes == sound.shapes
         assert found.settings == sound.settings
         if len(found.notes) > len(sound.notes):
-            told += 1
+            noted += 1
             continue
         for name, value in variables.items():
             assert np.allclose(found[name], value, rtol=2e-6, atol=0), f"{name}, byte {place}"
-    print(f"{refused} refused, {told} told, of 120")
-    assert refused > 40
+    print(f"{rejected} rejected, {noted} noted, of 120")
+    assert rejected > 40
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -194,7 +194,7 @@ def test_a_levels_kernel_must_be_a_multiple(tmp_path: Path) -> None:
     kernel = head_layer(FLOAT32, 2)[1].pointwise.kernel.stored()
     value = kernel.copy()
     value[5, 0, 0, 2] *= 1.0001
-    message = refusal(tmp_path, edited(FLOAT32, kernel, value))
+    message = error_of(tmp_path, edited(FLOAT32, kernel, value))
     assert "class_net/class-1/pointwise_kernel is one kernel in AutoML" in message
     assert "output channel 5" in message
     assert "class_net/class-1-bn-" in message
@@ -270,13 +270,13 @@ def test_a_channel_switched_off_at_one_level(tmp_path: Path) -> None:
 
 def test_the_last_bias_must_be_one(tmp_path: Path) -> None:
     bias = head_layer(INT8, 3)[-1].pointwise.bias.stored()
-    message = refusal(tmp_path, edited(INT8, bias, bias + 2))
+    message = error_of(tmp_path, edited(INT8, bias, bias + 2))
     assert "class_net/class-predict/bias is one bias in AutoML but differs from level to level" in message
 
 
 def test_a_depthwise_kernel_has_no_bias(tmp_path: Path) -> None:
     bias = head_layer(INT8, 3)[0].depthwise.bias.stored()
-    message = refusal(tmp_path, edited(INT8, bias, bias + 1))
+    message = error_of(tmp_path, edited(INT8, bias, bias + 1))
     assert "has a bias, which a depthwise convolution" in message
 
 
@@ -284,16 +284,16 @@ def test_scales_must_agree(tmp_path: Path) -> None:
     for tensor in (head_layer(INT8, 0)[1].pointwise.kernel, head_layer(INT8, 0)[1].pointwise.bias):
         scale = tensor.scale.copy()
         scale[3] *= 1.001
-        message = refusal(tmp_path, edited(INT8, tensor.scale, scale))
+        message = error_of(tmp_path, edited(INT8, tensor.scale, scale))
         assert "scales of input, kernel and bias" in message
     for wrong in (0.0, -1.0, np.nan, np.inf):
-        message = refusal(tmp_path, edited(INT8, tensor.scale, np.full_like(scale, wrong)))
+        message = error_of(tmp_path, edited(INT8, tensor.scale, np.full_like(scale, wrong)))
         assert "a quantisation scale that is not positive" in message
 
 
 def test_weights_are_symmetric(tmp_path: Path) -> None:
     kernel = head_layer(INT8, 0)[1].pointwise.kernel
-    message = refusal(tmp_path, edited(INT8, kernel.zero_point, np.ones_like(kernel.zero_point)))
+    message = error_of(tmp_path, edited(INT8, kernel.zero_point, np.ones_like(kernel.zero_point)))
     assert "not quantised as in TFLite" in message
 
 
@@ -394,7 +394,7 @@ def test_a_graph_with_one_change_opens_or_is_rejected(
 ) -> None:
     """Never a different exception; and if it opens, its variables can be read."""
     sound = read_graph(golden(kind).read_bytes())
-    refused: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
     opened = 0
     for graph in itertools.islice(changed_graphs(sound), 0, None, every):
         monkeypatch.setattr(tflite, "read_graph", lambda data, graph=graph: graph)
@@ -403,9 +403,9 @@ def test_a_graph_with_one_change_opens_or_is_rejected(
                 assert all(found[name].shape == shape for name, shape in found.shapes.items())
             opened += 1
         except CheckpointError as error:
-            refused[re.sub("[0-9]+", "N", str(error))] += 1
-    print(f"{refused.total()} refused for {len(refused)} reasons, {opened} opened")
-    assert refused.total() > opened
+            rejected[re.sub("[0-9]+", "N", str(error))] += 1
+    print(f"{rejected.total()} rejected for {len(rejected)} reasons, {opened} opened")
+    assert rejected.total() > opened
 
 
 def layer_of(conv: Convolution) -> Layer:
@@ -503,7 +503,7 @@ def anchors_swapped(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("change", [anchors_moved, anchors_swapped])
 def test_anchors_must_be_automls(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
-    assert "its anchors are not arranged like AutoML's" in refusal(tmp_path, change(INT8))
+    assert "its anchors are not arranged like AutoML's" in error_of(tmp_path, change(INT8))
 
 
 def test_another_anchor_scale_and_ratios_are_read(tmp_path: Path) -> None:
@@ -544,7 +544,7 @@ def build(tensorflow: Any) -> Callable[..., bytes]:
 def test_variants_that_are_not_lite(
     tmp_path: Path, build: Callable[..., bytes], changes: dict[str, Any], said: str
 ) -> None:
-    message = refusal(tmp_path, build(**changes))
+    message = error_of(tmp_path, build(**changes))
     assert "is a TFLite model but not an EfficientDet-Lite" in message
     assert said in message
 
@@ -565,7 +565,7 @@ def test_a_classifier_is_rejected(tmp_path: Path, tensorflow: Any) -> None:
         x = tf.nn.relu6(tf.nn.conv2d(x, weights(1, 1, 4, 64), 1, "SAME"))
         return tf.nn.softmax(tf.linalg.matmul(tf.reduce_mean(x, [1, 2]), weights(64, 10)))
 
-    message = refusal(tmp_path, convert_function(mobilenet, np.zeros((1, 64, 64, 3), np.float32)))
+    message = error_of(tmp_path, convert_function(mobilenet, np.zeros((1, 64, 64, 3), np.float32)))
     assert "operator 3 (CONV_2D) is followed by MEAN, but blocks_1 needs DEPTHWISE_CONV_2D" in message
 
 
@@ -589,7 +589,7 @@ def test_heads_that_share_nothing_are_rejected(tmp_path: Path, tensorflow: Any) 
     original = layers.separable_conv
     with mock.patch("tf_reference.heads.separable_conv", separable_conv):
         data = tflite_bytes(TINY, tiny_variables(), "float32")
-    message = refusal(tmp_path, data)
+    message = error_of(tmp_path, data)
     assert "box_net/box-1/pointwise_kernel is one kernel in AutoML" in message
     assert "box_net/box-1-bn-6" in message
 
@@ -600,7 +600,7 @@ def test_equal_widths_without_postprocessing_are_ambiguous(tmp_path: Path, tenso
     config = TINY.replace(num_classes=4)
     variables = tiny_variables(config)
     bare = tflite_bytes(config, variables, "float32", postprocess=False)
-    assert "its class net and its box net cannot be distinguished" in refusal(tmp_path, bare)
+    assert "its class net and its box net cannot be distinguished" in error_of(tmp_path, bare)
     (tmp_path / "model.tflite").write_bytes(tflite_bytes(config, variables, "float32"))
     found = TFLiteCheckpoint(tmp_path / "model.tflite")
     np.testing.assert_allclose(

@@ -111,12 +111,12 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()
     file.touch()
-    refused: list[tuple[Callable[[], object], str]] = [
+    attempts: list[tuple[Callable[[], object], str]] = [
         (lambda: replacing(folder).__enter__(), "folder: it is a folder; give a file name"),
         (lambda: check_writable(folder), "folder: it is a folder; give a file name"),
         (lambda: check_new_folder(file), "file: there is a file of that name; choose another folder"),
     ]
-    for attempt, message in refused:
+    for attempt, message in attempts:
         with pytest.raises(OutputError, match=message):
             attempt()
     with (
