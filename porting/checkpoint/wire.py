@@ -64,9 +64,7 @@ def read_fields(message: Data) -> Iterator[tuple[int, int, int | Data]]:
     position, end = 0, len(message)
     while position < end:
         tag = message[position]
-        if (
-            tag < 0x80
-        ):  # without a call: an index has tens of thousands of tags, and calls would double the time
+        if tag < 0x80:  # an index has tens of thousands of tags; a call for each would double the time
             position += 1
         else:
             tag, position = read_varint(message, position)

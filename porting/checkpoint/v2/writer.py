@@ -147,9 +147,8 @@ class _Replacement:
         return open(self._temporary(name), "wb")
 
     def commit(self) -> None:
-        for (
-            name
-        ) in self._names:  # first to the disk: otherwise a crash could leave the new names without contents
+        # First to the disk: otherwise a crash could leave the new names without contents.
+        for name in self._names:
             with open(self._temporary(name), "rb") as file:
                 os.fsync(file.fileno())
         for name in self._names:
