@@ -231,9 +231,8 @@ def test_the_table_holds_what_was_published(shared: Path) -> None:
 def test_the_cached_path_gives_what_weights_cannot(release: releases.GoogleRelease, cache: str) -> None:
     """``infer_config`` uses the path of the source; the names of the cache's folders must not matter."""
     assert release.model in MODELS
-    folder = release.path.split("/")[-1].split(".")[
-        0
-    ]  # inside the archive; for AdvProp it is the plain name efficientdet-d0
+    # The folder inside the archive; for AdvProp it is the plain name efficientdet-d0.
+    folder = release.path.split("/")[-1].split(".")[0]
     source = f"{release.cached_at(Path(cache))}:{folder}/model"
     plain = model_config(release.model)
     found = infer_config(variable_shapes(plain), source)
