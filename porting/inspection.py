@@ -13,15 +13,12 @@ import numpy as np
 from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError, ConversionError
 from porting.infer import Inference, infer_config
-from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, model_name
+from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, STATISTICS, model_name
 from tf_reference.variables import variables
 
 _MOST_NAMED = 3  # names in one finding
 _DEEPEST = 32  # scopes in scopes; AutoML's go six deep
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<first>[0-9]{1,9})(…(?P<last>[0-9]{1,9}))?")
-
-#: The end of an AutoML variable's name that says gradient descent does not train it.
-UNTRAINED = ("/moving_mean", "/moving_variance")
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     averages, values = _read_values(checkpoint, model)
     sizes = Counter({True: 0, False: 0})
     for name, shape in model.items():
-        sizes[name.endswith(UNTRAINED)] += math.prod(shape)
+        sizes[name.endswith(STATISTICS)] += math.prod(shape)
     return Inspection(
         inference=inference,
         shapes=model,

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from porting.scopes import EMA_SUFFIX, MOMENTUM_SUFFIX
 from pytorch_model.config import BN_EPSILON, Block, EfficientDetConfig
 from tf_reference.variables import variables
 
-EMA_SUFFIX = "/ExponentialMovingAverage"
-MOMENTUM_SUFFIX = "/Momentum"
 GLOBAL_STEP = 300_000
 
 RESIDUAL_GAIN = 0.5  # on gammas of projections before a shortcut, so that depth adds little variance

@@ -117,7 +117,7 @@ def bench_convert(folder: Path, model: str, repeat: int) -> dict[str, Any]:
 def bench_read(folder: Path, model: str, repeat: int) -> dict[str, Any]:
     """The variables a port needs (the moving averages) out of a training checkpoint, file cache warm."""
     from porting.checkpoint import open_checkpoint
-    from porting.checkpoint.v2.bundle import read_index
+    from porting.checkpoint.v2.index import read_index
     from porting.scopes import EMA_SUFFIX
 
     prefix = synthetic(folder, model, momentum=True)

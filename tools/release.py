@@ -38,7 +38,7 @@ from porting.publish.release_folder import (
     write_release,
 )
 from porting.sources import SYNTHETIC
-from porting.sources.google_releases import release_named
+from porting.sources.google_releases import google_release_named
 from pytorch_model.files import check_new_folder, make_folder, new_folder, parse_json, read_bounded
 
 GOOGLES_LICENSE = "apache-2.0"  # of every checkpoint that AutoML released
@@ -111,7 +111,7 @@ def release(arguments: argparse.Namespace, console: Console) -> int:
 
     require_tensorflow()
     metrics = read_metrics(arguments.coco_metrics)
-    named = None if arguments.ckpt.startswith(SYNTHETIC) else release_named(arguments.ckpt)
+    named = None if arguments.ckpt.startswith(SYNTHETIC) else google_release_named(arguments.ckpt)
     if arguments.name:
         check_name(arguments.name)
     make_folder(arguments.out)

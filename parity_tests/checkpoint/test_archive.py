@@ -1,4 +1,4 @@
-"""Checkpoints in archives: as released, damaged in every byte, hostile in every way we know."""
+"""Checkpoints in archives: as released, with every byte damaged, and hostile ones."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import porting.checkpoint
-from porting.checkpoint import Checkpoint, archive, open_checkpoint
+from porting.checkpoint import Checkpoint, archive, open_checkpoint, unpack
 from porting.checkpoint.v2.writer import write_bundle
 from porting.errors import CheckpointError, EfficientDetError
 
@@ -41,7 +40,7 @@ def tar_gz(folder: Path, target: Path) -> None:
 
 
 def tar_dot(folder: Path, target: Path) -> None:
-    """As ``tar -C folder/.. -cf target ./folder`` writes names."""
+    """With the names that ``tar -C folder/.. -cf target ./folder`` writes."""
     with tarfile.open(target, "w") as tar:
         tar.add(folder, f"./{folder.name}")
 
@@ -73,7 +72,7 @@ every_packing = pytest.mark.parametrize(("name", "pack"), PACKINGS.items(), ids=
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A release as it lies in its archive, the graph and a log beside the weights."""
+    """A release as in its archive: weights, the graph and a log."""
     folder = tmp_path / "in" / "efficientdet-d0"
     write_bundle(folder / "model", VARIABLES)
     (folder / "model.meta").write_bytes(b"graph" * 100)
@@ -83,7 +82,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where archives are unpacked; whatever a test does, it must be empty after it."""
+    """The folder where archives are unpacked. It must be empty after every test."""
     place = tmp_path / "tmp"
     place.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
@@ -93,7 +92,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def check(path: Path, step: int | None = None) -> str:
-    """Everything in the archive is what was packed; returns what it calls its source."""
+    """Check that everything in the archive is as packed; returns the checkpoint's source."""
     with open_checkpoint(path, step) as checkpoint:
         assert set(checkpoint) == set(VARIABLES)
         for name, value in checkpoint.read_many(checkpoint):
@@ -117,11 +116,11 @@ def add(
     tar.addfile(info, io.BytesIO(data))
 
 
-# Reading what is in there
+# Reading
 
 
 @every_packing
-def test_every_variable_and_what_it_calls_itself(name: str, pack: Pack, folder: Path, tmp_path: Path) -> None:
+def test_every_variable_and_the_source(name: str, pack: Pack, folder: Path, tmp_path: Path) -> None:
     pack(folder, tmp_path / name)
     assert check(tmp_path / name) == f"{tmp_path / name}:efficientdet-d0/model"
 
@@ -160,17 +159,15 @@ def test_real_files_of_other_formats(place: str, files: list[str], shared: Path,
             assert value.tobytes() == theirs[key].tobytes(), key
 
 
-def test_notes_are_passed_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_are_passed_on(folder: Path, tmp_path: Path) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
-    real = open_checkpoint
 
-    def noting(path: Path, step: int | None = None) -> Checkpoint:
-        checkpoint = real(path, step)
+    def noting(path: Path, step: int | None) -> Checkpoint:
+        checkpoint = open_checkpoint(path, step)
         checkpoint.notes = (f"{checkpoint.source} is odd",)
         return checkpoint
 
-    monkeypatch.setattr(porting.checkpoint, "open_checkpoint", noting)
-    with archive.open_archive(tmp_path / "m.tar.gz") as checkpoint:
+    with archive.open_archive(tmp_path / "m.tar.gz", None, noting) as checkpoint:
         assert checkpoint.notes == (f"{tmp_path / 'm.tar.gz'}:efficientdet-d0/model is odd",)
 
 
@@ -202,7 +199,7 @@ def test_of_two_members_of_one_name_the_later_counts(folder: Path, tmp_path: Pat
     check(target)
 
 
-def test_what_macos_adds_is_passed_over(folder: Path, tmp_path: Path) -> None:
+def test_files_that_macos_adds_are_ignored(folder: Path, tmp_path: Path) -> None:
     zip_deflated(folder, tmp_path / "mac.zip")
     with zipfile.ZipFile(tmp_path / "mac.zip", "a") as out:
         out.writestr("__MACOSX/efficientdet-d0/._model.index", b"resource fork")
@@ -224,22 +221,21 @@ def test_what_macos_adds_is_passed_over(folder: Path, tmp_path: Path) -> None:
         (["saved_model.pb", "variables/variables.index", "x.hdf5"], "x.hdf5"),
     ],
 )
-def test_other_formats_go_through_the_same_open(
-    members: list[str], opened: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temporary: Path
+def test_other_formats_are_opened_the_same_way(
+    members: list[str], opened: str, tmp_path: Path, temporary: Path
 ) -> None:
     with zipfile.ZipFile(tmp_path / "m.zip", "w") as out:
         for member in members:
             out.writestr(member, member)
     seen: list[tuple[Path, int | None]] = []
 
-    def fake(path: Path, step: int | None = None) -> Checkpoint:
+    def fake(path: Path, step: int | None) -> Checkpoint:
         seen.append((path, step))
         assert path.exists()
         raise CheckpointError(f"{path} was opened")
 
-    monkeypatch.setattr(porting.checkpoint, "open_checkpoint", fake)
     with pytest.raises(CheckpointError) as caught:
-        archive.open_archive(tmp_path / "m.zip", 3)
+        archive.open_archive(tmp_path / "m.zip", 3, fake)
     ((path, step),) = seen
     assert Path(*path.relative_to(temporary).parts[2:]) == Path(opened)
     assert step == 3
@@ -250,7 +246,7 @@ def test_other_formats_go_through_the_same_open(
 # The temporary folder
 
 
-def test_the_folder_is_private_and_goes_with_the_checkpoint(
+def test_the_folder_is_private_and_is_removed_with_the_checkpoint(
     folder: Path, tmp_path: Path, temporary: Path
 ) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
@@ -269,7 +265,7 @@ def test_the_folder_is_private_and_goes_with_the_checkpoint(
     assert list(temporary.iterdir()) == []
 
 
-def test_closed_is_closed(folder: Path, tmp_path: Path) -> None:
+def test_reading_after_close_raises(folder: Path, tmp_path: Path) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
     checkpoint = open_checkpoint(tmp_path / "m.tar.gz")
     checkpoint.close()
@@ -283,7 +279,7 @@ def test_nothing_is_left_when_unpacking_stops(
     error: BaseException, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
-    real, calls = archive._copy, []
+    real, calls = unpack._copy, []
 
     def copy(*args: Any) -> None:
         calls.append(args)
@@ -291,20 +287,20 @@ def test_nothing_is_left_when_unpacking_stops(
             raise error
         real(*args)
 
-    monkeypatch.setattr(archive, "_copy", copy)
+    monkeypatch.setattr(unpack, "_copy", copy)
     kind = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(kind, match="No space left on device" if kind is CheckpointError else None):
         open_checkpoint(tmp_path / "m.tar.gz")
 
 
-def test_no_place_to_unpack(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_folder_to_unpack_into(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar_gz(folder, tmp_path / "m.tar.gz")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
     with pytest.raises(CheckpointError, match=r"cannot be unpacked into .*absent.*set TMPDIR"):
         open_checkpoint(tmp_path / "m.tar.gz")
 
 
-# Archives that hold something else
+# Archives with other contents
 
 
 @pytest.mark.parametrize(
@@ -317,7 +313,7 @@ def test_no_place_to_unpack(folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
         (b"PK\x03\x04 and no more", "is damaged"),
     ],
 )
-def test_what_is_no_archive(content: bytes, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_archives(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "efficientdet-d0.tar.gz"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
@@ -345,14 +341,14 @@ def test_no_weights_and_too_many(folder: Path, tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "two.tar")
 
 
-def test_a_missing_data_file_is_told_in_the_archives_terms(folder: Path, tmp_path: Path) -> None:
+def test_the_error_of_a_missing_data_file_names_the_archive(folder: Path, tmp_path: Path) -> None:
     (folder / "model.data-00000-of-00001").unlink()
     tar_gz(folder, tmp_path / "m.tar.gz")
-    with pytest.raises(CheckpointError, match=r"m\.tar\.gz:efficientdet-d0/model\.index is there but"):
+    with pytest.raises(CheckpointError, match=r"m\.tar\.gz:efficientdet-d0/model\.index exists but"):
         open_checkpoint(tmp_path / "m.tar.gz")
 
 
-def test_an_error_while_reading_is_told_in_the_archives_terms(folder: Path, tmp_path: Path) -> None:
+def test_an_error_while_reading_names_the_archive(folder: Path, tmp_path: Path) -> None:
     data = folder / "model.data-00000-of-00001"
     data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
     tar_gz(folder, tmp_path / "m.tar.gz")
@@ -403,7 +399,7 @@ def test_links_and_devices_are_not_followed(kind: bytes, folder: Path, tmp_path:
     path = tmp_path / "links.tar"
     with tarfile.open(path, "w") as tar:
         tar.add(folder, folder.name)
-        add(tar, "efficientdet-d0/latest", kind=kind, linkname=str(secret))  # of no use: passed over
+        add(tar, "efficientdet-d0/latest", kind=kind, linkname=str(secret))  # not needed, so ignored
     check(path)
     with tarfile.open(path, "w") as tar:
         tar.add(folder / "model.data-00000-of-00001", "d/model.data-00000-of-00001")
@@ -418,8 +414,8 @@ def test_links_and_devices_are_not_followed(kind: bytes, folder: Path, tmp_path:
     ids=["a file as folder", "a folder as file", "too long"],
 )
 @pytest.mark.parametrize("kind", ["tar", "zip"])
-def test_names_that_cannot_be_together(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:
-    """That is the archive's fault and not the disk's."""
+def test_names_that_contradict_each_other(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:
+    """The message blames the archive, not the disk."""
     path = tmp_path / f"m.{kind}"
     if kind == "tar":
         with tarfile.open(path, "w") as tar:
@@ -429,7 +425,9 @@ def test_names_that_cannot_be_together(names: tuple[str, ...], kind: str, tmp_pa
         with zipfile.ZipFile(path, "w") as out:
             for name in names:
                 out.writestr(name, b"x")
-    message = r"m\.(tar|zip) holds '(d|q).*', which cannot be unpacked beside the rest .*; pack it under"
+    message = (
+        r"m\.(tar|zip) holds '(d|q).*', which cannot be unpacked together with the rest .*; pack it under"
+    )
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(path)
 
@@ -441,7 +439,7 @@ def test_a_linked_folder_is_not_written_through(folder: Path, tmp_path: Path) ->
         add(tar, "efficientdet-d0", kind=tarfile.SYMTYPE, linkname=str(outside))
         for file in folder.iterdir():
             tar.add(file, f"efficientdet-d0/{file.name}")
-    check(tmp_path / "l.tar")  # the link was never made, a folder took its place
+    check(tmp_path / "l.tar")  # a folder was made instead of the link
     assert list(outside.iterdir()) == []
 
 
@@ -459,7 +457,7 @@ def test_links_in_zip_are_not_followed(folder: Path, tmp_path: Path) -> None:
 def test_a_state_file_does_not_lead_out(
     relative: bool, folder: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    """A checkpoint that lies on this disk, where the state file in the archive points."""
+    """The state file in the archive points to a checkpoint on this disk."""
     other = tmp_path / "other" / "secret"
     write_bundle(other, {"secret": np.ones(3, np.float32)})
     named = "../" * 12 + str(other)[1:] if relative else str(other)
@@ -471,7 +469,7 @@ def test_a_state_file_does_not_lead_out(
         open_checkpoint(tmp_path / "m.tar")
 
 
-def test_an_archive_that_holds_archives_is_not_descended(folder: Path, tmp_path: Path) -> None:
+def test_archives_in_archives_are_not_opened(folder: Path, tmp_path: Path) -> None:
     zip_stored(folder, tmp_path / "inner.zip")
     for name in ("model.index", "model.h5"):
         with zipfile.ZipFile(tmp_path / "outer.zip", "w") as out:
@@ -482,15 +480,15 @@ def test_an_archive_that_holds_archives_is_not_descended(folder: Path, tmp_path:
 
 @pytest.fixture
 def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bombs of a size for tests: 2 MB are always allowed."""
-    monkeypatch.setattr(archive, "_ALWAYS_ALLOWED", 2_000_000)
-    monkeypatch.setattr(archive, "_HEADER_ROOM", 300_000)
-    monkeypatch.setattr(archive, "_CHUNK", 1 << 14)
-    monkeypatch.setattr(archive, "_MOST_MEMBERS", 500)
+    """Small limits for the tests of bombs: 2 MB are always allowed."""
+    monkeypatch.setattr(unpack, "_ALWAYS_ALLOWED", 2_000_000)
+    monkeypatch.setattr(unpack, "_HEADER_ROOM", 300_000)
+    monkeypatch.setattr(unpack, "_CHUNK", 1 << 14)
+    monkeypatch.setattr(unpack, "_MOST_MEMBERS", 500)
 
 
 def written(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes in the temporary folder whenever it is cleaned up."""
+    """The bytes in the temporary folder, each time that it is removed."""
     sizes: list[int] = []
     real = shutil.rmtree
 
@@ -538,7 +536,7 @@ def test_a_zip_that_declares_less_than_it_holds(tmp_path: Path, small_limits: No
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
 def test_headers_that_would_fill_the_memory(kind: bytes, tmp_path: Path, small_limits: None) -> None:
-    """tarfile reads these whole: megabytes of zeros in a header, in a few compressed kilobytes."""
+    """tarfile reads these completely: megabytes of zeros in a header, from a few compressed kilobytes."""
     with tarfile.open(tmp_path / "h.tar.gz", "w:gz") as tar:
         add(tar, "name", bytes(1_500_000), kind=kind)
         add(tar, "model.h5", b"data")
@@ -555,10 +553,10 @@ def test_what_follows_the_end_of_a_tar_is_bounded(folder: Path, tmp_path: Path, 
         open_checkpoint(tmp_path / "m.tar.gz")
 
 
-def test_a_sparse_file_is_not_believed(tmp_path: Path) -> None:
+def test_the_size_of_a_sparse_file_is_not_trusted(tmp_path: Path) -> None:
     header = bytearray(tarfile.TarInfo("model.h5").tobuf(tarfile.GNU_FORMAT))
     header[156:157] = tarfile.GNUTYPE_SPARSE
-    header[483:495] = b"%011o\0" % 5000  # what it says it would be, of no bytes stored
+    header[483:495] = b"%011o\0" % 5000  # the declared size; no bytes are stored
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     (tmp_path / "s.tar").write_bytes(bytes(header) + bytes(1024))
@@ -586,7 +584,7 @@ def test_a_zip_that_declares_more_than_it_holds(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_a_zip_whose_directory_lies_before_its_start(folder: Path, tmp_path: Path) -> None:
+def test_a_zip_with_its_directory_before_the_start(folder: Path, tmp_path: Path) -> None:
     zip_stored(folder, tmp_path / "m.zip")
     content = bytearray((tmp_path / "m.zip").read_bytes())
     content[content.rindex(b"PK\x05\x06") + 19] = 255
@@ -614,16 +612,18 @@ def test_an_encrypted_zip(folder: Path, tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "e.zip")
 
 
-# Damage: refused, or nothing was lost
+# Damage: rejected, or nothing was lost
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_a_damaged_stream_of_any_method_is_damage(folder: Path, tmp_path: Path, method: int) -> None:
+def test_a_damaged_stream_of_any_method_is_reported_as_damage(
+    folder: Path, tmp_path: Path, method: int
+) -> None:
     with zipfile.ZipFile(tmp_path / "m.zip", "w", method) as out:
         out.write(folder / "model.data-00000-of-00001", "model.index")
         size = out.getinfo("model.index").compress_size
     data = bytearray((tmp_path / "m.zip").read_bytes())
-    start = data.index(b"model.index") + len("model.index") + 9  # behind what LZMA puts first
+    start = data.index(b"model.index") + len("model.index") + 9  # after the header of LZMA
     assert start + 48 < size
     data[start + 3 : start + 40] = b"\xff" * 37
     (tmp_path / "m.zip").write_bytes(bytes(data))
@@ -631,7 +631,7 @@ def test_a_damaged_stream_of_any_method_is_damage(folder: Path, tmp_path: Path, 
         open_checkpoint(tmp_path / "m.zip")
 
 
-def read_or_refuse(path: Path) -> bool:
+def read_or_reject(path: Path) -> bool:
     try:
         check(path)
     except EfficientDetError as error:
@@ -644,7 +644,7 @@ def read_or_refuse(path: Path) -> bool:
 
 
 class Contents(dict[str, bytes]):
-    """The bytes of each packing; a failing test shall not print them."""
+    """The bytes of each packing. Its own type, so that a failing test does not print them."""
 
     def __repr__(self) -> str:
         return f"<{len(self)} archives>"
@@ -662,7 +662,7 @@ def packed(folder: Path, tmp_path: Path) -> Contents:
 @pytest.mark.parametrize("name", ["m.tar.gz", "m.tar", "m.zip", "deflated.zip"])
 @given(data=st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_is_refused_or_harmless(
+def test_any_damage_is_rejected_or_harmless(
     name: str, data: st.DataObject, packed: Contents, tmp_path: Path, temporary: Path
 ) -> None:
     content = bytearray(packed[name])
@@ -670,20 +670,20 @@ def test_any_damage_is_refused_or_harmless(
         at = data.draw(st.integers(0, len(content) - 1), "at")
         content[at] = data.draw(st.integers(0, 255), "value")
     (tmp_path / name).write_bytes(bytes(content))
-    read_or_refuse(tmp_path / name)
+    read_or_reject(tmp_path / name)
     assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["m.tar.gz", "m.zip", "deflated.zip"])
-def test_cut_short_anywhere_is_refused(name: str, packed: Contents, tmp_path: Path) -> None:
+def test_a_cut_anywhere_is_rejected(name: str, packed: Contents, tmp_path: Path) -> None:
     content = packed[name]
     for length in {*range(0, len(content), max(1, len(content) // 60)), len(content) - 1, len(content) - 9}:
         (tmp_path / name).write_bytes(content[:length])
-        assert not read_or_refuse(tmp_path / name), length
+        assert not read_or_reject(tmp_path / name), length
 
 
-def test_a_tar_cut_short_in_its_members_is_refused(packed: Contents, tmp_path: Path) -> None:
-    """Past the last member only padding is lost."""
+def test_a_tar_cut_inside_its_members_is_rejected(packed: Contents, tmp_path: Path) -> None:
+    """After the last member only padding is lost."""
     content = packed["m.tar"].rstrip(b"\0")
     for length in range(0, len(content), 97):
         (tmp_path / "m.tar").write_bytes(content[:length])
@@ -692,11 +692,11 @@ def test_a_tar_cut_short_in_its_members_is_refused(packed: Contents, tmp_path: P
                 i.offset_data + i.size for i in tar if i.name.endswith((".index", "00001", "checkpoint"))
             )
         if length < last:
-            assert not read_or_refuse(tmp_path / "m.tar"), length
+            assert not read_or_reject(tmp_path / "m.tar"), length
 
 
 def test_a_broken_header_in_the_middle_is_not_the_end(folder: Path, tmp_path: Path) -> None:
-    """tarfile alone would take the archive to end there, and the newer checkpoint after it to be absent."""
+    """tarfile itself would treat it as the end of the archive and lose the newer checkpoint after it."""
     with tarfile.open(tmp_path / "m.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
         tar.add(folder / "model.index", "d/model-1.index")
         tar.add(folder / "model.data-00000-of-00001", "d/model-1.data-00000-of-00001")
@@ -713,7 +713,7 @@ def test_a_broken_header_in_the_middle_is_not_the_end(folder: Path, tmp_path: Pa
 
 @given(st.binary(max_size=3000), st.sampled_from([b"", b"PK\x03\x04", b"\x1f\x8b\x08", b"PK\x05\x06"]))
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_called_an_archive(tmp_path: Path, tail: bytes, head: bytes) -> None:
+def test_any_bytes_with_the_name_of_an_archive(tmp_path: Path, tail: bytes, head: bytes) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(head + tail)
     with pytest.raises(CheckpointError):
@@ -727,7 +727,7 @@ def test_a_pipe_is_not_waited_for(pipe: Path, tmp_path: Path) -> None:
             open_checkpoint(path)
 
 
-def test_a_folder_called_like_an_archive_is_a_folder(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_an_archive(folder: Path, tmp_path: Path) -> None:
     os.rename(folder, tmp_path / "unpacked.tar.gz")
     check(tmp_path / "unpacked.tar.gz")
     with pytest.raises(CheckpointError, match=r"neither .*absent"):
@@ -735,10 +735,10 @@ def test_a_folder_called_like_an_archive_is_a_folder(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("mode", "packer"), [("w:bz2", "bzip2"), ("w:xz", "xz")])
-def test_other_packers_are_named(mode: Any, packer: str, tmp_path: Path) -> None:
+def test_other_formats_of_archives_are_named(mode: Any, packer: str, tmp_path: Path) -> None:
     write_bundle(tmp_path / "run" / "model", VARIABLES)
     with tarfile.open(tmp_path / "run.packed", mode) as tar:
         tar.add(tmp_path / "run", "run")
-    message = rf"run\.packed is packed by {packer}, which is not read here; unpack it, or pack it"
+    message = rf"run\.packed is packed by {packer}, which is not supported; unpack it, or pack it"
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(tmp_path / "run.packed")

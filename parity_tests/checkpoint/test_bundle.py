@@ -1,4 +1,4 @@
-"""V2 checkpoints, ours against TensorFlow's own reader and writer, both ways, bit for bit."""
+"""V2 checkpoints compared with TensorFlow's reader and writer in both directions, bit by bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hypothesis.extra import numpy as hnp
 from parity_tests.helpers.paths import GOLDENS, ROOT, SHARED
 from porting.checkpoint import open_checkpoint, wire
 from porting.checkpoint.v2 import snappy, table
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.errors import CheckpointError
 
@@ -70,7 +71,7 @@ def assert_tensorflow_agrees(tf: Any, prefix: str, ours: dict[str, np.ndarray]) 
         assert_same_bits(array, np.asarray(reader.get_tensor(name)), name)
 
 
-# Reading what Google's code wrote
+# Reading files that Google's code wrote
 
 
 @real_checkpoints
@@ -103,7 +104,7 @@ def test_real_index_reads_without_its_data(tf: Any, path: Path) -> None:
     assert {name: list(entry.shape) for name, entry in index.entries.items()} == shapes
     for name, dtype in theirs.get_variable_to_dtype_map().items():
         assert index.entries[name].dtype == dtype.as_datatype_enum, name
-    with pytest.raises(CheckpointError, match=r"its data file .*\.data-00000-of-0000\d is not"):
+    with pytest.raises(CheckpointError, match=r"its data file .*\.data-00000-of-0000\d does not"):
         open_checkpoint(path)
 
 
@@ -115,7 +116,7 @@ def test_golden_compressed_index() -> None:
     assert path.stat().st_size < sum(map(len, entries))
     name = "model/_feature_extractor/_bifpn_stage/node_input_blocks/0/0/1/0/kernel/.ATTRIBUTES/VARIABLE_VALUE"
     assert entries[name].shape == (1, 1, 320, 88)
-    # Every entry is right if together they tile the data file.
+    # Every entry is right if together they cover the data file without gaps or overlaps.
     position = 0
     for entry in sorted(entries.values(), key=lambda entry: entry.offset):
         assert entry.offset == position
@@ -123,7 +124,7 @@ def test_golden_compressed_index() -> None:
 
 
 def test_golden_checkpoint_of_tensorflow() -> None:
-    """Written by TensorFlow 2.21 (``SaveV2``): every dtype, values (-2…3), a string and a partitioned one."""
+    """Written by TensorFlow 2.21 (``SaveV2``): every dtype (-2…3), a string, a partitioned variable."""
     with open_checkpoint(BUNDLES / "tensorflow") as checkpoint:
         assert isinstance(checkpoint, TensorBundle)
         assert set(checkpoint) == {
@@ -175,7 +176,7 @@ def test_saver_sharded(tf: Any, tmp_path: Path) -> None:
         assert_tensorflow_agrees(tf, prefix, dict(checkpoint))
 
 
-def test_dtypes_and_odd_entries_tensorflow_wrote(tf: Any, tmp_path: Path) -> None:
+def test_dtypes_and_unusual_entries_of_tensorflow(tf: Any, tmp_path: Path) -> None:
     plain = {
         "scalar": tf.constant(3, tf.int64),
         "empty": tf.zeros([0, 3]),
@@ -245,7 +246,7 @@ def test_tensorflow_reads_what_we_write(tf: Any, tmp_path: Path, num_shards: int
 
 
 def test_index_of_many_blocks(tf: Any, tmp_path: Path) -> None:
-    """Enough names for several blocks: TensorFlow reads our index, and would have written the same bytes."""
+    """Enough names for several blocks: TensorFlow reads our index and writes the same bytes."""
     names = sorted(f"scope_{i % 7}/layer_{i}/" + "long_name_" * 20 for i in range(3000))
     arrays = {name: np.full((2,), i, np.float32) for i, name in enumerate(names)}
     write_bundle(tmp_path / "ours", arrays)
@@ -295,7 +296,9 @@ def checkpoint(tmp_path: Path) -> Any:
         yield opened
 
 
-def test_mapping_reads_nothing_until_asked(checkpoint: TensorBundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mapping_reads_values_only_on_lookup(
+    checkpoint: TensorBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TensorBundle, "_read", lambda *_: pytest.fail("read data"))
     assert "strided" in checkpoint
     assert "absent" not in checkpoint
@@ -313,7 +316,7 @@ def test_read_many_follows_the_file(checkpoint: TensorBundle) -> None:
     assert len(names) == len(checkpoint)
 
 
-def test_arrays_are_the_callers_own(checkpoint: TensorBundle) -> None:
+def test_arrays_own_their_memory(checkpoint: TensorBundle) -> None:
     first = checkpoint["strided"]
     first[:] = 0
     assert checkpoint["strided"].any()
@@ -339,7 +342,7 @@ def test_reading_does_not_import_tensorflow(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-# The small formats beneath
+# The small formats inside
 
 
 @st.composite
@@ -375,7 +378,7 @@ def test_snappy(case: tuple[bytes, bytes]) -> None:
     assert snappy.decompress(compressed) == plain
 
 
-@example({b"az": b"", b"b": b""}, 1)  # no short key lies between the two
+@example({b"az": b"", b"b": b""}, 1)  # there is no shorter key between the two
 @given(st.dictionaries(st.binary(max_size=12), st.binary(max_size=40), max_size=80), st.integers(30, 400))
 def test_table_round_trip(items: dict[bytes, bytes], block_size: int) -> None:
     ordered = sorted(items.items())

@@ -1,6 +1,6 @@
-"""The Object Detection API's EfficientDet: a real index, every size by structure, our own values, refusals.
+"""The Object Detection API's EfficientDet: a real index, the structure of every size, our values, rejections.
 
-No real weights were at hand: what the numbers mean is taken from the API's source and checked for itself.
+There were no real weights to test with: the meaning of the numbers is from the API's source.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from hypothesis import strategies as st
 from parity_tests.helpers.object_trees import VALUE, Memory, graph_of, odapi_paths, pipeline_text
 from parity_tests.helpers.paths import GOLDENS
 from porting.checkpoint import Checkpoint, open_checkpoint
-from porting.checkpoint.objects.detection_api import ENDPOINTS, read_layout
-from porting.checkpoint.objects.graph import Variable, open_object_checkpoint
+from porting.checkpoint.objects.detection_api import ENDPOINTS
+from porting.checkpoint.objects.detection_api_layout import read_layout
+from porting.checkpoint.objects.graph import Variable
+from porting.checkpoint.objects.open import open_object_checkpoint
 from porting.checkpoint.objects.pipeline_config import read_pipeline
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables, convert
 from porting.errors import CheckpointError, ConversionError
@@ -53,7 +56,7 @@ def detector(config: EfficientDetConfig) -> EfficientDetConfig:
 
 
 def tree_of(config: EfficientDetConfig) -> dict[str, Variable]:
-    """Path → variable of the whole detection model, the classifier's top included."""
+    """Path → variable of the whole detection model, including the top of the classifier."""
     paths, shapes = odapi_paths(config, blocks_run(config)), variable_shapes(config)
     tree = {}
     for name, path in paths.items():
@@ -85,7 +88,7 @@ def stored(config: EfficientDetConfig, prefix: str = "model/") -> dict[str, np.n
 
 
 def model_folder(folder: Path, arrays: dict[str, np.ndarray], pipeline: str) -> Path:
-    """As the API's model zoo packs it: ``checkpoint/ckpt-0`` and the pipeline above."""
+    """The layout of the API's model zoo: ``checkpoint/ckpt-0``, and the pipeline in the folder above."""
     write_bundle(folder / "checkpoint" / "ckpt-0", arrays)
     (folder / "pipeline.config").write_text(pipeline)
     return folder / "checkpoint"
@@ -103,8 +106,8 @@ def real_tree() -> dict[str, Variable]:
     }
 
 
-def test_a_real_index_is_explained_whole() -> None:
-    """The released D1: every AutoML variable once, in its shape; the classifier's block and top besides."""
+def test_every_variable_of_a_real_index_is_mapped() -> None:
+    """The released D1: every AutoML variable once and in its shape, and the classifier's block and top."""
     config, tree = model_config("efficientdet-d1"), real_tree()
     layout = read_layout(tree)
     assert layout.backbone == config.backbone
@@ -119,12 +122,12 @@ def test_a_real_index_is_explained_whole() -> None:
 
 
 def test_a_real_detector_leaves_out_the_last_block() -> None:
-    """Evidence that the API's D1 is not AutoML's: it runs 22 blocks of B1's 23."""
+    """Evidence that the API's D1 differs from AutoML's: it runs 22 of B1's 23 blocks."""
     assert read_layout(real_tree()).detector_blocks == 22
     assert len(model_config("efficientdet-d1").backbone.blocks) == 23
 
 
-def test_these_tests_know_the_objects() -> None:
+def test_the_trees_of_these_tests_are_real() -> None:
     tree = real_tree()
     expected = tree_of(model_config("efficientdet-d1"))
     assert {path: variable.shape for path, variable in expected.items()} == {
@@ -177,7 +180,7 @@ def test_names_and_back_for_other_pyramids(
 
 
 def test_values_of_a_detector(tmp_path: Path) -> None:
-    """D0 with values of our own: all of them arrive, the predictors' channels in AutoML's order."""
+    """D0 with our values: all of them arrive, and the predictors' channels are in AutoML's order."""
     config = d0()
     arrays = stored(config)
     arrays["save_counter" + VALUE] = np.array(1, np.int64)
@@ -205,7 +208,7 @@ def test_values_of_a_detector(tmp_path: Path) -> None:
         assert inference.config == config
         assert convert(checkpoint, inference.config).coverage.unused_count == 0
         notes = "\n".join(checkpoint.notes)
-    assert "no real weights of this layout were at hand" in notes
+    assert "this layout was not tested with real weights" in notes
     assert "left out 7 variables outside the detector (model/_feature_extractor/classification_" in notes
     assert "left out 1 variable of the training loop (save_counter)" in notes
     assert "hparams" not in notes
@@ -217,7 +220,7 @@ def test_values_of_a_detector(tmp_path: Path) -> None:
 def test_the_same_detections(
     tmp_path: Path, ratios: tuple[float, ...], background: bool, coder: tuple[float, ...]
 ) -> None:
-    """One location's boxes and logits, as the API reads its own channels and as we read ours."""
+    """Boxes and logits of one location: the API's channels by its rules, ours by AutoML's."""
     scales, classes = 3 if len(ratios) == 3 else 2, 2
     anchors = scales * len(ratios)
     config = d0(aspect_ratios=ratios if len(ratios) == 2 else (1.0, 2.0, 0.5), num_scales=scales)
@@ -239,15 +242,15 @@ def test_the_same_detections(
     theirs = their_predictions(arrays, features, ratios, scales, slots, background, coder)
     with open_checkpoint(model_folder(tmp_path, arrays, text)) as checkpoint:
         ours = our_predictions(checkpoint, config, features)
-        told = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
-        assert (told.aspect_ratios, told.num_scales) == (config.aspect_ratios, scales)
+        inferred = infer_config(checkpoint.shapes, settings=checkpoint.settings).config
+        assert (inferred.aspect_ratios, inferred.num_scales) == (config.aspect_ratios, scales)
     assert len(ours) == len(theirs) == anchors
     for (box, logits), (their_box, their_logits) in zip(sorted(ours), sorted(theirs), strict=True):
         np.testing.assert_allclose(box, their_box, rtol=1e-4, atol=1e-4)  # float32 sums of 64 products
         np.testing.assert_allclose(logits, their_logits, rtol=1e-5)
 
 
-def test_packed_as_the_model_zoo_does(tmp_path: Path) -> None:
+def test_packed_like_the_model_zoo(tmp_path: Path) -> None:
     whole = model_config("efficientdet-d1", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
     arrays = stored(whole)
     pipeline = pipeline_text(extractor="ssd_efficientnet-b1_bifpn_keras", anchor_scale=3.5)
@@ -257,7 +260,7 @@ def test_packed_as_the_model_zoo_does(tmp_path: Path) -> None:
     with open_checkpoint(folder) as unpacked, open_checkpoint(tmp_path / "d1.tar.gz") as checkpoint:
         assert checkpoint.settings == unpacked.settings
         assert checkpoint.settings["endpoints"] == (6, 14, 21)
-        assert "no real weights of this layout were at hand" in checkpoint.notes[0]
+        assert "this layout was not tested with real weights" in checkpoint.notes[0]
         name = "efficientnet-b1/stem/conv2d/kernel"
         key = f"model/_feature_extractor/_efficientnet/layer_with_weights-0/kernel{VALUE}"
         assert checkpoint[name].tobytes() == arrays[key].tobytes()
@@ -314,10 +317,10 @@ def our_predictions(
         ("efficientdet-d7", (10, 25, 42)),
     ],
 )
-def test_deeper_backbones_are_another_network(
+def test_deeper_backbones_are_a_different_network(
     tmp_path: Path, model: str, endpoints: tuple[int, int, int]
 ) -> None:
-    """Their pyramid comes from the middle of AutoML's stages; the blocks after it are not the detector's."""
+    """Their pyramid comes from the middle of AutoML's stages; the detector has no blocks after it."""
     whole = model_config(model, num_classes=2, fpn_num_filters=16, fpn_cell_repeats=1, box_class_repeats=1)
     pipeline = pipeline_text(
         extractor=f"ssd_{whole.backbone.name}_bifpn_keras",
@@ -330,15 +333,15 @@ def test_deeper_backbones_are_another_network(
         blocks = f"{whole.backbone.name}/blocks_{endpoints[-1] + 1}/"
         assert not any(name.startswith(blocks) for name in checkpoint)
     assert inference.variant is None
-    told = {"image_size": (512, 512), "anchor_scale": 4.0}  # by the pipeline, not by the variant
-    assert config == detector(whole).replace(name="custom", **told)
+    settings = {"image_size": (512, 512), "anchor_scale": 4.0}  # from the pipeline, not from the variant
+    assert config == detector(whole).replace(name="custom", **settings)
     assert config.backbone.endpoints == endpoints
     assert result.coverage.unused_count == 0
     assert set(result.state_dict) == set(EfficientDet(config).state_dict())
 
 
 def test_the_backbones_name_may_be_given_too(tmp_path: Path) -> None:
-    """AutoML's own yaml files always name it; the blocks the detector leaves out are no contradiction."""
+    """AutoML's yaml files always name it; that the detector leaves out blocks is not a contradiction."""
     whole = model_config("efficientdet-d1", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
     pipeline = pipeline_text(extractor="ssd_efficientnet-b1_bifpn_keras")
     with open_checkpoint(model_folder(tmp_path, stored(whole), pipeline)) as checkpoint:
@@ -351,7 +354,7 @@ def test_the_backbones_name_may_be_given_too(tmp_path: Path) -> None:
             infer_config(*about, other, checkpoint.settings)
 
 
-def test_where_the_pyramid_comes_from() -> None:
+def test_the_blocks_of_the_pyramid() -> None:
     config = detector(model_config("efficientdet-d1"))
     backbone = EfficientDet(config).backbone.eval()
     outputs: list[torch.Tensor] = []
@@ -366,7 +369,7 @@ def test_where_the_pyramid_comes_from() -> None:
 
 
 def test_the_pipelines_settings(tmp_path: Path) -> None:
-    """What only the pipeline knows reaches the configuration, unless the user says otherwise."""
+    """Settings of the pipeline get into the configuration, unless the user overrides them."""
     arrays = stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
     folder = model_folder(tmp_path, arrays, pipeline_text(anchor_scale=3.5, size=640))
     with open_checkpoint(folder) as checkpoint:
@@ -376,7 +379,7 @@ def test_the_pipelines_settings(tmp_path: Path) -> None:
     assert not any(line.startswith(("anchor scale", "image size")) for line in inference.assumed)
 
 
-def test_an_image_size_that_is_no_square(tmp_path: Path) -> None:
+def test_an_image_size_that_is_not_square(tmp_path: Path) -> None:
     square = "keep_aspect_ratio_resizer { min_dimension: 512 max_dimension: 512 }"
     text = pipeline_text()
     assert square in text
@@ -386,7 +389,7 @@ def test_an_image_size_that_is_no_square(tmp_path: Path) -> None:
 
 
 def test_training_state(tmp_path: Path) -> None:
-    """A checkpoint of the API's trainer: step, momentum, averages; all in the order of their variables."""
+    """A checkpoint of the API's trainer: step, momentum and averages, all with reordered channels."""
     config = d0()
     arrays = stored(config)
     trainable = {v.name for v in variables(config) if v.trainable}
@@ -409,7 +412,7 @@ def test_training_state(tmp_path: Path) -> None:
 
 
 def test_saved_model_by_its_graph(tmp_path: Path) -> None:
-    """In the API's SavedModels the keys are numbers in lists; the graph still has the attributes."""
+    """In the API's SavedModels the keys are numbers in lists; the attributes are in the graph."""
     config = d0()
     tree = tree_of(config)
     keys = {f"_model/{path}": f"_model/variables/{n}" for n, path in enumerate(tree)}
@@ -426,13 +429,13 @@ def test_saved_model_by_its_graph(tmp_path: Path) -> None:
     assert checkpoint["class_net/class-0/bias"][0] == list(tree).index(path)
 
 
-# --- what must be refused --------------------------------------------------------------------------------
+# --- what must be rejected -------------------------------------------------------------------------------
 
 
 def test_without_pipeline(tmp_path: Path) -> None:
     write_bundle(tmp_path / "a" / "b" / "c" / "ckpt-0", stored(d0()))
-    (tmp_path / "pipeline.config").write_text(pipeline_text())  # too far up to be this model's
-    with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
+    (tmp_path / "pipeline.config").write_text(pipeline_text())  # too far up to belong to this model
+    with pytest.raises(CheckpointError, match=r"the box coding, .* are only in its pipeline\.config"):
         open_checkpoint(tmp_path / "a" / "b" / "c")
 
 
@@ -440,10 +443,10 @@ def test_without_pipeline(tmp_path: Path) -> None:
     "prefix",
     ["ckpt-0", "model/ckpt-0", "variables/ckpt-0", "variables/variables", "saved/variables/variables"],
 )
-def test_a_pipeline_outside_the_archive_is_somebody_elses(
+def test_a_pipeline_outside_the_archive_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    """An archive is unpacked where others may write too."""
+    """An archive is unpacked in a place where other users may write too."""
     write_bundle(tmp_path / "model" / prefix, stored(d0()))
     (tmp_path / "shared").mkdir()
     for outside in ("", "shared"):
@@ -452,17 +455,19 @@ def test_a_pipeline_outside_the_archive_is_somebody_elses(
     with tarfile.open(tmp_path / "model.tar", "w") as tar:
         tar.add(tmp_path / "model", ".")
     beside = "its folder variables" if prefix.endswith("variables/variables") else "ckpt-0.index"
-    advice = rf"model\.tar:.* only its pipeline\.config .*, beside {beside} \(unpack an archive for that\)$"
+    advice = (
+        rf"model\.tar:.* only in its pipeline\.config; .*, beside {beside} \(unpack an archive for that\)$"
+    )
     with pytest.raises(CheckpointError, match=advice):
         open_checkpoint(tmp_path / "model.tar")
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["pipeline.config"]
 
 
 @pytest.mark.parametrize("inner", ["model", "variables", "checkpoint"])
-def test_a_pipeline_two_folders_up_is_somebody_elses(tmp_path: Path, inner: str) -> None:
+def test_a_pipeline_two_folders_up_is_not_used(tmp_path: Path, inner: str) -> None:
     write_bundle(tmp_path / "model" / inner / "ckpt-0", stored(d0()))
     (tmp_path / "pipeline.config").write_text(pipeline_text(anchor_scale=3.0, size=896))
-    with pytest.raises(CheckpointError, match=r"only its pipeline\.config tells the box coding"):
+    with pytest.raises(CheckpointError, match=r"the box coding, .* are only in its pipeline\.config"):
         open_checkpoint(tmp_path / "model" / inner)
 
 
@@ -476,7 +481,9 @@ def test_a_pipeline_two_folders_up_is_somebody_elses(tmp_path: Path, inner: str)
     ],
 )
 @pytest.mark.parametrize("pack", [False, True])
-def test_where_a_pipeline_may_lie(tmp_path: Path, prefix: str, named: str, pipeline: str, pack: bool) -> None:
+def test_where_a_pipeline_is_found(
+    tmp_path: Path, prefix: str, named: str, pipeline: str, pack: bool
+) -> None:
     folder = tmp_path / "model"
     write_bundle(folder / prefix, stored(d0()))
     (folder / pipeline / "pipeline.config").write_text(pipeline_text(anchor_scale=3.5))
@@ -501,7 +508,7 @@ def test_a_pipeline_of_a_thousand_shards(tmp_path: Path) -> None:
 
 
 def test_a_pipeline_beside_the_checkpoint(tmp_path: Path) -> None:
-    """As training leaves it: it goes before one above."""
+    """Where training leaves it. It has priority over one in the folder above."""
     model_folder(tmp_path, stored(d0()), pipeline_text(anchor_scale=3.0))
     (tmp_path / "checkpoint" / "pipeline.config").write_text(pipeline_text(anchor_scale=3.5))
     with open_checkpoint(tmp_path / "checkpoint") as checkpoint:
@@ -534,7 +541,7 @@ def test_pipelines_of_other_models(tmp_path: Path, changes: dict[str, Any], wron
     folder = model_folder(
         tmp_path, stored(d0(fpn_cell_repeats=1, box_class_repeats=1)), pipeline_text(**changes)
     )
-    with pytest.raises(CheckpointError, match=f"does not go with the checkpoint, .*: see its {wrong}$"):
+    with pytest.raises(CheckpointError, match=f"does not belong to the checkpoint, .*: see its {wrong}$"):
         open_checkpoint(folder)
 
 
@@ -562,7 +569,7 @@ BOX, BIFPN = "_box_predictor/_head_scope_conv_layers", "_feature_extractor/_bifp
             without(f"{BOX}/BoxPredictionTower/0/bias"),
             "lacks bias; it was trained with force_use_bias: false",
         ),
-        (without(f"{BOX}/ClassPredictionTower/2"), "class-2 needs, and lacks bias, depthwise_kernel"),
+        (without(f"{BOX}/ClassPredictionTower/2"), "class-2 does not need, and lacks bias, depthwise_kernel"),
         (
             without("_efficientnet/layer_with_weights-7/"),
             "backbone layers are not numbered from 0 without gaps",
@@ -570,19 +577,22 @@ BOX, BIFPN = "_box_predictor/_head_scope_conv_layers", "_feature_extractor/_bifp
         (without("layer_with_weights"), "its 0 backbone layers"),
         (
             without("node_post_combine_block/9/"),
-            "23 BiFPN nodes after 2 levels above P5 are no whole cells of 8",
+            "23 BiFPN nodes after 2 levels above P5 do not make whole cells of 8",
         ),
-        (without("node_post_combine_block/25/2"), "fnode7/op_after_combine12/bn needs, and lacks beta"),
+        (
+            without("node_post_combine_block/25/2"),
+            "fnode7/op_after_combine12/bn does not need, and lacks beta",
+        ),
         (
             without("box_encodings/4/"),
             r"node_combine_op/5/bifpn_combine_weights has shape \[2, 1\], not \[3, 1\]",
         ),
         (without(f"{BOX}/BoxPredictionTower"), "its heads are not two towers"),
         (with_another(f"{BOX}/PredictionTower/0/kernel"), "its heads are not two towers"),
-        (with_another(f"{BOX}/BoxPredictionTower/3/bias"), "ClassPredictionTower/3 has nothing beyond"),
-        (with_another("_box_predictor/more/kernel"), r"_box_predictor/more/kernel \(1 in all\) is no part"),
+        (with_another(f"{BOX}/BoxPredictionTower/3/bias"), "ClassPredictionTower/3 has nothing that"),
+        (with_another("_box_predictor/more/kernel"), r"_box_predictor/more/kernel \(1 in all\) is not part"),
         (with_another(f"{BIFPN}/node_combine_op/4/bifpn_combine_weights"), r"has shape \[1\], not \[2, 1\]"),
-        (with_another("_feature_extractor/_efficientnet/layer_with_weights-3/bias"), "has bias beyond"),
+        (with_another("_feature_extractor/_efficientnet/layer_with_weights-3/bias"), "has bias that"),
     ],
 )
 def test_trees_that_almost_fit(change: Callable[[dict[str, Variable]], None], reason: str) -> None:
@@ -606,7 +616,9 @@ def test_a_backbone_that_ends_anywhere(kept: int) -> None:
 
 def test_a_detector_that_runs_the_classifier() -> None:
     tree = {path.replace("classification_backbone", "_efficientnet"): v for path, v in tree_of(d0()).items()}
-    with pytest.raises(CheckpointError, match=r"_efficientnet/layer_with_weights-128 belongs to no block"):
+    with pytest.raises(
+        CheckpointError, match=r"_efficientnet/layer_with_weights-128 does not belong to a block"
+    ):
         read_layout(tree)
 
 
@@ -620,8 +632,8 @@ def test_another_backbone() -> None:
         read_layout(tree)
 
 
-def test_a_fork_that_takes_other_blocks(tmp_path: Path) -> None:
-    """With the whole of B1 in the detector, where its pyramid comes from cannot be known."""
+def test_a_fork_that_uses_other_blocks(tmp_path: Path) -> None:
+    """With all of B1 in the detector, the source of its pyramid is unknown."""
     config = model_config("efficientdet-d1", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
     shapes = variable_shapes(config)
     arrays = {
@@ -667,7 +679,7 @@ def test_defaults_are_the_apis(tmp_path: Path) -> None:
     assert pipeline.image_size is None
 
 
-def test_an_empty_list_says_nothing(tmp_path: Path) -> None:
+def test_an_empty_list_has_no_value(tmp_path: Path) -> None:
     (tmp_path / "pipeline.config").write_text(pipeline_text(box_coder="y_scale: [] x_scale: 2"))
     assert read_pipeline(tmp_path / "pipeline.config").box_scales == (10, 2, 5, 5)
 
@@ -675,18 +687,18 @@ def test_an_empty_list_says_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("", "has no model, so it describes no EfficientDet"),
+        ("", "has no model, so it is not for an EfficientDet"),
         ("model { faster_rcnn {} }", r"has no model\.ssd, so"),
         ("model { ssd {", "line 1: '{' is never closed"),
         ("model {\n ssd { >", "line 2: '{' is never closed"),
-        ("model {} }", "line 1: '}' closes nothing"),
+        ("model {} }", "line 1: '}' has no opening bracket"),
         ("model: ]", r"line 1: '\]' is unexpected"),
         ("a: [1, 2", r"line 1: '\[' is never closed"),
         ("\n\n{", "line 3: '{' is unexpected"),
         ("a: @", "line 1: '@' is unexpected"),
         ("a {" * 5000, "messages nest too deep"),
         ("a: " + "[" * 5000, "messages nest too deep"),
-        ("#" * (1 << 21), "is too long for a pipeline configuration"),
+        ("#" * (1 << 21), "cannot be read: it has more than 262,144 bytes"),
         (pipeline_text(num_classes="many"), r"model\.ssd\.num_classes is 'many'; correct the file"),
         (pipeline_text(num_classes="2.5"), r"model\.ssd\.num_classes is 2\.5"),
         (pipeline_text(num_classes="{}"), r"model\.ssd\.num_classes is a message"),
@@ -712,7 +724,7 @@ def test_unreadable_pipeline(tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_text_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_any_text_is_read_or_rejected(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     text = list(pipeline_text())
     for _ in range(data.draw(st.integers(1, 4))):
         text[data.draw(st.integers(0, len(text) - 1))] = data.draw(

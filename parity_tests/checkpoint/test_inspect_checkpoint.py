@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py, and the findings behind it."""
+"""tools/inspect_checkpoint.py, and the functions behind it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BETA = "resample_p6/bn/beta"
 
 
 class Memory(Checkpoint):
-    """A checkpoint of arrays at hand, read in their order."""
+    """A checkpoint of given arrays, read in their order."""
 
     def __init__(self, arrays: dict[str, np.ndarray], source: str = "memory") -> None:
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -48,7 +48,7 @@ class Memory(Checkpoint):
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, np.ndarray]:
-    """As training leaves it: raw values, averages, Momentum slots and global_step."""
+    """The content of a training checkpoint: raw values, averages, Momentum slots and global_step."""
     return synthetic_checkpoint(CONFIG, momentum=True)
 
 
@@ -57,7 +57,7 @@ def arrays(trained: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(trained)
 
 
-# What is found
+# Findings
 
 
 def test_a_training_checkpoint(arrays: dict[str, np.ndarray]) -> None:
@@ -97,7 +97,7 @@ def test_how_far_the_averages_are(arrays: dict[str, np.ndarray]) -> None:
 
 
 def test_the_order_of_reading_does_not_matter(arrays: dict[str, np.ndarray]) -> None:
-    """TensorFlow's files hold a variable before its average; others may not."""
+    """In TensorFlow's files a variable comes before its average; in others it may not."""
     backwards = dict(reversed(arrays.items()))
     assert list(backwards) != list(arrays)
     ours, theirs = inspect(Memory(backwards)).averages, inspect(Memory(arrays)).averages
@@ -203,7 +203,9 @@ def spoil(arrays: dict[str, np.ndarray], how: str) -> None:
     ],
 )
 @pytest.mark.parametrize("backwards", [False, True])
-def test_what_is_unexpected(how: str, sentence: str, backwards: bool, arrays: dict[str, np.ndarray]) -> None:
+def test_unexpected_variables(
+    how: str, sentence: str, backwards: bool, arrays: dict[str, np.ndarray]
+) -> None:
     spoil(arrays, how)
     if backwards and how != "many":
         arrays = dict(reversed(arrays.items()))
@@ -214,7 +216,7 @@ def test_what_is_unexpected(how: str, sentence: str, backwards: bool, arrays: di
     assert math.isfinite(found.averages.relative)
 
 
-def test_what_is_no_efficientdet() -> None:
+def test_not_an_efficientdet_at_all() -> None:
     found = inspect(Memory({"dense/kernel": np.ones((3, 4), np.float32), "global_step": np.array(3)}))
     assert found.inference is None
     assert (found.trainable, found.untrained, dict(found.shapes)) == (12, 0, {"dense/kernel": (3, 4)})
@@ -240,7 +242,7 @@ def leaves(scopes: tuple[Scope, ...]) -> Iterator[tuple[int, int, tuple[int, ...
 
 
 def check_tree(shapes: dict[str, tuple[int, ...]]) -> tuple[Scope, ...]:
-    """Nothing is lost by splitting and merging."""
+    """Check that splitting and merging lose nothing."""
     tree = scope_tree(shapes)
     assert sum(scope.variables for scope in tree) == len(shapes)
     assert sum(scope.parameters for scope in tree) == sum(map(math.prod, shapes.values()))
@@ -310,14 +312,14 @@ def run(*arguments: object, cwd: Path, columns: int = 80) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, trained: dict[str, np.ndarray]) -> Path:
-    """In a folder whose name a careless print would take for markup."""
+    """A folder whose name looks like markup, which must be printed as it is."""
     folder = tmp_path_factory.mktemp("t") / "[red]run" / "efficientdet-lite0"
     write_bundle(folder / "model", trained)
     return folder
 
 
 @pytest.mark.parametrize("columns", [80, 140])
-def test_what_is_printed(columns: int, folder: Path, tmp_path: Path) -> None:
+def test_the_printed_text(columns: int, folder: Path, tmp_path: Path) -> None:
     done = run("--ckpt", folder.relative_to(folder.parents[1]), cwd=folder.parents[1], columns=columns)
     assert (done.returncode, done.stderr) == (0, "")
     rows = done.stdout.splitlines()
@@ -387,12 +389,15 @@ def test_not_an_efficientdet(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--ckpt", "absent"], "error: neither absent nor absent.index exists; check the path\n"),
-        (["--ckpt", "efficientdet-d99"], "error: efficientdet-d99 is neither here nor a release"),
+        (
+            ["--ckpt", "efficientdet-d99"],
+            "error: efficientdet-d99 is neither an existing path nor a Google release",
+        ),
         (["--ckpt", "x", "--depth", "-1"], "--depth is -1, must be 0 or more"),
         ([], "--ckpt"),
     ],
 )
-def test_what_is_refused(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_rejected_arguments(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = run(*arguments, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr

@@ -17,6 +17,7 @@ from parity_tests.helpers.object_trees import LISTED, keras_names, save_h5
 from parity_tests.helpers.recordings import shared_recording
 from parity_tests.helpers.small_models import seeded, tiny
 from porting.checkpoint import open_checkpoint
+from porting.checkpoint.base import read_head
 from porting.checkpoint.keras_h5 import KerasH5, is_h5
 from porting.convert import convert, variables_digest
 from porting.errors import CheckpointError
@@ -28,11 +29,11 @@ h5py = pytest.importorskip("h5py", reason="needs h5py: pip install -e '.[h5]'")
 
 
 def h5_paths(config: EfficientDetConfig) -> dict[str, str]:
-    """AutoML name → path in the file: the layer's group, then the variable's own name."""
+    """AutoML name → path in the file: the group of the layer, then the name of the variable."""
     return {name: f"{name.split('/')[0]}/{name}:0" for name in variable_shapes(config)}
 
 
-# --- what Google wrote ----------------------------------------------------------------------------------
+# --- files that Google wrote ----------------------------------------------------------------------------------
 
 
 def test_google_weights_are_the_ema_values(shared: Path) -> None:
@@ -61,7 +62,7 @@ def test_google_weights_convert(shared: Path) -> None:
 
 @pytest.mark.parametrize("model", LISTED)
 def test_listed_datasets_are_the_whole_model(model: str) -> None:
-    """What the tests below write is what Google's model has, path by path and shape by shape."""
+    """The files of the tests below have the same paths and shapes as Google's model."""
     config = model_config(model)
     paths, shapes = h5_paths(config), variable_shapes(config)
     assert {paths[name]: list(shape) for name, shape in shapes.items()} == keras_names()[f"{model}/h5"]
@@ -73,7 +74,7 @@ def test_listed_datasets_are_the_whole_model(model: str) -> None:
 @given(configs(), st.sampled_from([3, 50, 10**6]))
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_names_and_back(tmp_path: Path, config: EfficientDetConfig, piece: int) -> None:
-    """AutoML name → path in the file → AutoML name, with lists of names in pieces as D7x needs them."""
+    """AutoML name → path in the file → AutoML name. The lists of names are in pieces, as D7x needs."""
     values = seeded(config)
     path = tmp_path / "weights.h5"
     save_h5(path, values, piece)
@@ -150,9 +151,7 @@ def test_two_stems_stay_two(tmp_path: Path) -> None:
         assert list(checkpoint) == names
 
 
-def test_values_are_not_read_before_they_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_are_read_only_on_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_h5(tmp_path / "w.h5", {"a/kernel": np.ones(3, np.float32)})
 
     def never(*_: object) -> None:
@@ -181,7 +180,7 @@ def test_without_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_checkpoint(tmp_path / "w.h5")
 
 
-# --- files that must be refused --------------------------------------------------------------------------
+# --- files that must be rejected -------------------------------------------------------------------------
 
 
 def external_link(file: Any, folder: Path) -> None:
@@ -272,18 +271,18 @@ def no_weights(file: Any, folder: Path) -> None:
         (external_storage, "keeps the values of a/a/kernel:0 in other files"),
         (virtual_dataset, "keeps the values of a/a/kernel:0 in other files"),
         (huge, "a/a/kernel:0 claims 4398046511104 bytes, more than the whole file has"),
-        (unwritten_chunks, "the values of a/a/kernel:0 were never all written"),
-        (unwritten, "the values of a/a/kernel:0 were never all written"),
-        (integers, "holds a/a/kernel:0 as int64, where weights are floating point"),
-        (nothing_in_it, "holds a/a/kernel:0 as float32, where weights are floating point"),
-        (named_type, "something else than values at a/a/kernel:0"),
-        (twice, "has b/a/kernel:0, which is no variable of a layer, or one for the second time"),
-        (outside_layers, "has kernel:0, which is no variable of a layer"),
+        (unwritten_chunks, "some values of a/a/kernel:0 were never written"),
+        (unwritten, "some values of a/a/kernel:0 were never written"),
+        (integers, "holds a/a/kernel:0 as int64, but weights are floating point"),
+        (nothing_in_it, "holds a/a/kernel:0 as float32, but weights are floating point"),
+        (named_type, "something other than values at a/a/kernel:0"),
+        (twice, "has b/a/kernel:0, which is not a variable of a layer, or is there twice"),
+        (outside_layers, "has kernel:0, which is not a variable of a layer"),
         (no_layers, "not of Keras 2's save_weights: it has no attribute layer_names"),
         (no_weights, "holds no weights"),
     ],
 )
-def test_refused(tmp_path: Path, change: Callable[[Any, Path], None], reason: str) -> None:
+def test_rejected(tmp_path: Path, change: Callable[[Any, Path], None], reason: str) -> None:
     path = tmp_path / "w.h5"
     save_h5(path, {"a/kernel": np.ones(3, np.float32), "b/kernel": np.ones(3, np.float32)})
     with h5py.File(path, "r+") as file:
@@ -307,11 +306,11 @@ def test_groups_in_circles_end(tmp_path: Path) -> None:
 
 def test_not_hdf5(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(b"PK\x03\x04")
-    assert not is_h5(tmp_path / "w")
-    assert not is_h5(tmp_path)
+    assert not is_h5(read_head(tmp_path / "w"), tmp_path / "w")
+    assert not is_h5(read_head(tmp_path), tmp_path)
     (tmp_path / "folder.h5").mkdir()
-    assert not is_h5(tmp_path / "folder.h5")
-    (tmp_path / "page.h5").write_text("<html>404</html>")  # what was to be a download
+    assert not is_h5(read_head(tmp_path / "folder.h5"), tmp_path / "folder.h5")
+    (tmp_path / "page.h5").write_text("<html>404</html>")  # a failed download
     for name in ("page.h5", "nothing.h5"):
         with pytest.raises(CheckpointError, match=rf"{name} (cannot be read as HDF5|.*exists)"):
             open_checkpoint(tmp_path / name)
@@ -328,8 +327,8 @@ def test_no_steps(tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_is_told_in_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
-    """Changed bytes and cut ends give other values or a complaint; never another exception."""
+def test_any_damage_is_reported_in_one_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    """Changed bytes and cut ends give other values or a CheckpointError, never a different exception."""
     path = tmp_path / "w.h5"
     save_h5(path, {f"a/{i}/kernel": np.ones((3, 4), np.float32) for i in range(3)})
     content = bytearray(path.read_bytes())

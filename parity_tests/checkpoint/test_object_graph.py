@@ -1,4 +1,4 @@
-"""TensorFlow 2 object-based checkpoints: what Google's Keras model wrote, what TensorFlow writes, damage."""
+"""TensorFlow 2 object-based checkpoints: of Google's Keras model, written by TensorFlow, and damaged ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from parity_tests.helpers.recordings import shared_recording
 from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.objects.automl_keras import KerasNames
-from porting.checkpoint.objects.graph import GRAPH_KEY, Variable, open_object_checkpoint
+from porting.checkpoint.objects.graph import GRAPH_KEY, Variable
+from porting.checkpoint.objects.open import open_object_checkpoint
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables, convert, variables_digest
@@ -51,7 +52,7 @@ def memory_of(config: EfficientDetConfig, values: dict[str, np.ndarray], **extra
     return Memory({**arrays, **extra}, automl_graph(config))
 
 
-# --- what Google wrote ----------------------------------------------------------------------------------
+# --- files that Google wrote ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", [".", "ckpt-1", "ckpt-1.index"])
@@ -80,7 +81,7 @@ def test_google_keras_checkpoint_converts(shared: Path) -> None:
 
 
 def test_golden_graph_of_googles_model() -> None:
-    """The graph alone decides: the arrays lie under keys that say nothing, as in a SavedModel."""
+    """Only the graph decides: the keys of the arrays have no meaning, as in a SavedModel."""
     config = model_config("efficientdet-lite0")
     graph = lzma.decompress((GOLDENS / "keras_graph.xz").read_bytes())
     listed = keras_names()["efficientdet-lite0/ckpt"]
@@ -92,17 +93,17 @@ def test_golden_graph_of_googles_model() -> None:
 
 @pytest.mark.parametrize("model", LISTED)
 def test_listed_keys_are_the_whole_model(model: str) -> None:
-    """Without the graph, the keys and shapes alone lead to AutoML's names, the backbone's included."""
+    """Without the graph, keys and shapes are enough for AutoML's names, including the backbone's."""
     listed = keras_names()[f"{model}/ckpt"]
     arrays = {key: np.zeros(shape, np.float32) for key, shape in listed.items() if key != GRAPH_KEY}
     checkpoint = read(Memory(arrays))
     assert dict(checkpoint.shapes) == variable_shapes(model_config(model))
-    assert checkpoint.notes == ("lowest pyramid level P3 (assumed; nothing in the file says it)",)
+    assert checkpoint.notes == ("lowest pyramid level P3 (assumed; the file does not contain it)",)
 
 
 @pytest.mark.parametrize("model", LISTED)
-def test_these_tests_know_the_objects(model: str) -> None:
-    """What the tests below take for AutoML's tree is what Google's code wrote."""
+def test_the_trees_of_these_tests_are_real(model: str) -> None:
+    """The tree that the tests below use is the one that Google's code wrote."""
     paths = automl_paths(model_config(model)).values()
     assert {path + VALUE for path in paths} | {GRAPH_KEY} == keras_names()[f"{model}/ckpt"].keys()
 
@@ -140,7 +141,7 @@ def test_listed_keys_of_training(tmp_path: Path) -> None:
 @given(configs())
 @settings(max_examples=60, deadline=None)
 def test_names_and_back_for_any_configuration(config: EfficientDetConfig) -> None:
-    """The tree, named as Keras names variables: path → name is the inverse of name → path."""
+    """With Keras's names of the variables: path → name is the inverse of name → path."""
     paths = automl_paths(config)
     shapes = variable_shapes(config)
     tree = {path: Variable(path, name, shapes[name]) for name, path in paths.items()}
@@ -151,8 +152,8 @@ def test_names_and_back_for_any_configuration(config: EfficientDetConfig) -> Non
 
 @given(configs())
 @settings(max_examples=60, deadline=None)
-def test_names_by_structure_alone(config: EfficientDetConfig) -> None:
-    """The variables' own names, as from a process that built a model before, are not needed."""
+def test_names_only_by_structure(config: EfficientDetConfig) -> None:
+    """The full names of the variables are not needed; in a process with two models they would differ."""
     config = config.replace(min_level=3, max_level=max(config.max_level, 4))
     paths, shapes = automl_paths(config), variable_shapes(config)
     tree = {path: Variable(path, "", shapes[name]) for name, path in paths.items()}
@@ -173,8 +174,8 @@ def test_pyramid_levels_from_the_number_of_resample_layers(min_level: int, max_l
     assert infer_config(checkpoint.shapes).config.levels == config.levels
 
 
-def test_stem_counted_on_by_a_second_model(tmp_path: Path) -> None:
-    """In a process that built a model before, the stem's variables have numbers in their names."""
+def test_stem_numbered_by_a_second_model(tmp_path: Path) -> None:
+    """If a process built a model before, the names of the stem's variables have numbers."""
     config = tiny()
     paths = automl_paths(config)
     counted = {
@@ -220,10 +221,10 @@ def test_what_tensorflow_writes(tensorflow: Any, tmp_path: Path, changes: dict[s
 def tensorflow_checkpoint(
     tf: Any, config: EfficientDetConfig, values: dict[str, np.ndarray], trainable: set[str]
 ) -> tuple[Any, dict[str, np.ndarray]]:
-    """A ``tf.train.Checkpoint`` shaped like the Keras trainer's, and what should be read from it."""
+    """A ``tf.train.Checkpoint`` like the Keras trainer's, and the variables that should be read from it."""
 
     def optimizer(slot: str, slots: dict[str, Any]) -> Any:
-        """What TensorFlow asks of an object that has slot variables, which are no attributes of it."""
+        """The interface that TensorFlow needs for slot variables, which are not attributes of the object."""
 
         class Optimizer(tf.Module):  # type: ignore[misc]
             def get_slot_names(self) -> list[str]:
@@ -273,7 +274,7 @@ def slot(path: str, name: str) -> str:
 
 
 def trained() -> tuple[EfficientDetConfig, dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(configuration, values, averages under their keys) of a model that was trained with averages."""
+    """(configuration, values, averages by key) of a model that was trained with averages."""
     config = tiny()
     values, paths = seeded(config), automl_paths(config)
     averages = {
@@ -291,13 +292,13 @@ def test_statistics_are_their_own_averages() -> None:
         assert checkpoint[name].tobytes() == value.tobytes()
     count = sum(name.endswith(STATISTICS) for name in values)
     assert checkpoint.notes == (
-        f"the optimizer does not average {count} batch-norm statistics: they stand for their own averages",
+        f"the optimizer does not average {count} batch-norm statistics: their raw values are used as averages",
     )
     assert choose_variables(checkpoint, config, raw=False)[2] == "EMA"
 
 
 def test_averages_of_statistics_are_stale() -> None:
-    """Fine-tuning from a name-based checkpoint creates them; nothing updates them afterwards."""
+    """Fine-tuning from a name-based checkpoint creates them, and nothing updates them afterwards."""
     config, values, averages = trained()
     mean = "resample_p6/bn/moving_mean"
     averages[slot(automl_paths(config)[mean], "average")] = values[mean] + 9
@@ -319,7 +320,7 @@ def test_frozen_weights_are_their_own_averages() -> None:
     assert checkpoint[frozen[0] + EMA_SUFFIX].tobytes() == values[frozen[0]].tobytes()
 
 
-def test_a_lost_average_is_not_made_up() -> None:
+def test_a_missing_average_is_not_replaced() -> None:
     """A weight with momentum was trained, so it had an average."""
     config, values, averages = trained()
     name = "resample_p6/conv2d/kernel"
@@ -331,7 +332,7 @@ def test_a_lost_average_is_not_made_up() -> None:
         choose_variables(checkpoint, config, raw=False)
 
 
-def test_emackpt_says_what_it_is() -> None:
+def test_emackpt_has_a_note() -> None:
     config = tiny()
     memory = memory_of(config, seeded(config))
     memory.source = "folder/emackpt-300"
@@ -364,11 +365,11 @@ def test_slots_of_adam_and_unknown_ones() -> None:
     assert checkpoint["resample_p6/bn/beta/Adam"][0] == 0
     assert checkpoint["resample_p6/bn/beta/Adam_1"][0] == 1
     assert checkpoint.notes == (
-        f"left out 1 variable of the optimizer, of a kind not known, ({path}/.OPTIMIZER_SLOT/optimizer/vhat)",
+        f"left out 1 variable of the optimizer, of an unknown kind, ({path}/.OPTIMIZER_SLOT/optimizer/vhat)",
     )
 
 
-def test_a_slot_of_another_shape_is_refused() -> None:
+def test_a_slot_of_a_different_shape_is_rejected() -> None:
     config, values, averages = trained()
     path = automl_paths(config)["resample_p6/bn/beta"]
     averages[slot(path, "average")] = np.zeros(3, np.float32)
@@ -379,7 +380,7 @@ def test_a_slot_of_another_shape_is_refused() -> None:
 # --- trees that do not fit -------------------------------------------------------------------------------
 
 
-def test_unknown_parts_of_the_model_keep_their_path_and_are_refused() -> None:
+def test_unknown_parts_of_the_model_keep_their_path_and_are_rejected() -> None:
     config = tiny()
     values, paths = seeded(config), automl_paths(config)
     extra = "seg_head/con2d_ts/0/kernel"
@@ -391,7 +392,7 @@ def test_unknown_parts_of_the_model_keep_their_path_and_are_refused() -> None:
         choose_variables(checkpoint, config, raw=False)
 
 
-def test_variables_outside_the_model_are_told() -> None:
+def test_variables_outside_the_model_are_noted() -> None:
     config = tiny()
     values = seeded(config)
     arrays = {f"model/{path}{VALUE}": values[name] for name, path in automl_paths(config).items()}
@@ -404,23 +405,23 @@ def test_variables_outside_the_model_are_told() -> None:
     )
 
 
-def test_another_model_is_refused() -> None:
+def test_a_different_model_is_rejected() -> None:
     memory = Memory({"layer/kernel" + VALUE: np.zeros(2, np.float32)}, graph_of({"layer/kernel": "kernel"}))
-    with pytest.raises(CheckpointError, match=r"no EfficientDet's: .* at its top are layer"):
+    with pytest.raises(CheckpointError, match=r"not of an EfficientDet: .* at its top are layer"):
         read(memory)
 
 
-def test_two_models_are_refused() -> None:
+def test_two_models_are_rejected() -> None:
     config = tiny()
     paths = automl_paths(config)
     graph = graph_of({f"{model}/{path}": name for name, path in paths.items() for model in ("a", "b")})
     arrays = {f"{m}/{path}{VALUE}": np.zeros(1, np.float32) for path in paths.values() for m in ("a", "b")}
-    with pytest.raises(CheckpointError, match="holds 2 models; save one of them alone"):
+    with pytest.raises(CheckpointError, match="holds 2 models; save only one of them"):
         read(Memory(arrays, graph))
 
 
-def test_swapped_variables_are_refused() -> None:
-    """A tree like AutoML's, in which two variables carry each other's names, is a changed model."""
+def test_swapped_variables_are_rejected() -> None:
+    """If two variables of a tree like AutoML's have each other's names, it is a changed model."""
     config = tiny()
     values, paths = seeded(config), automl_paths(config)
     names = {path: name for name, path in paths.items()}
@@ -431,7 +432,7 @@ def test_swapped_variables_are_refused() -> None:
         read(Memory(arrays, automl_graph(config, names)))
 
 
-def test_levels_that_contradict_are_refused() -> None:
+def test_contradicting_levels_are_rejected() -> None:
     config = tiny()
     paths = automl_paths(config)
     names = {path: name for name, path in paths.items()}
@@ -442,11 +443,11 @@ def test_levels_that_contradict_are_refused() -> None:
     del names[paths["box_net/box-0-bn-7/beta"]]
     for name in [n for n in paths if "-bn-7/" in n]:
         names.pop(paths[name], None)
-    with pytest.raises(CheckpointError, match="a BiFPN cell of 8 nodes does not go with heads for 4 levels"):
+    with pytest.raises(CheckpointError, match="a BiFPN cell of 8 nodes does not fit heads for 4 levels"):
         read(Memory(arrays, graph_of(names)))
 
 
-def test_the_same_variable_twice_is_refused() -> None:
+def test_the_same_variable_twice_is_rejected() -> None:
     config = tiny()
     paths = automl_paths(config)
     again = "backbone/_blocks/00/_project_conv/kernel"
@@ -463,7 +464,7 @@ def test_graph_and_index_disagree() -> None:
 
 
 def test_hub_checkpoint() -> None:
-    """A layout known from AutoML's code alone (``load_from_hub_checkpoint``)."""
+    """A layout that is known only from AutoML's code (``load_from_hub_checkpoint``)."""
     config = tiny()
     values = seeded(config)
     keys, names = {}, {}
@@ -477,7 +478,7 @@ def test_hub_checkpoint() -> None:
     assert {name: array.tobytes() for name, array in checkpoint.items()} == {
         name: array.tobytes() for name, array in values.items()
     }
-    assert "no real file of this layout" in checkpoint.notes[0]
+    assert "this layout was not checked with a real file" in checkpoint.notes[0]
 
 
 def damaged_graphs() -> Iterator[tuple[str, bytes, str]]:
@@ -497,8 +498,8 @@ def test_damaged_graph(graph: bytes, reason: str) -> None:
 
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_any_damage_is_told_in_one_sentence(data: st.DataObject) -> None:
-    """Flipped bytes give another tree, a refusal or a complaint; never another exception, never a hang."""
+def test_any_damage_is_reported_in_one_sentence(data: st.DataObject) -> None:
+    """Flipped bytes give another tree or a CheckpointError; never a different exception, never a hang."""
     config = tiny()
     paths = automl_paths(config)
     graph = bytearray(automl_graph(config))
@@ -510,7 +511,7 @@ def test_any_damage_is_told_in_one_sentence(data: st.DataObject) -> None:
 
 
 def test_circles_of_attributes_end() -> None:
-    """Keras models refer back to themselves (``root``), and a forged graph may do so everywhere."""
+    """Keras models refer to themselves (``root``), and a forged graph can do so anywhere."""
     node = b"".join(b"\x0a\x05\x08\x00\x12\x01" + bytes([c]) for c in b"abcdefgh")
     with pytest.raises(CheckpointError, match="at its top are a, b, c"):
         read(Memory({}, b"\x0a" + bytes([len(node)]) + node))

@@ -1,4 +1,4 @@
-"""Releases by name: the table, and a download that survives every fault a server can have."""
+"""Google's releases by name: the table, and a download that survives the faults of a server."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from porting.errors import CheckpointError, EfficientDetError, OutputError
 from porting.infer import ADVPROP, infer_config
 from porting.sources import download
 from porting.sources import google_releases as releases
-from porting.sources.google_releases import RELEASES, default_cache, fetch, release_named
+from porting.sources.google_releases import GOOGLE_RELEASES, default_cache, fetch, google_release_named
 from porting.sources.open import open_source
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import load_model
 from pytorch_model.config import MODELS, model_config
 from tf_reference.variables import variable_shapes
 
-D0 = RELEASES["efficientdet-d0"]
+D0 = GOOGLE_RELEASES["efficientdet-d0"]
 
 
 # A server with faults
@@ -127,7 +127,7 @@ def watcher() -> Watcher:
 
 
 def leftovers(cache: Path) -> list[str]:
-    """All that lies in the cache but the archive, its record and the lock."""
+    """The files in the cache other than the archive, its record and the lock."""
     kept = {"efficientdet-d0.tar.gz", "efficientdet-d0.tar.gz.json", "efficientdet-d0.tar.gz.lock"}
     return sorted(path.name for path in cache.rglob("*") if path.is_file() and path.name not in kept)
 
@@ -146,30 +146,22 @@ def assert_fetched(cache: Path, body: bytes = BODY) -> None:
 
 def test_the_table_holds_what_was_published(shared: Path) -> None:
     published = json.loads((shared / "releases.json").read_text())["releases"]
-    assert [entry["name"] for entry in published] == list(RELEASES)
-    assert len(RELEASES) == 26
+    assert [entry["name"] for entry in published] == list(GOOGLE_RELEASES)
+    assert len(GOOGLE_RELEASES) == 26
     for entry in published:
-        release = RELEASES[entry["name"]]
+        release = GOOGLE_RELEASES[entry["name"]]
         assert release.url == entry["ckpt"]
-        for ours, theirs in [("ap_val",) * 2, ("ap_test_dev",) * 2, ("ap50",) * 2, ("ap75",) * 2]:
-            assert getattr(release, ours) == entry.get(theirs), (release.name, ours)
-        assert release.ap_int8 == entry.get("ap_int8")
-        for figure, unit, key in [
-            (release.parameters, "M", "params_published"),
-            (release.flops, "B", "flops_published"),
-        ]:
-            assert (figure and figure + unit) == entry.get(key)
+        assert (release.ap_val, release.ap_test_dev) == (entry.get("ap_val"), entry.get("ap_test_dev"))
         assert release.cached_at(Path("c")).name.endswith(Path(entry["ckpt"]).suffix)
 
 
-@pytest.mark.parametrize("release", RELEASES.values(), ids=list(RELEASES))
+@pytest.mark.parametrize("release", GOOGLE_RELEASES.values(), ids=list(GOOGLE_RELEASES))
 @pytest.mark.parametrize("cache", ["/c", "/advprop/d2-640", "/efficientdet-d6", "/x/efficientdet-d7"])
-def test_the_cached_path_tells_what_weights_cannot(release: releases.Release, cache: str) -> None:
-    """``infer_config`` reads the source's path; what the cache's own folders are called must not matter."""
+def test_the_cached_path_gives_what_weights_cannot(release: releases.GoogleRelease, cache: str) -> None:
+    """``infer_config`` uses the path of the source; the names of the cache's folders must not matter."""
     assert release.model in MODELS
-    folder = release.path.split("/")[-1].split(".")[
-        0
-    ]  # inside the archive: of AdvProp, plain efficientdet-d0
+    # The folder inside the archive; for AdvProp it is the plain name efficientdet-d0.
+    folder = release.path.split("/")[-1].split(".")[0]
     source = f"{release.cached_at(Path(cache))}:{folder}/model"
     plain = model_config(release.model)
     found = infer_config(variable_shapes(plain), source)
@@ -179,10 +171,10 @@ def test_the_cached_path_tells_what_weights_cannot(release: releases.Release, ca
     assert found.config == plain.replace(image_size=size, **advprop)
 
 
-def test_every_file_of_the_cache_lies_in_it() -> None:
-    places = [release.cached_at(Path("/cache")) for release in RELEASES.values()]
+def test_every_file_of_the_cache_is_inside_it() -> None:
+    places = [release.cached_at(Path("/cache")) for release in GOOGLE_RELEASES.values()]
     assert len(set(places)) == 26
-    for release, place in zip(RELEASES.values(), places, strict=True):
+    for release, place in zip(GOOGLE_RELEASES.values(), places, strict=True):
         assert re.fullmatch(r"[a-z0-9.-]+", place.name)
         assert place.parent == Path("/cache") / release.name
 
@@ -190,46 +182,50 @@ def test_every_file_of_the_cache_lies_in_it() -> None:
 @pytest.mark.parametrize("spec", ["efficientdet-d0", "efficientdet_d0", "EfficientDet-D0"])
 def test_a_name_in_any_spelling(spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert release_named(spec) is D0
+    assert google_release_named(spec) is D0
 
 
 @pytest.mark.parametrize("there", ["efficientdet-d0", "efficientdet-d0.index"])
-def test_what_is_here_goes_first(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_paths_have_priority(there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / there).touch()
-    assert release_named("efficientdet-d0") is None
-    assert release_named("efficientdet-d1") is RELEASES["efficientdet-d1"]
+    assert google_release_named("efficientdet-d0") is None
+    assert google_release_named("efficientdet-d1") is GOOGLE_RELEASES["efficientdet-d1"]
 
 
-def test_the_caches_own_folder_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With --cache-dir . the download makes a folder of the release's name; the next run must not stumble."""
+def test_the_folder_of_the_cache_is_not_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cache-dir . the download makes a folder with the release's name; the next run must ignore it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     (tmp_path / D0.name).mkdir()
-    assert release_named(D0.name) is None  # some folder
-    assert release_named(D0.name, Path("elsewhere")) is None
-    assert release_named(D0.name, Path()) is D0
+    assert google_release_named(D0.name) is None  # some folder
+    assert google_release_named(D0.name, Path("elsewhere")) is None
+    assert google_release_named(D0.name, Path()) is D0
     (tmp_path / "elsewhere/efficientdet-porting" / D0.name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere/efficientdet-porting")
-    assert release_named(D0.name) is D0
+    assert google_release_named(D0.name) is D0
     (Path(D0.name) / "model.index").touch()  # unpacked there
-    assert release_named(D0.name) is None
+    assert google_release_named(D0.name) is None
 
 
 @pytest.mark.parametrize(
     ("spec", "near"),
     [("efficientdet-d8", "efficientdet-d"), ("efficientdet-d1-640", "-640"), ("efficientdet-lite5", "lite")],
 )
-def test_a_name_that_is_none(spec: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_releases(
+    spec: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=rf"{spec} is neither here nor a release .*{near}"):
-        release_named(spec)
+    with pytest.raises(
+        CheckpointError, match=rf"{spec} is neither an existing path nor a Google release.*{near}"
+    ):
+        google_release_named(spec)
 
 
 @given(st.text(max_size=300) | st.from_regex(r"efficientdet[-_/.]{1,3}.{0,9}", fullmatch=True))
 def test_any_other_spec_is_a_path(spec: str) -> None:
     try:
-        release = release_named(spec)
+        release = google_release_named(spec)
     except CheckpointError:
         return
     assert release is None or release.name == spec.lower().replace("_", "-")
@@ -252,7 +248,7 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", home)
-    with pytest.raises(EfficientDetError, match="say --cache-dir"):
+    with pytest.raises(EfficientDetError, match="give --cache-dir"):
         default_cache()
 
 
@@ -278,7 +274,7 @@ def test_fetch_and_use_again(server: Server, tmp_path: Path, watcher: Watcher) -
     assert watcher.seen[-1] == (len(BODY), len(BODY))
     assert watcher.seen == sorted(watcher.seen)
     assert watcher.notes == []
-    for suffix in (".part", ".part.json"):  # as a run leaves them that is killed at its very end
+    for suffix in (".part", ".part.json"):  # files of a run that was killed at its end
         path.with_name(path.name + suffix).write_bytes(b"{}")
     assert fetch(D0, tmp_path) == path
     assert len(server.requests) == 1
@@ -308,7 +304,7 @@ def test_dropped_and_resumed(server: Server, tmp_path: Path, watcher: Watcher) -
     assert starts[0] < starts[1] == starts[2] <= 1_500_000
     assert all(request["If-Range"] == '"first"' for request in server.requests[1:])
     assert any("broke off at" in note and "trying again" in note for note in watcher.notes)
-    assert any(note.startswith("going on at") for note in watcher.notes)
+    assert any(note.startswith("resuming at") for note in watcher.notes)
 
 
 def test_resumed_by_a_later_run(
@@ -326,7 +322,7 @@ def test_resumed_by_a_later_run(
 
 
 def interrupted(server: Server, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a ``.part`` of some 1.2 MB."""
+    """Leave a ``.part`` of about 1.2 MB."""
     with monkeypatch.context() as patch:
         patch.setattr(download, "ATTEMPTS", 1)
         server.faults = [drop(1_200_000)]
@@ -346,7 +342,7 @@ def test_the_file_changed_in_between(server: Server, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("etag", [None, 'W/"weak"'])
-def test_the_file_changed_and_only_its_checksum_tells(
+def test_the_file_changed_and_only_its_checksum_shows_it(
     etag: str | None, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.etag = etag
@@ -370,8 +366,10 @@ def test_last_modified_where_there_is_no_etag(
     assert "Range" in server.requests[0]
 
 
-def test_nothing_to_resume_by(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without ETag, date and checksum two versions could not be told apart: from the start, then."""
+def test_a_server_without_validators_is_not_resumed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without ETag, date and checksum two versions look the same, so the download starts again."""
     server.etag, server.hashes = None, False
     interrupted(server, tmp_path, monkeypatch)
     fetch(D0, tmp_path)
@@ -404,7 +402,7 @@ def test_a_server_that_ignores_ranges(
     "content_range",
     [None, "bytes 0-2999999/3000000", "bytes 1200000-2999999/*", "bytes 1200000-2999999/3000001", "9" * 5000],
 )
-def test_resumed_in_a_wrong_place(
+def test_resumed_at_a_wrong_position(
     content_range: str | None, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(server, tmp_path, monkeypatch)
@@ -415,10 +413,10 @@ def test_resumed_in_a_wrong_place(
 
 
 @pytest.mark.parametrize("more", [0, 5])
-def test_a_part_that_is_already_whole_or_more(
+def test_a_part_that_is_already_complete_or_longer(
     more: int, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last run ended between the last byte and the renaming; or something else wrote to the part."""
+    """The last run ended between the last byte and the renaming, or something else wrote to the part."""
     interrupted(server, tmp_path, monkeypatch)
     part = D0.cached_at(tmp_path).with_name("efficientdet-d0.tar.gz.part")
     part.write_bytes(BODY + bytes(more))
@@ -443,7 +441,7 @@ def test_an_unreadable_note_on_the_part(
 
 
 @pytest.mark.parametrize("fault", [answer(503), answer(500), answer(429), answer(408), hang_up, garbage])
-def test_what_passes_is_tried_again(
+def test_transient_errors_are_retried(
     fault: Callable[[Handler], bool], server: Server, tmp_path: Path, watcher: Watcher
 ) -> None:
     server.faults = [fault, fault, fault]
@@ -455,7 +453,7 @@ def test_what_passes_is_tried_again(
 
 
 @pytest.mark.parametrize("status", [404, 403, 401, 410, 400])
-def test_what_does_not_pass_is_not(status: int, server: Server, tmp_path: Path) -> None:
+def test_permanent_errors_are_not_retried(status: int, server: Server, tmp_path: Path) -> None:
     server.faults = [answer(status)]
     with pytest.raises(CheckpointError) as caught:
         fetch(D0, tmp_path)
@@ -467,14 +465,14 @@ def test_what_does_not_pass_is_not(status: int, server: Server, tmp_path: Path) 
     assert "\n" not in message
 
 
-def test_given_up_in_the_end(server: Server, tmp_path: Path) -> None:
+def test_attempts_are_limited(server: Server, tmp_path: Path) -> None:
     server.faults = [answer(503)] * 10
     with pytest.raises(CheckpointError, match="the server answers 503"):
         fetch(D0, tmp_path)
     assert len(server.requests) == 4
 
 
-def test_attempts_that_bring_something_are_not_counted(
+def test_attempts_with_progress_are_not_counted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "_WORTHWHILE", 100_000)
@@ -505,16 +503,16 @@ def test_a_stalled_server(
 def test_a_wrong_checksum(wrong: str, server: Server, tmp_path: Path) -> None:
     spoil = changed(**{"x-goog-hash": wrong, "X-Goog-Hash": None})
     server.faults = [spoil]
-    fetch(D0, tmp_path)  # once may be bad luck
+    fetch(D0, tmp_path)  # once may be chance
     assert_fetched(tmp_path)
     assert "Range" not in server.requests[1]
     server.faults = [spoil] * 9
     server.requests.clear()
     other = tmp_path / "other"
     name = wrong.partition("=")[0]
-    with pytest.raises(CheckpointError, match=f"what came has {name} .*, the server announced"):
+    with pytest.raises(CheckpointError, match=f"the file has {name} .*, the server announced"):
         fetch(D0, other)
-    assert len(server.requests) == 2  # three megabytes are not fetched four times over
+    assert len(server.requests) == 2  # three megabytes are not fetched four times
     assert leftovers(other) == []
     assert not D0.cached_at(other).exists()
 
@@ -542,7 +540,7 @@ def test_each_of_two_checksum_lines_counts(server: Server, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("start", [0, 1000])
-def test_a_piece_that_nobody_asked_for(start: int, server: Server, tmp_path: Path) -> None:
+def test_a_part_that_was_not_requested(start: int, server: Server, tmp_path: Path) -> None:
     def piece(handler: Handler) -> bool:
         handler.send_response(206)
         handler.send_header("Content-Range", f"bytes {start}-{len(BODY) - 1}/{len(BODY)}")
@@ -568,8 +566,8 @@ def test_both_checksums_are_recorded(one_line: bool, server: Server, tmp_path: P
     assert record["url"] == D0.url
 
 
-def test_longer_than_it_is(server: Server, tmp_path: Path) -> None:
-    """The server promises more bytes than it ever sends."""
+def test_announced_longer_than_it_is(server: Server, tmp_path: Path) -> None:
+    """The server announces more bytes than it sends."""
     server.faults = [changed(Content_Length=str(len(BODY) + 100))] * 9
     with pytest.raises(CheckpointError, match=r"broke off at 3,000,000 of 3,000,100 bytes|answers 416"):
         fetch(D0, tmp_path)
@@ -577,9 +575,9 @@ def test_longer_than_it_is(server: Server, tmp_path: Path) -> None:
     assert not D0.cached_at(tmp_path).exists()
 
 
-def test_shorter_than_it_is(server: Server, tmp_path: Path) -> None:
+def test_announced_shorter_than_it_is(server: Server, tmp_path: Path) -> None:
     server.faults = [changed(Content_Length="1000")] * 9
-    with pytest.raises(CheckpointError, match="what came has crc32c"):
+    with pytest.raises(CheckpointError, match="the file has crc32c"):
         fetch(D0, tmp_path)
     assert not D0.cached_at(tmp_path).exists()
 
@@ -628,7 +626,7 @@ def test_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv(releases.BASE_URL_VARIABLE, f"http://127.0.0.1:{unused.getsockname()[1]}")
         with pytest.raises(CheckpointError, match="the server cannot be reached") as caught:
-            fetch(RELEASES["efficientdet-d2-640"], tmp_path)
+            fetch(GOOGLE_RELEASES["efficientdet-d2-640"], tmp_path)
     assert "synthetic:efficientdet-d2," in str(caught.value)
 
     def unknown(*args: Any, **kwargs: Any) -> Any:
@@ -658,7 +656,7 @@ def test_an_impossible_mirror(url: str, tmp_path: Path, monkeypatch: pytest.Monk
 # The cache
 
 
-def test_what_was_put_there_by_hand(server: Server, tmp_path: Path) -> None:
+def test_a_file_put_there_by_hand(server: Server, tmp_path: Path) -> None:
     target = D0.cached_at(tmp_path)
     target.parent.mkdir(parents=True)
     target.write_bytes(b"by hand")
@@ -668,7 +666,7 @@ def test_what_was_put_there_by_hand(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["file", "record", "no hash"])
-def test_a_rotten_cache(damage: str, server: Server, tmp_path: Path, watcher: Watcher) -> None:
+def test_a_damaged_cache(damage: str, server: Server, tmp_path: Path, watcher: Watcher) -> None:
     target = fetch(D0, tmp_path)
     record = target.with_name(target.name + ".json")
     if damage == "file":
@@ -681,7 +679,7 @@ def test_a_rotten_cache(damage: str, server: Server, tmp_path: Path, watcher: Wa
     assert watcher.notes == [f"{target} has changed since it was stored; fetching it again"]
 
 
-def test_rotten_and_offline(server: Server, tmp_path: Path) -> None:
+def test_damaged_and_offline(server: Server, tmp_path: Path) -> None:
     target = fetch(D0, tmp_path)
     target.write_bytes(b"rotten")
     server.faults = [answer(404)]
@@ -689,14 +687,14 @@ def test_rotten_and_offline(server: Server, tmp_path: Path) -> None:
         CheckpointError, match=r"has changed since .* delete efficientdet-d0\.tar\.gz\.json beside"
     ):
         fetch(D0, tmp_path)
-    assert target.read_bytes() == b"rotten"  # not thrown away: the user may know better
+    assert target.read_bytes() == b"rotten"  # not deleted: the user may trust it
     target.with_name(target.name + ".json").unlink()
     assert fetch(D0, tmp_path).read_bytes() == b"rotten"
 
 
 def test_a_cache_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"cannot be written: .*say --cache-dir"):
+    with pytest.raises(OutputError, match=r"cannot be written: .*give --cache-dir"):
         fetch(D0, tmp_path / "file")
     D0.cached_at(tmp_path).mkdir(parents=True)
     with pytest.raises(OutputError, match=r"efficientdet-d0\.tar\.gz cannot be written"):
@@ -754,7 +752,7 @@ def test_two_runs_at_once_fetch_it_once(server: Server, tmp_path: Path, watcher:
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> None:
-    """With locks and, as on Windows and some network disks, without."""
+    """With locks, and without them as on some network disks."""
     script = (
         "import sys; from pathlib import Path; from porting.sources import download; "
         "from porting.sources import google_releases as releases; "
@@ -764,7 +762,7 @@ def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> 
             if locks
             else "from contextlib import nullcontext; download.locked = lambda *a: nullcontext(False); "
         )
-        + "releases.fetch(releases.RELEASES['efficientdet-d0'], Path(sys.argv[1]))"
+        + "releases.fetch(releases.GOOGLE_RELEASES['efficientdet-d0'], Path(sys.argv[1]))"
     )
     command = [sys.executable, "-c", script, str(tmp_path)]
     server.faults = [drop(500_000), drop(900_000)]
@@ -777,7 +775,7 @@ def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> 
         assert len(server.requests) == 3
 
 
-# All the way to a checkpoint
+# From a name to a checkpoint
 
 
 def test_a_release_opens_by_its_name(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -799,7 +797,9 @@ def test_a_release_opens_by_its_name(server: Server, tmp_path: Path, monkeypatch
         assert checkpoint.source == f"{archive}:efficientdet-d0/model"
     assert server.requests[0]["path"] == "/e/advprop/efficientdet-d0.tar.gz"
     assert list(work.iterdir()) == []
-    with pytest.raises(CheckpointError, match="efficientdet-d9 is neither here nor a release"):
+    with pytest.raises(
+        CheckpointError, match="efficientdet-d9 is neither an existing path nor a Google release"
+    ):
         open_source("efficientdet-d9", work)
     with open_checkpoint(archive) as checkpoint:
         assert checkpoint.step == 3
@@ -865,7 +865,7 @@ def test_convert_says_what_to_do_without_a_network(server: Server, tmp_path: Pat
         (["--model", "efficientdet-d1", "--hparams", "name=efficientdet-d0"], "--model says efficientdet-d1"),
     ],
 )
-def test_convert_refuses_options_before_it_downloads(
+def test_convert_rejects_options_before_it_downloads(
     arguments: list[str], message: str, server: Server, tmp_path: Path
 ) -> None:
     done = convert("--ckpt", "efficientdet-d0", "--cache-dir", tmp_path / "cache", *arguments, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""SavedModels and frozen graphs, as TensorFlow writes them here and as AutoML's release shows them."""
+"""SavedModels and frozen graphs: written by TensorFlow here, and of AutoML's release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from parity_tests.helpers.paths import ROOT
 from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
 from porting.checkpoint import open_checkpoint, wire
 from porting.checkpoint.frozen_graph import FrozenGraph
-from porting.checkpoint.v2.bundle import read_index
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables
 from porting.errors import CheckpointError
@@ -46,8 +46,11 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 
 def test_a_release_serves_the_plain_variables(shared: Path) -> None:
-    """By the checksums of a released D0: its SavedModel's plain variables are the checkpoint's averages, and
-    its own averages are neither the checkpoint's averages nor its plain values."""
+    """Checked by the checksums of a released D0.
+
+    The plain variables of its SavedModel are the checkpoint's averages; the averages in the SavedModel are
+    neither the checkpoint's averages nor its plain values.
+    """
     served = read_index(shared / "checkpoint_index/d0_savedmodel/variables.index").entries
     released = read_index(shared / "checkpoint_index/d0_ap3429/model.index").entries
     names = [name for name in served if not name.endswith(EMA_SUFFIX) and name != "global_step"]
@@ -82,13 +85,13 @@ def test_stale_averages_are_left_out(tmp_path: Path, inside: str) -> None:
         assert checkpoint.step == 5
         assert checkpoint.notes == (
             f"left out {len(stale)} moving averages: a SavedModel computes with the plain variables, which "
-            "were the averages when AutoML exported it",
+            "AutoML set to the averages when it exported the model",
         )
         assert choose_variables(checkpoint, config, raw=False)[2] == "raw"
 
 
-def test_a_backbone_s_own_classifier_is_left_out(tmp_path: Path) -> None:
-    """AutoML's Keras exporter saves it, though no detector runs it."""
+def test_the_classifier_of_a_backbone_is_left_out(tmp_path: Path) -> None:
+    """AutoML's Keras exporter saves it, although no detector runs it."""
     config, values, _ = written(tmp_path / "export")
     head = {"backbone/_head/_conv_head/kernel": np.ones((1, 1, 8, 1280), np.float32)}
     write_bundle(tmp_path / "export" / "variables" / "variables", {**values, **head})
@@ -98,9 +101,11 @@ def test_a_backbone_s_own_classifier_is_left_out(tmp_path: Path) -> None:
     assert unused["the backbone's own classifier, which a detector does not run"] == tuple(head)
 
 
-def test_exported_as_automl_does(tensorflow: Any, tmp_path: Path) -> None:
-    """A checkpoint restored and exported by the steps of AutoML's ``inference.py``: TensorFlow itself saves
-    averages that nobody ever assigned."""
+def test_exported_like_automl(tensorflow: Any, tmp_path: Path) -> None:
+    """A checkpoint restored and exported with the steps of AutoML's ``inference.py``.
+
+    TensorFlow also saves averages that were never assigned.
+    """
     tf, v1 = tensorflow, tensorflow.compat.v1
     averages = dict(list(seeded(small()).items())[:20])
     raw = {name: value + 2 for name, value in averages.items()}
@@ -125,8 +130,11 @@ def test_exported_as_automl_does(tensorflow: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keras", [False, True], ids=["attributes", "lists"])
 def test_tensorflow_2_saved_model(tensorflow: Any, tmp_path: Path, keras: bool) -> None:
-    """Objects with attributes like AutoML's. Keras objects also list their variables, and in a SavedModel the
-    lists give the keys: ``model/variables/0``, which says nothing."""
+    """Objects with attributes like AutoML's.
+
+    Keras objects also list their variables, and in a SavedModel the keys come from these lists
+    (``model/variables/0``) and have no meaning.
+    """
     tf, config = tensorflow, small()
     values, paths = seeded(config), automl_paths(config)
     module, model = tf.Module(), tf.__internal__.tracking.AutoTrackable()
@@ -169,7 +177,7 @@ def test_a_saved_model_without_variables(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("resource", [False, True], ids=["reference variables", "resource variables"])
 def test_tensorflow_1_frozen_graph(tensorflow: Any, tmp_path: Path, resource: bool) -> None:
-    """AutoML's network over variables of AutoML's names, frozen by TensorFlow like ``model_inspect.py``."""
+    """AutoML's network with AutoML's variable names, frozen by TensorFlow as in ``model_inspect.py``."""
     from tf_reference.efficientdet import efficientdet
 
     tf, v1, config = tensorflow, tensorflow.compat.v1, small()
@@ -196,7 +204,7 @@ def test_tensorflow_1_frozen_graph(tensorflow: Any, tmp_path: Path, resource: bo
         assert infer_config(checkpoint.shapes).config.backbone == config.backbone
 
 
-def test_tensorflow_2_frozen_graph_is_told(tensorflow: Any, tmp_path: Path) -> None:
+def test_tensorflow_2_frozen_graph_is_recognised(tensorflow: Any, tmp_path: Path) -> None:
     from tensorflow.python.framework.convert_to_constants import (
         convert_variables_to_constants_v2_as_graph,
     )
@@ -264,7 +272,7 @@ def test_ways_of_writing_a_tensor(tmp_path: Path, tensorflow: Any, message: byte
         (b"", "is a graph without AutoML's variables"),
         (node("a/kernel", tensor((1,), packed=[1])), "is a graph without AutoML's variables"),
         (node(NAME, tensor(()), op="VarHandleOp"), "is a graph whose variables are not in it"),
-        (node(NAME, tensor((1,), dtype=3)), f"{NAME} is of type number 3, where weights are float32"),
+        (node(NAME, tensor((1,), dtype=3)), f"{NAME} is of type number 3, but weights are float32"),
         (
             node(NAME, tensor((1 << 20, 1 << 20), packed=[1])),
             "claims 4398046511104 bytes, more than the file",
@@ -273,12 +281,12 @@ def test_ways_of_writing_a_tensor(tmp_path: Path, tensorflow: Any, message: byte
         (node(NAME, tensor((2,), packed=[1, 2, 3])), r"of shape \[2\] holds 12 bytes"),
         (node(NAME, tensor((-1 % (1 << 64), 1))), "has an impossible shape"),
         (node(NAME, tensor((1,), packed=[1])) * 2, f"the constant {NAME} is in it twice"),
-        (b"\x08\x01\x12\x00", "it is a SavedModel's saved_model.pb under another name"),
+        (b"\x08\x01\x12\x00", "it is the saved_model.pb of a SavedModel, renamed"),
         (node(NAME, tensor((1,), packed=[1]))[:-2], "runs past the end"),
         (wire.bytes_field(1, wire.bytes_field(1, b"\xff")), "the name of a node is not UTF-8"),
     ],
 )
-def test_refused_graphs(tmp_path: Path, graph: bytes, reason: str) -> None:
+def test_rejected_graphs(tmp_path: Path, graph: bytes, reason: str) -> None:
     (tmp_path / "g.pb").write_bytes(graph)
     with pytest.raises(CheckpointError, match=reason) as caught:
         open_checkpoint(tmp_path / "g.pb")
@@ -293,8 +301,8 @@ def test_no_steps(tmp_path: Path) -> None:
 
 @given(st.data())
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_is_told(tmp_path: Path, data: st.DataObject) -> None:
-    """Changed bytes give another graph or a complaint; never another exception, never a giant array."""
+def test_any_damage_is_reported(tmp_path: Path, data: st.DataObject) -> None:
+    """Changed bytes give another graph or a CheckpointError; never a different exception or a giant array."""
     graph = bytearray(node(NAME, tensor((2, 3), packed=range(6))) + node("class_net/a/bias", tensor((4,))))
     for _ in range(data.draw(st.integers(1, 4))):
         graph[data.draw(st.integers(0, len(graph) - 1))] = data.draw(st.integers(0, 255))
@@ -305,7 +313,7 @@ def test_any_damage_is_told(tmp_path: Path, data: st.DataObject) -> None:
 
 
 def test_readers_need_neither_tensorflow_nor_h5py(tmp_path: Path) -> None:
-    """Opening a SavedModel loads every reader's door, and nothing heavy behind it."""
+    """Opening a SavedModel imports every reader, and nothing heavy."""
     written(tmp_path / "export")
     script = (
         "import sys; from porting.checkpoint import open_checkpoint; "

@@ -1,4 +1,4 @@
-"""TFLite files as AutoML checkpoints: the public Lite0, and small ones from TensorFlow's converter."""
+"""TFLite files as AutoML checkpoints: the public Lite0, and small files of TensorFlow's converter."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def lite0(shared: Path) -> TFLiteCheckpoint:
     return TFLiteCheckpoint(shared / "lite0/efficientdet_lite0.tflite")
 
 
-def test_public_lite0_says_what_it_is(lite0: TFLiteCheckpoint) -> None:
+def test_public_lite0_format_and_notes(lite0: TFLiteCheckpoint) -> None:
     config = model_config("efficientdet-lite0")
     assert dict(lite0.shapes) == variable_shapes(config)
     inference = infer_config(lite0.shapes, lite0.source, settings=lite0.settings)
@@ -76,7 +76,7 @@ def test_public_lite0_says_what_it_is(lite0: TFLiteCheckpoint) -> None:
 
 @pytest.fixture(scope="module")
 def recorded(shared: Path) -> dict[str, np.ndarray]:
-    """Google's code on two photographs, with the checkpoint that was made of this file by other means."""
+    """Outputs of Google's code on two photographs, with a checkpoint made from this file in another way."""
     with np.load(shared / "lite0/activations_2images.npz") as stored:
         return {name: stored[name] for name in stored.files}
 
@@ -92,8 +92,11 @@ def original(shared: Path) -> Variables:
 def test_public_lite0_is_the_function_of_its_checkpoint(
     lite0: TFLiteCheckpoint, recorded: Variables, original: Variables, dtype: str
 ) -> None:
-    """The levels' copies of each head's last bias are rounded differently. The checkpoint has the finest of
-    them, we the middle of what all allow: that is the 3e-5 of the boxes."""
+    """Each level has a differently rounded copy of each head's last bias.
+
+    The checkpoint has the finest copy, we use the middle of the range that all allow. The difference is the
+    3e-5 of the boxes.
+    """
     config = model_config("efficientdet-lite0")
     ours = head_outputs(convert(lite0, config).variables, config, recorded["input"], dtype)
     theirs = head_outputs(original, config, recorded["input"], dtype)
@@ -107,10 +110,10 @@ def test_public_lite0_is_the_function_of_its_checkpoint(
     assert worst(ours, google)[0] <= 1e-4
 
 
-def test_public_lite0_but_for_the_shared_biases(
+def test_public_lite0_without_the_shared_biases(
     lite0: TFLiteCheckpoint, recorded: Variables, original: Variables
 ) -> None:
-    """With those two biases taken from the checkpoint, nothing but float32 rounding is left."""
+    """With these two biases from the checkpoint, only float32 rounding remains."""
     config = model_config("efficientdet-lite0")
     biases = ("class_net/class-predict/bias", "box_net/box-predict/bias")
     ours = {**convert(lite0, config).variables, **{name: original[name] for name in biases}}
@@ -121,11 +124,14 @@ def test_public_lite0_but_for_the_shared_biases(
     assert figure <= 5e-6
 
 
-def test_what_quantised_activations_do(
+def test_the_effect_of_quantised_activations(
     shared: Path, lite0: TFLiteCheckpoint, recorded: Variables, tensorflow: object
 ) -> None:
-    """The file as TensorFlow Lite runs it against its port: apart by the rounding of activations alone,
-    some steps of the outputs' own scales (0.087 for the logits, 0.018 for boxes)."""
+    """The file run by TensorFlow Lite, compared with its port.
+
+    The only difference is the rounding of activations: a few steps of the outputs' scales (0.087 for the
+    logits, 0.018 for the boxes).
+    """
     from porting.parity.reference.tflite import tflite_outputs
 
     path, config = shared / "lite0/efficientdet_lite0.tflite", model_config("efficientdet-lite0")
@@ -139,7 +145,7 @@ def test_what_quantised_activations_do(
 
 
 # AP, AP50, AP75, by size; AR at 1, 10, 100, by size: Google's code with the checkpoint on these photographs.
-# Ours may differ by the 3e-5 above; one detection more or less in 1424 moves a figure by some 1e-4.
+# Ours may differ by the 3e-5 above; one detection more or less in 1424 changes a figure by about 1e-4.
 GOOGLE_AP = (0.3159, 0.4984, 0.3464, 0.0896, 0.3295, 0.5486, 0.2755, 0.4049, 0.4163, 0.1218, 0.4516, 0.6758)
 AP_TOLERANCE = 2e-4
 
@@ -185,7 +191,7 @@ def test_public_lite0_average_precision(shared: Path, lite0: TFLiteCheckpoint) -
 
 
 def folded(layer: Layer, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
-    """What a converter makes of a layer: float64 kernel, output channels last, and bias [out]."""
+    """A layer after folding: float64 kernel with output channels last, and bias [out]."""
     kernel = variables[layer.kernel].astype(np.float64)
     if layer.convolution.depthwise:
         kernel = kernel[..., 0]
@@ -202,7 +208,7 @@ def folded(layer: Layer, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
 
 # Storing a weight rounds it by half a step of its channel: int8's is 1/127 of the largest weight, float16 has
 # 11 bits; float32 has 24, and folding rounds a few times. Of a shared kernel each level sees another level's
-# rounding as well as its own: two half steps.
+# rounding in addition to its own: two half steps.
 HALF_STEPS = {"int8": 1 / 254, "float16": 2.0**-11, "float32": 2.0**-22}
 
 
@@ -230,7 +236,7 @@ def test_carried_files(kind: str) -> None:
     check_folded(checkpoint, tiny_variables(), HALF_STEPS[kind])
 
 
-def test_settings_are_what_the_file_says() -> None:
+def test_settings_are_from_the_file() -> None:
     settings = dict(TFLiteCheckpoint(golden("int8")).settings)
     graph = ("image_size", "act_type", "survival_prob", "conv_after_downsample")
     names = (*graph, "mean_rgb", "stddev_rgb", "num_scales", "aspect_ratios", "anchor_scale")
@@ -241,7 +247,7 @@ def test_settings_are_what_the_file_says() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_carried_float_file_keeps_the_function(dtype: str) -> None:
-    """To float32 rounding: the original's own float32 is 3e-6 away from its float64 here."""
+    """Up to float32 rounding: the original in float32 differs from its float64 by 3e-6 here."""
     checkpoint, images = TFLiteCheckpoint(golden("float32")), pictures(TINY, 2)
     reference = head_outputs(tiny_variables(), TINY, images, "float64")
     figure, where = worst(head_outputs(dict(checkpoint), TINY, images, dtype), reference)
@@ -250,7 +256,7 @@ def test_carried_float_file_keeps_the_function(dtype: str) -> None:
 
 
 def test_a_levels_batch_norm_is_its_scale_of_the_shared_kernel() -> None:
-    """The recovered scales stand in the ratios of the original batch norms', level by level."""
+    """The recovered scales have the ratios of the original batch norms, at every level."""
     checkpoint, original = dict(TFLiteCheckpoint(golden("float32"))), tiny_variables()
     gammas = {}
     for name, source in (("found", checkpoint), ("original", original)):
@@ -264,7 +270,7 @@ def test_a_levels_batch_norm_is_its_scale_of_the_shared_kernel() -> None:
     assert np.ptp(gammas["original"] / gammas["original"][0]) > 0.1
 
 
-def test_closed_checkpoint_refuses() -> None:
+def test_closed_checkpoint_raises() -> None:
     with open_checkpoint(golden("int8")) as checkpoint:
         assert isinstance(checkpoint, TFLiteCheckpoint)
         first = checkpoint["class_net/class-predict/bias"]
@@ -280,7 +286,7 @@ def test_a_tflite_file_has_no_step() -> None:
         open_checkpoint(golden("int8"), step=3)
 
 
-# --- TensorFlow at hand: convert afresh, and run the interpreter ------------------------------------------
+# --- with TensorFlow: convert again, and run the interpreter ---------------------------------------------
 
 
 FRESH = [pytest.param(kind, marks=[] if kind in ("float32", "int8") else pytest.mark.slow) for kind in KINDS]
@@ -289,7 +295,7 @@ FRESH = [pytest.param(kind, marks=[] if kind in ("float32", "int8") else pytest.
 @pytest.fixture(scope="module", params=FRESH)
 def converted(request: pytest.FixtureRequest, tensorflow: object, tmp_path_factory: Any) -> tuple[str, Path]:
     path = tmp_path_factory.mktemp("tflite") / "lite.tflite"
-    # Half of the kinds end in the heads, half in the detection operator.
+    # Half of the kinds end with the heads, half with the detection operator.
     path.write_bytes(tflite_bytes(TINY, tiny_variables(), request.param, "float" in request.param))
     return request.param, path
 
@@ -303,7 +309,7 @@ def test_every_kind_of_conversion(converted: tuple[str, Path]) -> None:
 
 
 def test_outputs_against_the_interpreter(converted: tuple[str, Path]) -> None:
-    """The port of a file against the file itself, run by TensorFlow Lite."""
+    """The port of a file compared with the file itself, run by TensorFlow Lite."""
     from porting.parity.reference.tflite import tflite_outputs
 
     kind, path = converted
@@ -312,13 +318,13 @@ def test_outputs_against_the_interpreter(converted: tuple[str, Path]) -> None:
     ours = head_outputs(dict(TFLiteCheckpoint(path)), TINY, images, "float64")
     figure, where = worst(theirs, ours)
     print(f"{kind}: {figure:.1e} at {where}")
-    # float16: one level's kernel stands for all, though each was rounded by itself. int8: activations are
-    # rounded too, which a network this narrow feels; its layers one by one are held to half a step below.
+    # float16: one level's kernel is used for all, although each was rounded separately. int8: activations are
+    # rounded too, which matters in such a narrow network; below, its single layers must agree to half a step.
     assert figure <= {"float32": 1e-5, "float16": 2e-3, "int8": 0.4, "int8 weights": 0.15}[kind]
 
 
 def run_layer(layer: Layer, variables: Variables, x: np.ndarray) -> np.ndarray:
-    """One convolution with its batch norm and activation, from variables: [N, H, W, C] in float64."""
+    """One convolution with its batch norm and activation, computed from variables: [N, H, W, C], float64."""
     conv = layer.convolution
     kernel = torch.from_numpy(variables[layer.kernel]).double()
     kernel = kernel.permute(2, 3, 0, 1) if conv.depthwise else kernel.permute(3, 2, 0, 1)
@@ -356,7 +362,7 @@ def steps_apart(layer: Layer, ours: np.ndarray, theirs: np.ndarray, tensors: Any
 
 
 def check_every_layer(path: Path, images: np.ndarray) -> None:
-    """Each convolution fed the interpreter's own input gives the interpreter's output, but for rounding."""
+    """Each convolution, given the interpreter's input, has the interpreter's output up to rounding."""
     from porting.checkpoint.tflite.graph import read_graph
     from porting.parity.reference.tflite import tflite_tensors
 
@@ -388,7 +394,7 @@ def test_every_layer_of_an_int8_file_against_the_interpreter(tensorflow: object)
     check_every_layer(golden("int8"), pictures(TINY, 2))
 
 
-def test_interpreter_refuses_another_size(tensorflow: object) -> None:
+def test_interpreter_rejects_another_size(tensorflow: object) -> None:
     from porting.parity.reference.tflite import tflite_outputs
 
     with pytest.raises(EfficientDetError, match=r"takes images of \[96, 72, 3\], not \[96, 96, 3\]"):

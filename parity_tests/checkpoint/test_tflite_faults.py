@@ -1,4 +1,4 @@
-"""Damaged, hostile and foreign TFLite files: one CheckpointError, or the same checkpoint as before."""
+"""Damaged, hostile and foreign TFLite files: a CheckpointError, or the same checkpoint as before."""
 
 from __future__ import annotations
 
@@ -27,15 +27,8 @@ from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
 from porting.checkpoint.tflite.flatbuffer import Table, flexbuffer_map
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import Graph, Operator, Tensor, _check_order, read_graph
-from porting.checkpoint.tflite.match import (
-    Convolution,
-    Head,
-    Structure,
-    _check_predictions,
-    _End,
-    _head,
-    match,
-)
+from porting.checkpoint.tflite.match import _check_predictions, _End, _head, match
+from porting.checkpoint.tflite.structure import Convolution, Head, Structure
 from porting.checkpoint.tflite.weights import Layer, _without_bn, check_layers, shared_kernel
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError, ConfigError
@@ -47,8 +40,8 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-def refusal(tmp_path: Path, data: bytes) -> str:
-    """What opening ``data`` says; it must refuse, in one line, with the file's name."""
+def error_of(tmp_path: Path, data: bytes) -> str:
+    """The error of opening ``data``, which must be one line with the name of the file."""
     path = tmp_path / "model.tflite"
     path.write_bytes(data)
     with pytest.raises(CheckpointError) as caught:
@@ -60,7 +53,7 @@ def refusal(tmp_path: Path, data: bytes) -> str:
 
 
 def place_of(data: bytes, view: np.ndarray) -> int:
-    """Where in ``data`` a view of it starts."""
+    """The position in ``data`` where a view of it starts."""
     start: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0]
     return int(view.__array_interface__["data"][0]) - start
 
@@ -72,12 +65,12 @@ def edited(data: bytes, view: np.ndarray, value: np.ndarray) -> bytes:
     return data[:start] + new + data[start + len(new) :]
 
 
-# --- damage that can be told ------------------------------------------------------------------------------
+# --- damage that can be detected --------------------------------------------------------------------------
 
 
-def test_what_is_no_tflite_file(tmp_path: Path) -> None:
-    assert "is not a TFLite file" in refusal(tmp_path, b"")
-    assert "is not a TFLite file" in refusal(tmp_path, b"\x1c\0\0\0TFL2" + bytes(100))
+def test_files_that_are_not_tflite(tmp_path: Path) -> None:
+    assert "is not a TFLite file" in error_of(tmp_path, b"")
+    assert "is not a TFLite file" in error_of(tmp_path, b"\x1c\0\0\0TFL2" + bytes(100))
     with pytest.raises(CheckpointError, match="No such file"):
         open_checkpoint(tmp_path / "none.tflite")
     (tmp_path / "renamed").write_bytes(INT8)
@@ -85,10 +78,10 @@ def test_what_is_no_tflite_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [INT8, FLOAT32], ids=["int8", "float32"])
-def test_every_truncation_is_refused(tmp_path: Path, data: bytes) -> None:
+def test_every_truncation_is_rejected(tmp_path: Path, data: bytes) -> None:
     lengths = {*range(64), *range(64, len(data), len(data) // 100), *range(len(data) - 16, len(data))}
     for length in sorted(lengths):
-        refusal(tmp_path, data[:length])
+        error_of(tmp_path, data[:length])
 
 
 def constant_bytes(graph: Graph, data: bytes) -> np.ndarray:
@@ -101,12 +94,12 @@ def constant_bytes(graph: Graph, data: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("data", [INT8, FLOAT32], ids=["int8", "float32"])
-def test_damage_outside_the_weights_is_told_or_harmless(tmp_path: Path, data: bytes) -> None:
-    """Any other byte wrong: a refusal, a note, or variables equal to the last digits of an int8 scale."""
+def test_damage_outside_the_weights_is_reported_or_harmless(tmp_path: Path, data: bytes) -> None:
+    """A wrong byte elsewhere: an error, a note, or variables equal up to the last digits of an int8 scale."""
     sound = TFLiteCheckpoint(golden("int8" if data is INT8 else "float32"))
     variables = dict(sound)
     rng = np.random.default_rng(0)
-    refused = told = 0
+    rejected = noted = 0
     for place in rng.choice(np.flatnonzero(~constant_bytes(read_graph(data), data)), 120, replace=False):
         damaged = bytearray(data)
         damaged[place] ^= 1 << rng.integers(8) if rng.random() < 0.5 else rng.integers(1, 256)
@@ -115,17 +108,17 @@ def test_damage_outside_the_weights_is_told_or_harmless(tmp_path: Path, data: by
         try:
             found = TFLiteCheckpoint(path)
         except CheckpointError:
-            refused += 1
+            rejected += 1
             continue
         assert found.shapes == sound.shapes
         assert found.settings == sound.settings
         if len(found.notes) > len(sound.notes):
-            told += 1
+            noted += 1
             continue
         for name, value in variables.items():
             assert np.allclose(found[name], value, rtol=2e-6, atol=0), f"{name}, byte {place}"
-    print(f"{refused} refused, {told} told, of 120")
-    assert refused > 40
+    print(f"{rejected} rejected, {noted} noted, of 120")
+    assert rejected > 40
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,7 +126,7 @@ def test_damage_outside_the_weights_is_told_or_harmless(tmp_path: Path, data: by
     changes=st.lists(st.tuples(st.integers(8, len(INT8) - 1), st.integers(0, 255)), min_size=1, max_size=20),
     cut=st.integers(0, 300),
 )
-def test_anything_opens_or_is_refused(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
+def test_anything_opens_or_is_rejected(tmp_path: Path, changes: list[tuple[int, int]], cut: int) -> None:
     damaged = bytearray(INT8)
     for place, value in changes:
         damaged[place] = value
@@ -170,7 +163,7 @@ def test_options_of_the_detection_operator() -> None:
 
 
 def test_vectors_cost_no_more_than_the_file() -> None:
-    """A length that claims 4 GB is refused before anything is made of it."""
+    """A length that claims 4 GB is rejected before anything is allocated."""
     vtable = struct.pack("<HHH", 6, 8, 4)
     data = (
         struct.pack("<I", 12) + vtable + bytes(2) + struct.pack("<iI", 8, 4) + struct.pack("<I", 0xFFFFFFFF)
@@ -181,11 +174,11 @@ def test_vectors_cost_no_more_than_the_file() -> None:
         lambda: table.tables(0, 1 << 40),
         lambda: table.text(0),
     ):
-        with pytest.raises(Malformed, match="lie outside"):
+        with pytest.raises(Malformed, match="are outside"):
             read()
 
 
-# --- damage to what the heads share -----------------------------------------------------------------------
+# --- damage to kernels and biases that the heads share ----------------------------------------------------
 
 
 @functools.cache
@@ -201,14 +194,14 @@ def test_a_levels_kernel_must_be_a_multiple(tmp_path: Path) -> None:
     kernel = head_layer(FLOAT32, 2)[1].pointwise.kernel.stored()
     value = kernel.copy()
     value[5, 0, 0, 2] *= 1.0001
-    message = refusal(tmp_path, edited(FLOAT32, kernel, value))
+    message = error_of(tmp_path, edited(FLOAT32, kernel, value))
     assert "class_net/class-1/pointwise_kernel is one kernel in AutoML" in message
     assert "output channel 5" in message
     assert "class_net/class-1-bn-" in message
 
 
 def int8_levels(codes: list[np.ndarray], scales: list[float]) -> list[Layer]:
-    """One layer of a head at each level, with these int8 kernels [out, in] at one scale each."""
+    """One layer of a head at each level, with these int8 kernels [out, in] and one scale each."""
     layers = []
     for level, (stored, scale) in enumerate(zip(codes, scales, strict=True), start=3):
         conv = head_layer(INT8, level - 3)[1].pointwise
@@ -231,8 +224,10 @@ def int8_levels(codes: list[np.ndarray], scales: list[float]) -> list[Layer]:
     factors=st.lists(st.floats(0.05, 20) | st.floats(-20, -0.05), min_size=2, max_size=5),
 )
 def test_a_shared_kernel_comes_back_from_any_quantisation(seed: int, factors: list[float]) -> None:
-    """Whatever the batch norms' scales, of either sign, the levels agree and each comes back to half a step;
-    one weight two steps off is refused."""
+    """For any scales of the batch norms, the levels agree and each comes back to half a step.
+
+    A weight that is wrong by two steps is rejected.
+    """
     kernel = np.random.default_rng(seed).normal(size=(3, 16))
     largest = np.abs(kernel).max()
     scales = [float(np.float32(abs(factor) * largest / 127)) for factor in factors]
@@ -243,7 +238,7 @@ def test_a_shared_kernel_comes_back_from_any_quantisation(seed: int, factors: li
         apart = np.abs(found[:, 0, 0] * multiples[:, None] - kernel * factor).max()
         assert apart <= scale * 1.01
     codes[-1][1, 7] += -3 if codes[-1][1, 7] > 0 else 3
-    with pytest.raises(Malformed, match="output channel 1 of what the file has for bn-"):
+    with pytest.raises(Malformed, match="output channel 1 of the kernel for bn-"):
         shared_kernel(int8_levels(codes, scales))
 
 
@@ -257,7 +252,7 @@ def test_a_weight_half_way_between_two_codes_may_go_either_way() -> None:
 
 
 def test_a_channel_switched_off_at_one_level(tmp_path: Path) -> None:
-    """A batch norm with gamma 0 folds its channel to zeros at its level alone."""
+    """A batch norm with gamma 0 makes its channel zero, only at its level."""
     kernel = head_layer(FLOAT32, 0)[1].pointwise.kernel.stored()
     value = kernel.copy()
     value[5] = 0
@@ -275,31 +270,31 @@ def test_a_channel_switched_off_at_one_level(tmp_path: Path) -> None:
 
 def test_the_last_bias_must_be_one(tmp_path: Path) -> None:
     bias = head_layer(INT8, 3)[-1].pointwise.bias.stored()
-    message = refusal(tmp_path, edited(INT8, bias, bias + 2))
+    message = error_of(tmp_path, edited(INT8, bias, bias + 2))
     assert "class_net/class-predict/bias is one bias in AutoML but differs from level to level" in message
 
 
 def test_a_depthwise_kernel_has_no_bias(tmp_path: Path) -> None:
     bias = head_layer(INT8, 3)[0].depthwise.bias.stored()
-    message = refusal(tmp_path, edited(INT8, bias, bias + 1))
-    assert "comes with a bias" in message
+    message = error_of(tmp_path, edited(INT8, bias, bias + 1))
+    assert "has a bias, which a depthwise convolution" in message
 
 
 def test_scales_must_agree(tmp_path: Path) -> None:
     for tensor in (head_layer(INT8, 0)[1].pointwise.kernel, head_layer(INT8, 0)[1].pointwise.bias):
         scale = tensor.scale.copy()
         scale[3] *= 1.001
-        message = refusal(tmp_path, edited(INT8, tensor.scale, scale))
+        message = error_of(tmp_path, edited(INT8, tensor.scale, scale))
         assert "scales of input, kernel and bias" in message
     for wrong in (0.0, -1.0, np.nan, np.inf):
-        message = refusal(tmp_path, edited(INT8, tensor.scale, np.full_like(scale, wrong)))
+        message = error_of(tmp_path, edited(INT8, tensor.scale, np.full_like(scale, wrong)))
         assert "a quantisation scale that is not positive" in message
 
 
 def test_weights_are_symmetric(tmp_path: Path) -> None:
     kernel = head_layer(INT8, 0)[1].pointwise.kernel
-    message = refusal(tmp_path, edited(INT8, kernel.zero_point, np.ones_like(kernel.zero_point)))
-    assert "not quantised as TFLite does it" in message
+    message = error_of(tmp_path, edited(INT8, kernel.zero_point, np.ones_like(kernel.zero_point)))
+    assert "not quantised as in TFLite" in message
 
 
 def test_a_weight_that_is_not_a_number_is_left_to_conversion(tmp_path: Path) -> None:
@@ -312,8 +307,8 @@ def test_a_weight_that_is_not_a_number_is_left_to_conversion(tmp_path: Path) -> 
         convert(TFLiteCheckpoint(tmp_path / "nan.tflite"), TINY)
 
 
-def test_a_constant_that_nothing_reads_is_told(tmp_path: Path) -> None:
-    """An operator made to read another's kernel: its own is left over."""
+def test_an_unused_constant_is_noted(tmp_path: Path) -> None:
+    """If an operator reads the kernel of another one, its own kernel is unused."""
     first, second = (structure(FLOAT32).blocks[i].expand for i in (1, 2))
     assert first is not None
     assert second is not None
@@ -325,7 +320,7 @@ def test_a_constant_that_nothing_reads_is_told(tmp_path: Path) -> None:
     )
     (tmp_path / "model.tflite").write_bytes(FLOAT32.replace(wanted, other))
     notes = TFLiteCheckpoint(tmp_path / "model.tflite").notes
-    assert f"{len(second.kernel.data)} bytes of constants that nothing in it reads" in notes[0]
+    assert f"{len(second.kernel.data)} bytes of constants that no operator reads" in notes[0]
 
 
 # --- other graphs -----------------------------------------------------------------------------------------
@@ -375,7 +370,7 @@ def changed_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def changed_graphs(graph: Graph) -> Iterator[Graph]:
-    """Every graph that differs in one place."""
+    """Every graph with one difference."""
     replace, operators, tensors = dataclasses.replace, graph.operators, graph.tensors
     for place, operator in enumerate(operators):
         yield replace(graph, operators=operators[:place] + operators[place + 1 :])
@@ -394,12 +389,12 @@ def changed_graphs(graph: Graph) -> Iterator[Graph]:
     ("kind", "every"),
     [("float32", 31), ("int8", 37), slow("float32", 3), slow("int8", 7)],
 )
-def test_a_graph_with_one_thing_changed_opens_or_is_refused(
+def test_a_graph_with_one_change_opens_or_is_rejected(
     kind: str, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never another exception; and what opens has variables that can be read."""
+    """Never a different exception; and if it opens, its variables can be read."""
     sound = read_graph(golden(kind).read_bytes())
-    refused: Counter[str] = Counter()
+    rejected: Counter[str] = Counter()
     opened = 0
     for graph in itertools.islice(changed_graphs(sound), 0, None, every):
         monkeypatch.setattr(tflite, "read_graph", lambda data, graph=graph: graph)
@@ -408,9 +403,9 @@ def test_a_graph_with_one_thing_changed_opens_or_is_refused(
                 assert all(found[name].shape == shape for name, shape in found.shapes.items())
             opened += 1
         except CheckpointError as error:
-            refused[re.sub("[0-9]+", "N", str(error))] += 1
-    print(f"{refused.total()} refused for {len(refused)} reasons, {opened} opened")
-    assert refused.total() > opened
+            rejected[re.sub("[0-9]+", "N", str(error))] += 1
+    print(f"{rejected.total()} rejected for {len(rejected)} reasons, {opened} opened")
+    assert rejected.total() > opened
 
 
 def layer_of(conv: Convolution) -> Layer:
@@ -447,19 +442,19 @@ def test_an_image_of_another_type(monkeypatch: pytest.MonkeyPatch) -> None:
         TFLiteCheckpoint(golden("int8"))
 
 
-def test_heads_that_do_not_go_together() -> None:
+def test_heads_that_do_not_fit_each_other() -> None:
     found = structure(FLOAT32)
     class_chain, box_chain = found.class_net.levels[0], found.box_net.levels[0]
     with pytest.raises(Mismatch, match="its class net differs from level to level"):
         _head("class", [class_chain, class_chain[1:]], [_End(), _End()])
     heads = Head((class_chain,), None), Head((box_chain[1:],), None)
-    with pytest.raises(Mismatch, match=r"its heads predict 45 and 36 values a location, after 3 and 2"):
+    with pytest.raises(Mismatch, match=r"its heads predict 45 and 36 values per location, after 3 and 2"):
         _check_predictions(*heads)
     with pytest.raises(Mismatch, match="it does not list its predictions anchor by anchor"):
         _check_predictions(Head((class_chain,), 3), Head((box_chain,), None))
 
 
-def test_a_configuration_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     def network(self: object) -> None:
         raise ConfigError("fpn_cell_repeats is 0, must be at least 1")
 
@@ -469,7 +464,7 @@ def test_a_configuration_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_files_that_no_converter_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Malformed, match="does not begin as a TFLite file does"):
+    with pytest.raises(Malformed, match="does not begin like a TFLite file"):
         read_graph(bytes(100))
     graph = read_graph(FLOAT32)
     constant = next(tensor.index for tensor in graph.tensors if tensor.is_constant)
@@ -477,14 +472,14 @@ def test_files_that_no_converter_writes(monkeypatch: pytest.MonkeyPatch) -> None
         _check_order(graph.tensors, graph.operators, (constant,))
     with monkeypatch.context() as patch:
         patch.setattr(tflite_graph, "_MOST_OPERATORS", 3)
-        with pytest.raises(Malformed, match=r"claims \d+ entries where no more than 3 are expected"):
+        with pytest.raises(Malformed, match=r"claims \d+ entries; no more than 3 are expected"):
             read_graph(FLOAT32)
     with monkeypatch.context() as patch:
         patch.setattr(Table, "has", lambda self, field: True)
         with pytest.raises(Malformed, match="tensor 0 is sparse, which is not supported"):
             read_graph(FLOAT32)
     monkeypatch.setattr(Table, "tables", lambda self, field, most: [])
-    with pytest.raises(Malformed, match="it holds 0 graphs where one is expected"):
+    with pytest.raises(Malformed, match="it holds 0 graphs, not one"):
         read_graph(FLOAT32)
 
 
@@ -500,7 +495,7 @@ def anchors_moved(data: bytes) -> bytes:
 
 
 def anchors_swapped(data: bytes) -> bytes:
-    """Rows and columns the other way round, as another detector lists them."""
+    """With rows and columns swapped, as in other detectors."""
     anchors = structure(data).anchors
     assert anchors is not None
     return edited(data, anchors.stored(), anchors.stored()[:, [1, 0, 3, 2]])
@@ -508,7 +503,7 @@ def anchors_swapped(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("change", [anchors_moved, anchors_swapped])
 def test_anchors_must_be_automls(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
-    assert "its anchors are not laid out as AutoML's" in refusal(tmp_path, change(INT8))
+    assert "its anchors are not arranged like AutoML's" in error_of(tmp_path, change(INT8))
 
 
 def test_another_anchor_scale_and_ratios_are_read(tmp_path: Path) -> None:
@@ -538,10 +533,10 @@ def build(tensorflow: Any) -> Callable[..., bytes]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"act_type": "swish"}, "where the stem is 3×3 with stride 2 and ReLU6"),
+        ({"act_type": "swish"}, "but the stem is 3×3 with stride 2 and ReLU6"),
         slow({"fpn_weight_method": "fastattn"}, "no sums fuse the maps that cell_0/fnode0 fuses"),
         slow({"conv_bn_act_pattern": True}, "does not add maps of one shape, or has another activation"),
-        slow({"survival_prob": 0.8}, "where the head at level 0 needs DEPTHWISE_CONV_2D"),
+        slow({"survival_prob": 0.8}, "but the head at level 0 needs DEPTHWISE_CONV_2D"),
         slow({"options": {"y_scale": 10.0}}, "scales boxes, which AutoML does not"),
         slow({"options": {"num_classes": 4}}, "is not for the 5 classes of the class net"),
     ],
@@ -549,13 +544,13 @@ def build(tensorflow: Any) -> Callable[..., bytes]:
 def test_variants_that_are_not_lite(
     tmp_path: Path, build: Callable[..., bytes], changes: dict[str, Any], said: str
 ) -> None:
-    message = refusal(tmp_path, build(**changes))
+    message = error_of(tmp_path, build(**changes))
     assert "is a TFLite model but not an EfficientDet-Lite" in message
     assert said in message
 
 
-def test_a_classifier_is_refused(tmp_path: Path, tensorflow: Any) -> None:
-    """MobileNet's shape: an inverted residual or two, pooled, and a dense layer."""
+def test_a_classifier_is_rejected(tmp_path: Path, tensorflow: Any) -> None:
+    """A network like MobileNet: one or two inverted residuals, pooling, and a dense layer."""
     tf = tensorflow
     rng = np.random.default_rng(0)
 
@@ -570,12 +565,12 @@ def test_a_classifier_is_refused(tmp_path: Path, tensorflow: Any) -> None:
         x = tf.nn.relu6(tf.nn.conv2d(x, weights(1, 1, 4, 64), 1, "SAME"))
         return tf.nn.softmax(tf.linalg.matmul(tf.reduce_mean(x, [1, 2]), weights(64, 10)))
 
-    message = refusal(tmp_path, convert_function(mobilenet, np.zeros((1, 64, 64, 3), np.float32)))
-    assert "operator 3 (CONV_2D) is followed by MEAN where blocks_1 needs DEPTHWISE_CONV_2D" in message
+    message = error_of(tmp_path, convert_function(mobilenet, np.zeros((1, 64, 64, 3), np.float32)))
+    assert "operator 3 (CONV_2D) is followed by MEAN, but blocks_1 needs DEPTHWISE_CONV_2D" in message
 
 
-def test_heads_that_share_nothing_are_refused(tmp_path: Path, tensorflow: Any) -> None:
-    """One kernel of a head drawn anew for one level, as a network with separate heads has."""
+def test_heads_that_share_nothing_are_rejected(tmp_path: Path, tensorflow: Any) -> None:
+    """A head with a different random kernel at one level, as in a network with separate heads."""
     from unittest import mock
 
     from tf_reference import layers
@@ -594,18 +589,18 @@ def test_heads_that_share_nothing_are_refused(tmp_path: Path, tensorflow: Any) -
     original = layers.separable_conv
     with mock.patch("tf_reference.heads.separable_conv", separable_conv):
         data = tflite_bytes(TINY, tiny_variables(), "float32")
-    message = refusal(tmp_path, data)
+    message = error_of(tmp_path, data)
     assert "box_net/box-1/pointwise_kernel is one kernel in AutoML" in message
     assert "box_net/box-1-bn-6" in message
 
 
 @pytest.mark.slow
 def test_equal_widths_without_postprocessing_are_ambiguous(tmp_path: Path, tensorflow: Any) -> None:
-    """Four classes predict as many values as boxes do; only what follows the heads can tell."""
+    """With four classes, class net and box net have the same width; only the layers after them differ."""
     config = TINY.replace(num_classes=4)
     variables = tiny_variables(config)
     bare = tflite_bytes(config, variables, "float32", postprocess=False)
-    assert "nothing tells its class net from its box net" in refusal(tmp_path, bare)
+    assert "its class net and its box net cannot be distinguished" in error_of(tmp_path, bare)
     (tmp_path / "model.tflite").write_bytes(tflite_bytes(config, variables, "float32"))
     found = TFLiteCheckpoint(tmp_path / "model.tflite")
     np.testing.assert_allclose(

@@ -19,7 +19,8 @@ import pytest
 from parity_tests.helpers.paths import GOLDENS, TOOLS
 from parity_tests.helpers.tflite_files import TINY
 from porting.checkpoint.v2.writer import write_bundle
-from porting.synthetic import EMA_SUFFIX, synthetic_checkpoint
+from porting.scopes import EMA_SUFFIX
+from porting.synthetic import synthetic_checkpoint
 from pytorch_model import load_model
 from pytorch_model.config import model_config
 

@@ -19,8 +19,9 @@ from porting.convert import Conversion, apply_rules, convert
 from porting.errors import ConversionError
 from porting.infer import infer_config
 from porting.rules import Rule, rules
+from porting.scopes import EMA_SUFFIX
 from porting.sources.open import write_synthetic
-from porting.synthetic import EMA_SUFFIX, synthetic_checkpoint
+from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
 from pytorch_model.config import EfficientDetConfig, model_config
 

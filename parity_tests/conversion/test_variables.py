@@ -12,7 +12,7 @@ import pytest
 from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.recordings import RELEASED
 from porting.audit import PUBLISHED, audit_parameters
-from porting.checkpoint.v2.bundle import read_index
+from porting.checkpoint.v2.index import read_index
 from porting.scopes import model_name
 from pytorch_model.config import MODELS, model_config
 from tf_reference.variables import variable_shapes, variables

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from parity_tests.helpers.paths import GOLDENS, SHARED
 from porting.checkpoint.objects.graph import GRAPH_KEY
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 
 ORACLE = SHARED / "oracle"
 

@@ -1,4 +1,4 @@
-"""Refusals that a whole command seldom or never gets to, because something before them has looked already."""
+"""Rejections that a whole command rarely or never reaches, because an earlier check finds the problem."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from porting.checkpoint.frozen_graph import FrozenGraph
 from porting.checkpoint.objects import graph as object_graph
 from porting.checkpoint.tflite import checkpoint as tflite
 from porting.checkpoint.tflite import flatbuffer
-from porting.checkpoint.v2.bundle import TensorBundle, read_index
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.table import MAGIC, read_table
 from porting.checkpoint.wire import Malformed
 from porting.convert import check_targets
@@ -40,16 +41,16 @@ from pytorch_model.weights.files import load_variant, read_weights, write_weight
 from tf_reference.variables import variable_shapes
 
 
-def test_a_folder_is_no_frozen_graph(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_frozen_graph(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read: Is a directory; check the path"):
         FrozenGraph(tmp_path)
 
 
 def test_a_tflite_file_too_large_for_its_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tflite, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(tflite, "_MOST_BYTES", 1000)
     (tmp_path / "a.tflite").write_bytes(golden("float32").read_bytes())
-    with pytest.raises(CheckpointError, match=r"a\.tflite is larger than any TFLite file"):
-        tflite.open_tflite(tmp_path / "a.tflite")
+    with pytest.raises(CheckpointError, match=r"a\.tflite cannot be read: it has more than 1,000 bytes"):
+        tflite.open_tflite(tmp_path / "a.tflite", None)
 
 
 def test_a_tensor_of_another_shape() -> None:
@@ -70,7 +71,7 @@ def test_a_variable_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         reversing.reverse(state_dict, TINY)
 
 
-def test_a_tap_that_the_reference_lacks() -> None:
+def test_a_tap_that_the_reference_does_not_have() -> None:
     with (
         _Stream(lambda tap: tap("stem", torch.zeros(1).numpy())) as stream,
         pytest.raises(EfficientDetError, match=r"names the tap stern, which the reference does not have"),
@@ -110,12 +111,12 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     folder, file = tmp_path / "folder", tmp_path / "file"
     folder.mkdir()
     file.touch()
-    refused: list[tuple[Callable[[], object], str]] = [
+    attempts: list[tuple[Callable[[], object], str]] = [
         (lambda: replacing(folder).__enter__(), "folder: it is a folder; give a file name"),
         (lambda: check_writable(folder), "folder: it is a folder; give a file name"),
         (lambda: check_new_folder(file), "file: there is a file of that name; choose another folder"),
     ]
-    for attempt, message in refused:
+    for attempt, message in attempts:
         with pytest.raises(OutputError, match=message):
             attempt()
     with (
@@ -126,14 +127,14 @@ def test_targets_that_cannot_be_written(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"folder", "file"}
 
 
-def test_names_that_mean_nothing(tmp_path: Path) -> None:
+def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown backbone 'efficientnet-b9'; known: efficientnet-b0,"):
         backbone_config("efficientnet-b9")
     with pytest.raises(WeightsError, match=r"cannot write x\.bin: use a name that ends in \.safetensors or"):
         write_weights(tmp_path / "x.bin", {}, TINY, {})
 
 
-def test_an_address_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_of_a_different_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     torch.save([1, 2], tmp_path / "list.pth")
     digest = hashlib.sha256((tmp_path / "list.pth").read_bytes()).hexdigest()
@@ -147,12 +148,14 @@ def test_an_address_of_something_else(tmp_path: Path, monkeypatch: pytest.Monkey
         load_variant("efficientdet-lite0", (tmp_path / "whole.pth").as_uri())
 
 
-def test_what_is_larger_than_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open(tmp_path / "model.index", "wb") as file:  # a table's end behind nothing
+def test_files_larger_than_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "model.index", "wb") as file:  # zeros, then the end of a table
         file.truncate(1 << 25)
         file.seek(0, 2)
         file.write(bytes(40) + MAGIC.to_bytes(8, "little"))
-    with pytest.raises(CheckpointError, match="has 33554480 bytes, more than the index of any EfficientDet"):
+    with pytest.raises(
+        CheckpointError, match="cannot be read: it has more than 16,777,216 bytes; check the path"
+    ):
         read_index(tmp_path / "model.index")
     for name in ("frozen", "objects"):
         (tmp_path / name).mkdir()
@@ -165,7 +168,7 @@ def test_what_is_larger_than_any_model(tmp_path: Path, monkeypatch: pytest.Monke
         open_checkpoint(objects)
 
 
-def test_a_report_that_cannot_be_put_anywhere(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     tool = TOOLS / "verify.py"
     command = [sys.executable, str(tool), "--ckpt", "synthetic:efficientdet-lite0", "--report", "file/out"]
@@ -196,7 +199,7 @@ def test_a_disk_that_fails_while_a_tensor_is_read(monkeypatch: pytest.MonkeyPatc
         dict(opened)
 
 
-def test_bytes_that_are_no_table() -> None:
+def test_bytes_that_are_not_a_table() -> None:
     with pytest.raises(Malformed, match="its last 48 bytes are not the footer of a LevelDB table"):
         list(read_table(bytes(100)))
 

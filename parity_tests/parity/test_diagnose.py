@@ -16,7 +16,8 @@ from porting.convert import apply_rules
 from porting.parity import compare, tensorflow_reference
 from porting.parity.diagnose import Diagnosis, diagnose
 from porting.rules import rules
-from porting.synthetic import EMA_SUFFIX, synthetic_checkpoint, synthetic_image
+from porting.scopes import EMA_SUFFIX
+from porting.synthetic import synthetic_checkpoint, synthetic_image
 from pytorch_model.config import model_config
 from pytorch_model.efficientdet import EfficientDet
 

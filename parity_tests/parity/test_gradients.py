@@ -56,7 +56,8 @@ from porting.parity.gradients import (
     tensorflow_backward,
 )
 from porting.rules import TapPair, rules
-from porting.synthetic import EMA_SUFFIX, MOMENTUM_SUFFIX, synthetic_image, synthetic_variables
+from porting.scopes import EMA_SUFFIX, MOMENTUM_SUFFIX
+from porting.synthetic import synthetic_image, synthetic_variables
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.bifpn import Fuse
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config

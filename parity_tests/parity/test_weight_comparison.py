@@ -30,7 +30,8 @@ from porting.parity.weight_comparison import (
     read_weight_file,
 )
 from porting.rules import rules
-from porting.synthetic import EMA_SUFFIX, synthetic_checkpoint, synthetic_variables
+from porting.scopes import EMA_SUFFIX
+from porting.synthetic import synthetic_checkpoint, synthetic_variables
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.weights.files import write_weights

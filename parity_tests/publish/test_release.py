@@ -39,7 +39,7 @@ from porting.publish.release_folder import (
     sums_of,
     verify_release,
 )
-from porting.sources.google_releases import RELEASES
+from porting.sources.google_releases import GOOGLE_RELEASES
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
 from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage
@@ -232,7 +232,7 @@ def test_a_release_of_googles_carries_its_licence_and_published_figures(
     checkpoint: Path, conversion: Conversion
 ) -> None:
     with open_checkpoint(checkpoint) as opened:
-        about = origin(conversion, opened, (), "x", "apache-2.0", RELEASES["efficientdet-d4"])
+        about = origin(conversion, opened, (), "x", "apache-2.0", GOOGLE_RELEASES["efficientdet-d4"])
     assert (about["published_ap_val"], about["published_ap_test_dev"]) == (49.3, 49.7)
 
 

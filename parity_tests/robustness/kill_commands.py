@@ -147,10 +147,10 @@ def prepare_download_again(folder: Path) -> None:
 
 def download(folder: Path) -> None:
     from porting.sources import download as downloading
-    from porting.sources.google_releases import fetch, release_named
+    from porting.sources.google_releases import fetch, google_release_named
 
     downloading.BACKOFF_SECONDS = 0.01
-    release = release_named("efficientdet-d0")
+    release = google_release_named("efficientdet-d0")
     assert release is not None
     print(fetch(release, folder / "cache"))
 

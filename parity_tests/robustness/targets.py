@@ -88,7 +88,7 @@ def convert_checkpoint(path: Path) -> str:
 
 
 def read_entries(path: Path) -> str:
-    from porting.checkpoint.v2.bundle import read_index
+    from porting.checkpoint.v2.index import read_index
 
     return repr(read_index(path).entries)
 

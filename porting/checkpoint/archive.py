@@ -1,149 +1,69 @@
 """Checkpoints inside ``.tar.gz``, ``.tgz``, ``.tar`` and ``.zip`` files, as AutoML releases them.
 
-What a reader of weights could need is copied into a private temporary folder, opened there like anything
-else, and removed when the checkpoint is closed. An archive is a stranger's file: nothing in it is written
-outside that folder, no link in it is followed, and what it may unpack to is bounded.
+The files that a reader may need are unpacked into a private temporary folder and opened there like any other
+checkpoint. Closing the checkpoint removes the folder.
 """
 
 from __future__ import annotations
 
-import errno
-import gzip
 import os
-import re
 import shutil
-import stat
-import struct
-import tarfile
 import tempfile
 import weakref
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
-from porting.checkpoint.base import Checkpoint
-from porting.checkpoint.v2.locate import STATE_FILE, locate
-from porting.errors import CheckpointError, EfficientDetError, Reason
+from porting.checkpoint.base import Checkpoint, read_head
+from porting.checkpoint.unpack import kind_of, no_room, unpack
+from porting.checkpoint.v2.locate import locate
+from porting.errors import CheckpointError, EfficientDetError
 
 SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip")
 
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is an empty one's
-_OTHER_MAGICS = {  # of what is not read here
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "Zstandard",
-    b"7z\xbc\xaf\x27\x1c": "7-Zip",
-    b"Rar!": "RAR",
-}
-_TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
-_HEAD = 512  # bytes: a tar header, which is the longest thing that tells the formats apart
-
-#: What weights may lie in, and what tells about them: also the graph (``.meta``), which can be a reference.
-_WANTED = re.compile(
-    rf"{STATE_FILE}|pipeline\.config|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
-)
 _SAVED_MODEL = "saved_model.pb"
-#: The folder in the temporary one, so that one above a checkpoint, where readers look too, is ours as well.
+#: The folder in the temporary folder. Readers also look in the folder above a checkpoint, so we own that too.
 _UNPACKED = "unpacked"
 
-# The largest EfficientDet, D7x, is 0.9 GB with averages and optimizer slots; float weights hardly compress.
-_MOST_BYTES = 8 << 30
-_MOST_EXPANSION = 100
-_ALWAYS_ALLOWED = 256 << 20
-_MOST_MEMBERS = 100_000
-_MOST_DEPTH = 32  # folders in folders
-_HEADER_ROOM = 1 << 20  # what tar may spend on one member's headers (long names, extended attributes)
-_CHUNK = 1 << 18
+#: Opens the checkpoint at a path; the second argument is the step, or None.
+Opener = Callable[[Path, int | None], Checkpoint]
 
 
-def _lzma_errors() -> tuple[type[Exception], ...]:
-    try:
-        from lzma import LZMAError
-    except ImportError:  # a Python built without it reads no such archive either
-        return ()
-    return (LZMAError,)
+def is_archive(head: bytes, path: Path) -> bool:
+    """Whether the file at ``path`` has an archive's name, or ``head``, its first bytes, are an archive's."""
+    named = path.name.lower().endswith(SUFFIXES) and os.path.isfile(path)
+    return named or kind_of(head) is not None
 
 
-# Everything the standard library raises on a damaged or hostile archive.
-_DAMAGE: tuple[type[Exception], ...] = (
-    *_lzma_errors(),
-    tarfile.TarError,
-    zipfile.BadZipFile,
-    zlib.error,
-    gzip.BadGzipFile,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    OverflowError,
-    struct.error,
-    IndexError,
-    KeyError,
-)
+def open_archive(path: Path, step: int | None, open_inside: Opener) -> Checkpoint:
+    """Open the one checkpoint inside the archive at ``path``. ``open_inside`` opens the unpacked files.
 
-# What the system says of a name that is too long, or of one thing that is a file and also a folder.
-_NAME_FAULTS = (errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-
-
-class _Refused(Reason):
-    """What is wrong with the archive, and what to do; the path is put before it."""
-
-
-class _Member(NamedTuple):
-    """One entry. Its data must be read before the next member is asked for."""
-
-    name: str
-    size: int  # bytes, as declared
-    is_file: bool  # a plain one: no folder, link, device or sparse file
-    is_folder: bool
-    data: IO[bytes] | None  # of plain files
-
-
-def is_archive(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is a file that is called, or begins, like an archive."""
-    path = Path(path)
-    try:
-        if not path.is_file():
-            return False
-        if path.name.lower().endswith(SUFFIXES):
-            return True
-        with open(path, "rb") as file:
-            return _kind(file.read(_HEAD)) is not None
-    except OSError:
-        return False
-
-
-def open_archive(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
-    """Open the one checkpoint inside the archive at ``path``; ``step`` as in ``open_checkpoint``.
-
-    Of several kinds of weights the most complete is taken: a V2 checkpoint, then ``.h5``, SavedModel, frozen
-    graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: damaged, hostile, too
-    large, no weights in it, or two of one kind.
+    If there are several kinds of weights, the most complete is used: a V2 checkpoint, then ``.h5``,
+    SavedModel, frozen graph (``.pb``), ``.tflite``. Raises :class:`~porting.errors.CheckpointError`: the
+    archive is damaged, hostile or too large, holds no weights, or holds two checkpoints of one kind.
     """
-    path = Path(path)
     try:
         private = Path(tempfile.mkdtemp(prefix="efficientdet-"))
     except OSError as error:
-        _no_room(path, error)
+        no_room(path, error)
     folder = private / _UNPACKED
     try:
-        found = _unpack(path, folder)
+        found = unpack(path, folder)
         with _translated(path, folder):
-            return _ArchivedCheckpoint(_open_one(path, folder, found, step), path, folder)
+            return _ArchivedCheckpoint(_open_one(path, folder, found, step, open_inside), path, folder)
     except BaseException:
         shutil.rmtree(private, ignore_errors=True)
         raise
 
 
 class _ArchivedCheckpoint(Checkpoint):
-    """A checkpoint in an unpacked ``folder``, the one above being its own; it speaks of the archive."""
+    """A checkpoint in the unpacked ``folder``. Its texts name the archive instead of the folder.
+
+    It owns the folder above ``folder`` and removes it when it is closed.
+    """
 
     def __init__(self, inner: Checkpoint, archive: Path, folder: Path) -> None:
         source, *notes = (_spoken(text, archive, folder) for text in (inner.source, *inner.notes))
@@ -176,7 +96,7 @@ def _close_and_remove(inner: Checkpoint, folder: Path) -> None:
 
 @contextmanager
 def _translated(archive: Path, folder: Path) -> Iterator[None]:
-    """Errors raised inside name the archive where they would name the temporary folder."""
+    """Replace the temporary folder by the archive in the messages of errors raised inside."""
     try:
         yield
     except EfficientDetError as error:
@@ -190,9 +110,9 @@ def _spoken(text: str, archive: Path, folder: Path) -> str:
 # Choosing
 
 
-def _open_one(archive: Path, folder: Path, found: list[PurePosixPath], step: int | None) -> Checkpoint:
-    from porting.checkpoint import open_checkpoint
-
+def _open_one(
+    archive: Path, folder: Path, found: list[PurePosixPath], step: int | None, open_inside: Opener
+) -> Checkpoint:
     saved_models = {path.parent for path in found if path.name == _SAVED_MODEL}
     folders = {path.parent for path in found if path.suffix == ".index"}
     folders -= {parent / "variables" for parent in saved_models}
@@ -213,211 +133,20 @@ def _open_one(archive: Path, folder: Path, found: list[PurePosixPath], step: int
     (only,) = choices
     chosen = folder / only
     if not folders:
-        _refuse_nesting(chosen)
-        return open_checkpoint(chosen, step)
+        _reject_nesting(chosen)
+        return open_inside(chosen, step)
     index = locate(chosen, step)
-    _refuse_nesting(index)
+    _reject_nesting(index)
     if not index.resolve().is_relative_to(folder.resolve()):
-        # A state file may hold any path, and locate() rightly follows those of folders.
+        # A state file may hold any path, and locate() follows those.
         raise CheckpointError(
             f"the checkpoint state file in {archive} names {index.with_suffix('')}, which is not in the "
             "archive; unpack it and name the prefix you mean"
         )
-    return open_checkpoint(index)
+    return open_inside(index, None)
 
 
-def _refuse_nesting(path: Path) -> None:
-    # There are archives that hold themselves.
-    if is_archive(path):
+def _reject_nesting(path: Path) -> None:
+    # An archive can contain itself, without end.
+    if is_archive(read_head(path), path):
         raise CheckpointError(f"{path} is an archive in an archive; unpack the outer one first")
-
-
-# Unpacking
-
-
-def _unpack(archive: Path, folder: Path) -> list[PurePosixPath]:
-    """Copy what may be weights from ``archive`` into ``folder``; the paths, relative to it."""
-    found: dict[PurePosixPath, None] = {}
-    try:
-        with open(archive, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            limit = min(_MOST_BYTES, max(_ALWAYS_ALLOWED, _MOST_EXPANSION * size))
-            for member in _bounded(_members(file, limit), limit):
-                place = _place(member)
-                if place is not None and member.data is not None:
-                    found[place] = None
-                    with _own_faults(member):
-                        _copy(member, member.data, folder / place)
-    except _Refused as refusal:
-        raise CheckpointError(f"{archive} {refusal}") from None
-    except _DAMAGE as error:
-        _damaged(archive, error)
-    except OSError as error:
-        # zipfile seeks to wherever the archive says, and bz2 has no number for what is no bzip2 stream.
-        if error.errno in (errno.EINVAL, None):
-            _damaged(archive, error)
-        _no_room(archive, error)
-    return list(found)
-
-
-@contextmanager
-def _own_faults(member: _Member) -> Iterator[None]:
-    """Of what the system may refuse, that which is due to the member's name."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NAME_FAULTS:
-            raise
-        raise _Refused(
-            f"holds {_shown(member.name)}, which cannot be unpacked beside the rest of it "
-            f"({error.strerror}); pack it under another name"
-        ) from None
-
-
-def _members(file: BinaryIO, limit: int) -> Iterator[_Member]:
-    head = file.read(_HEAD)
-    kind = _kind(head)
-    file.seek(0)
-    if kind == "zip":
-        yield from _zip_members(file)
-    elif kind == "gzip":
-        with gzip.open(file) as stream:
-            yield from _tar_members(_Metered(stream, limit))
-    elif kind == "tar":
-        yield from _tar_members(_Metered(file, limit))
-    elif kind:
-        raise _Refused(f"is packed by {kind}, which is not read here; unpack it, or pack it as .tar.gz")
-    else:
-        raise _Refused(f"is not an archive: it begins with {head[:16]!r}; fetch or make it again")
-
-
-def _kind(head: bytes) -> str | None:
-    if head.startswith(_GZIP_MAGIC):
-        return "gzip"
-    if head.startswith(_ZIP_MAGICS):
-        return "zip"
-    if head[_TAR_MAGIC_AT:].startswith(_TAR_MAGIC):
-        return "tar"
-    return next((name for magic, name in _OTHER_MAGICS.items() if head.startswith(magic)), None)
-
-
-class _Metered:
-    """The stream of a tar file, which ends in :class:`_Refused` beyond what has been declared.
-
-    ``allow`` grants a member's data; without that, no more than one member's headers may be read. (Their
-    sizes are the archive's word too, and tarfile reads them whole.)
-    """
-
-    def __init__(self, stream: BinaryIO | gzip.GzipFile, limit: int) -> None:
-        self._stream, self._limit = stream, limit
-        self._position, self._allowed = 0, 0
-        self.allow(0)
-
-    def allow(self, size: int) -> None:
-        self._allowed = min(self._limit, self._position + size + _HEADER_ROOM)
-
-    def read(self, size: int) -> bytes:
-        data = self._stream.read(size)
-        self._position += len(data)
-        if self._position > self._allowed:
-            raise _Refused("unpacks to more than it declares or than a checkpoint needs; it was refused")
-        return data
-
-
-def _tar_members(stream: _Metered) -> Iterator[_Member]:
-    # As a stream, tarfile reads straight on and never seeks: each byte is decompressed once.
-    with tarfile.open(mode="r|", fileobj=stream, bufsize=_CHUNK) as tar:  # type: ignore[call-overload]
-        for info in tar:
-            is_file = info.isreg() and not info.issparse()
-            stream.allow(info.size)
-            data = tar.extractfile(info) if is_file else None
-            yield _Member(info.name, info.size, is_file, info.isdir(), data)
-        # tarfile takes a broken header for the end; and reading on lets gzip verify its checksum.
-        while rest := tar.fileobj.read(_CHUNK):
-            if rest.strip(b"\0"):
-                raise _Refused("is damaged: a header in it is broken; fetch or make the archive again")
-
-
-def _zip_members(file: BinaryIO) -> Iterator[_Member]:
-    with zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            is_folder = info.is_dir()
-            mode = info.external_attr >> 16  # of Unix; 0 from other systems
-            is_file = not is_folder and (not stat.S_IFMT(mode) or stat.S_ISREG(mode))
-            data: IO[bytes] | None = None
-            if is_file and _is_wanted(info.filename):
-                if info.flag_bits & 1:
-                    raise _Refused(f"is encrypted; unpack {_shown(info.filename)} and name its folder")
-                data = archive.open(info)
-            yield _Member(info.filename, info.file_size, is_file, is_folder, data)
-
-
-def _bounded(members: Iterable[_Member], limit: int) -> Iterator[_Member]:
-    total = 0
-    for count, member in enumerate(members, start=1):
-        total += member.size
-        if total > limit:
-            raise _Refused(
-                f"would unpack to more than {limit / 1e9:.1f} GB, which no checkpoint of its size does; "
-                "unpack it yourself if you trust it, and name the folder"
-            )
-        if count > _MOST_MEMBERS:
-            raise _Refused(f"holds more than {_MOST_MEMBERS:,} files; unpack it and name the checkpoint")
-        yield member
-
-
-def _is_wanted(name: str) -> bool:
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or parts[-1].startswith("._"):  # macOS's own notes about a file
-        return False
-    return _WANTED.fullmatch(parts[-1]) is not None
-
-
-def _place(member: _Member) -> PurePosixPath | None:
-    """Where a member belongs in the temporary folder; None if it is of no use. Refuses ways out."""
-    if member.is_folder or not _is_wanted(member.name):
-        return None
-    if not member.is_file:
-        raise _Refused(
-            f"holds {_shown(member.name)} as a link, device or sparse file, which is not followed; "
-            "pack a plain file"
-        )
-    path = PurePosixPath(member.name.replace("\\", "/"))
-    if len(path.parts) > _MOST_DEPTH:
-        raise _Refused(f"holds folders {len(path.parts)} deep; unpack it and name the checkpoint")
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0] or "\0" in member.name:
-        raise _Refused(f"holds the path {_shown(member.name)}, which leads out of it; it was not unpacked")
-    return path
-
-
-def _copy(member: _Member, data: IO[bytes], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # of two members of one name the later one counts
-    written = 0
-    with open(target, "xb") as file:
-        while chunk := data.read(_CHUNK):
-            written += len(chunk)
-            if written > member.size:
-                break
-            file.write(chunk)
-    if written != member.size:
-        raise _Refused(
-            f"is damaged: {_shown(member.name)} declares {member.size} bytes and has "
-            f"{'more' if written > member.size else written}; fetch or make the archive again"
-        )
-
-
-def _damaged(archive: Path, error: Exception) -> NoReturn:
-    reason = str(error) or type(error).__name__
-    raise CheckpointError(f"{archive} is damaged: {reason[:200]}; fetch or make the archive again") from None
-
-
-def _no_room(archive: Path, error: OSError) -> NoReturn:
-    raise CheckpointError(
-        f"{archive} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror or error}; "
-        "check the path, free some space, or set TMPDIR to a folder with room"
-    ) from None
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= 120 else f"{name[:120]}…")

@@ -1,7 +1,8 @@
-"""What every source of weights looks like from inside the project."""
+"""The common interface of all sources of weights, and the bounds that they share."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -10,23 +11,40 @@ from typing import Any
 
 import numpy as np
 
+from pytorch_model.files import check_regular
+
 STEP_VARIABLE = "global_step"
 
-#: No checkpoint of an EfficientDet comes near: D4 has 2,709 with its averages. Listing them takes some 400
-#: bytes each, whatever the file has for them.
+#: A bound on the memory for a list of variables (about 400 bytes each, however small the file is). D4 has
+#: 2,709 with its averages.
 MOST_VARIABLES = 1 << 16
 
 
+#: Bytes: a tar header, the longest of the beginnings by which formats are recognised.
+HEAD_SIZE = 512
+
+
+def read_head(path: str | os.PathLike[str]) -> bytes:
+    """The first 512 bytes of a file; empty for a folder and for a file that cannot be read."""
+    try:
+        check_regular(path)  # reading a pipe might wait for ever
+        with open(path, "rb") as file:
+            return file.read(HEAD_SIZE)
+    except (OSError, ValueError):  # also nothing at ``path``, or an impossible name
+        return b""
+
+
 class Checkpoint(Mapping[str, np.ndarray], ABC):
-    """A read-only mapping from variable name to array, whatever file it came from.
+    """A read-only mapping from variable name to array, for any file format.
 
-    Nothing is read until a variable is asked for; each request reads it anew and returns an array that owns
-    its memory. Names iterate in the order of ``shapes``. Not for use by two threads at once.
+    A value is read when the variable is looked up. Each lookup reads it again and returns an array that owns
+    its memory. Names iterate in the order of ``shapes``. Not safe for two threads at once.
 
-    Looking up an unknown name raises :class:`KeyError`, as in any mapping; a variable that is damaged or of a
-    kind that cannot be read raises :class:`~porting.errors.CheckpointError`.
+    An unknown name raises :class:`KeyError`; a variable that is damaged or of a kind that cannot be read
+    raises :class:`~porting.errors.CheckpointError`.
 
-    A subclass passes what it knows without reading data to ``__init__`` and implements :meth:`_read`.
+    A subclass passes names, shapes and dtypes to ``__init__`` without reading values, and implements
+    :meth:`_read`.
     """
 
     def __init__(
@@ -38,27 +56,27 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         notes: Iterable[str] = (),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """``dtypes`` are those of the arrays that reading returns; ``object`` where it cannot be read."""
-        self.source = source  # what the user would recognise: a path
-        self.location = source  # where the file is while this is open; elsewhere for what was unpacked
+        """``dtypes`` are those of the arrays that reading returns; ``object`` if it cannot be read."""
+        self.source = source  # the path, in a form that the user recognises
+        self.location = source  # where the file is while this is open; differs for an unpacked archive
         self.format = format  # "TensorFlow V2 checkpoint"
         self.shapes = MappingProxyType(dict(shapes))
         self.dtypes = MappingProxyType(dict(dtypes))
-        self.notes = tuple(notes)  # what the user must be told about the variables, a sentence each
-        #: Fields of ``EfficientDetConfig`` that the source tells and the variables do not, and ``endpoints``
-        #: of its backbone.
+        self.notes = tuple(notes)  # sentences for the user about the variables
+        #: Fields of ``EfficientDetConfig`` that the source holds in addition to the variables, and
+        #: ``endpoints`` of its backbone.
         self.settings = MappingProxyType(dict(settings or {}))
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:
-        """The variable ``name``, which is one of ``shapes``, as a fresh array of its shape and dtype."""
+        """The variable ``name``, one of ``shapes``, as a new array of its shape and dtype."""
 
     def close(self) -> None:
-        """Release the files held open, if any. Reading afterwards raises CheckpointError."""
+        """Close the open files, if any. Reading afterwards raises CheckpointError."""
         return
 
     def read_many(self, names: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield (name, array) for each of ``names``, in whatever order the file is read fastest."""
+        """Yield (name, array) for each of ``names``, in the order in which the file is read fastest."""
         wanted = list(names)
         for name in wanted:
             if name not in self.shapes:
@@ -71,7 +89,7 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
 
     @cached_property
     def step(self) -> int | None:
-        """The training step (variable ``global_step``), None where the checkpoint does not hold one."""
+        """The training step (variable ``global_step``); None if the checkpoint does not hold one."""
         if STEP_VARIABLE not in self or self.shapes[STEP_VARIABLE] != ():
             return None
         if not np.issubdtype(self.dtypes[STEP_VARIABLE], np.integer):
@@ -90,7 +108,7 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         return len(self.shapes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # Mapping's own would read the data
+        return name in self.shapes  # Mapping's own method would read the data
 
     def __enter__(self) -> Checkpoint:
         return self

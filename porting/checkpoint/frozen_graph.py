@@ -1,8 +1,8 @@
 """Frozen graphs (``efficientdet-d0_frozen.pb``): the network as a ``GraphDef`` with its weights inside.
 
 AutoML's ``model_inspect.py`` freezes with TensorFlow 1's ``convert_variables_to_constants``, which turns each
-variable into a constant of the same name. These are the values the graph computes with: the moving averages,
-where the checkpoint that was exported had them.
+variable into a constant of the same name. These are the values that the graph computes with: the moving
+averages, if the exported checkpoint had them.
 
 Source: TensorFlow ``core/framework/{graph,node_def,attr_value,tensor}.proto``; AutoML ``inference.py``.
 """
@@ -20,8 +20,10 @@ import numpy as np
 
 from porting.checkpoint import wire
 from porting.checkpoint.base import MOST_VARIABLES, Checkpoint
+from porting.checkpoint.messages import parse_shape, unreadable
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
+from pytorch_model.files import read_bounded
 
 FORMAT = "frozen TensorFlow graph"
 SUFFIX = ".pb"
@@ -33,17 +35,16 @@ _VARIABLE = re.compile(
 _DT_FLOAT = 1
 _FROZEN_BY_TF2 = "/ReadVariableOp/resource"
 _UNFROZEN = ("VarHandleOp", "VariableV2", "Variable")
-_MOST_DIMENSIONS = 32
+_MOST_BYTES = (1 << 31) - 1  # protocol buffers allow no larger message
 
 
-def is_frozen_graph(path: str | os.PathLike[str]) -> bool:
-    """Is ``path`` a file that is called like a graph, and not like a SavedModel's?"""
-    path = Path(path)
+def is_frozen_graph(head: bytes, path: Path) -> bool:
+    """Whether ``path`` is a file with the name of a graph, other than that of a SavedModel's."""
     return path.suffix == SUFFIX and path.name != "saved_model.pb" and os.path.isfile(path)
 
 
 def open_frozen_graph(path: str | os.PathLike[str], step: int | None = None) -> FrozenGraph:
-    """Open the graph at ``path``; it has no steps to choose from. Raises CheckpointError."""
+    """Open the graph at ``path``; a graph has no steps. Raises CheckpointError."""
     if step is not None:
         raise CheckpointError(f"{path} is a frozen graph, which has no step {step}; leave out the step")
     return FrozenGraph(path)
@@ -52,23 +53,21 @@ def open_frozen_graph(path: str | os.PathLike[str], step: int | None = None) -> 
 class _Constant(NamedTuple):
     shape: tuple[int, ...]
     content: memoryview | bytearray  # the values, float32 little-endian …
-    repeats_last: bool  # … of which the last stands for all that are not there
+    repeats_last: bool  # … whose last value is repeated until the shape is full
 
 
 class FrozenGraph(Checkpoint):
-    """The weights among the constants of the ``GraphDef`` at ``path``, whose bytes are kept in memory.
+    """The weights among the constants of the ``GraphDef`` at ``path``. The file is kept in memory.
 
-    Raises CheckpointError if the file is damaged, or a graph without AutoML's variables, and says why.
+    Raises CheckpointError if the file is damaged, or if the graph does not have AutoML's variables.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         try:
-            data = memoryview(self._path.read_bytes())
+            data = memoryview(read_bounded(self._path, _MOST_BYTES))
         except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
-            ) from None
+            raise unreadable(self._path, error) from None
         try:
             self._constants, kinds = _read_graph(data)
         except Malformed as error:
@@ -97,25 +96,25 @@ def _why_nothing(kinds: Counter[str]) -> str:
     if kinds[_FROZEN_BY_TF2]:
         return (
             "was frozen by TensorFlow 2, which names constants after operations and not after variables; "
-            "give the SavedModel folder that AutoML exports beside it"
+            "give the SavedModel folder that AutoML exports with it"
         )
     if any(kinds[op] for op in _UNFROZEN):
         return "is a graph whose variables are not in it; give the checkpoint that belongs to it"
     return (
-        "is a graph without AutoML's variables: no constant in it is called like "
+        "is a graph without AutoML's variables: no constant in it has a name like "
         "efficientnet-…/stem/conv2d/kernel; give the checkpoint or the SavedModel instead"
     )
 
 
 def _read_graph(data: memoryview) -> tuple[dict[str, _Constant], Counter[str]]:
-    """The variables among a ``GraphDef``'s constants, and a count of telling operations and names."""
+    """The variables among a ``GraphDef``'s constants, and counts of operations for error messages."""
     constants: dict[str, _Constant] = {}
     kinds: Counter[str] = Counter()
     for number, wire_type, value in wire.read_fields(data):
         if number != 1:
             continue
         if wire_type != wire.BYTES:
-            raise Malformed("it is a SavedModel's saved_model.pb under another name; give its folder")
+            raise Malformed("it is the saved_model.pb of a SavedModel, renamed; give its folder")
         name, op, tensor = _read_node(wire.expect_bytes(number, value))
         if op in _UNFROZEN:
             kinds[op] += 1
@@ -150,7 +149,7 @@ def _read_node(message: memoryview) -> tuple[str, str, memoryview]:
 
 
 def _read_tensor(name: str, message: memoryview, most_bytes: int) -> _Constant:
-    """A float32 ``TensorProto``: raw bytes, or a list of values whose last one repeats."""
+    """A float32 ``TensorProto``: raw bytes, or a list of values of which the last is repeated."""
     dtype, listed = 0, bytearray()
     shape: tuple[int, ...] = ()
     raw: memoryview | None = None
@@ -167,7 +166,7 @@ def _read_tensor(name: str, message: memoryview, most_bytes: int) -> _Constant:
             listed += wire.expect_bytes(number, value)
     size = 4 * math.prod(shape)
     if dtype != _DT_FLOAT:
-        raise Malformed(f"the constant {name} is of type number {dtype}, where weights are float32")
+        raise Malformed(f"the constant {name} is of type number {dtype}, but weights are float32")
     if size > most_bytes:
         raise Malformed(f"the constant {name} claims {size} bytes, more than the file has")
     content = listed if raw is None else raw
@@ -177,15 +176,7 @@ def _read_tensor(name: str, message: memoryview, most_bytes: int) -> _Constant:
 
 
 def _read_shape(name: str, message: memoryview) -> tuple[int, ...]:
-    """A ``TensorShapeProto`` without unknown dimensions."""
-    shape: list[int] = []
-    for number, _, value in wire.read_fields(message):
-        if number == 2:
-            length = 0
-            for inner, _, dimension in wire.read_fields(wire.expect_bytes(number, value)):
-                if inner == 1:
-                    length = wire.expect_int(inner, dimension)
-            if length < 0 or len(shape) == _MOST_DIMENSIONS:
-                raise Malformed(f"the constant {name} has an impossible shape")
-            shape.append(length)
-    return tuple(shape)
+    try:
+        return parse_shape(message)
+    except Malformed as error:
+        raise Malformed(f"the constant {name} has an impossible shape: {error}") from None

@@ -1,9 +1,9 @@
-"""Keras HDF5 weights (``.h5``), as ``save_weights`` of AutoML's Keras model writes them.
+"""Keras HDF5 weights (``.h5``), as written by ``save_weights`` of AutoML's Keras model.
 
-The file has a group for each layer, and in it a dataset for each variable, under the variable's name with
-``:0`` behind. Keras also lists them in attributes (``weight_names``, in pieces where long), which say nothing
-more and are not read: HDF5 stores such lists where damage can send its library into an endless loop. It
-keeps no checksums: a file with flipped bits in the values cannot be told from a sound one.
+The file has a group for each layer, and in it a dataset for each variable. The dataset has the variable's
+name, followed by ``:0``. Keras also lists the names in attributes (``weight_names``, in pieces if long).
+These add no information and are not read: if such a list is damaged, the HDF5 library can loop for ever. HDF5
+has no checksums: flipped bits in the values cannot be detected.
 
 Source: Keras 2 ``saving/legacy/hdf5_format.py``.
 """
@@ -29,32 +29,28 @@ SUFFIXES = (".h5", ".hdf5")
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _FLOATS = ("f2", "f4", "f8")
-#: A second model in one Python process has its stem's layers counted on: stem_1/conv2d_1, …
+#: The second model in one Python process gets numbered layers in its stem: stem_1/conv2d_1, …
 _COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
 
 
-def is_h5(path: str | os.PathLike[str]) -> bool:
-    """Is ``path`` a file that is called, or begins, like HDF5?"""
-    try:
-        with open(path, "rb") as file:
-            return Path(path).suffix in SUFFIXES or file.read(len(_MAGIC)) == _MAGIC
-    except (OSError, ValueError):  # a folder, nothing, an impossible name
-        return False
+def is_h5(head: bytes, path: Path) -> bool:
+    """Whether the file at ``path``, which begins with ``head``, has the name or the first bytes of HDF5."""
+    return head.startswith(_MAGIC) or (path.suffix in SUFFIXES and os.path.isfile(path))
 
 
 def open_h5(path: str | os.PathLike[str], step: int | None = None) -> KerasH5:
-    """Open the weights at ``path``; they have no steps to choose from. Raises CheckpointError."""
+    """Open the weights at ``path``; a file of weights has no steps. Raises CheckpointError."""
     if step is not None:
         raise CheckpointError(f"{path} is a single file of weights, which has no steps; leave out the step")
     return KerasH5(path)
 
 
 class KerasH5(Checkpoint):
-    """The file at ``path``, held open. Needs h5py.
+    """The file at ``path``, which stays open. Needs h5py.
 
-    Nothing outside the file is read (external and soft links, external and virtual storage are refused), and
-    no dataset may claim more bytes than the file could hold. Raises CheckpointError for those, a missing
-    h5py, an incomplete file, or one that Keras did not write.
+    Nothing outside the file is read, and no dataset may claim more bytes than the file has. Raises
+    CheckpointError for external or soft links, external or virtual storage, a missing h5py, an incomplete
+    file, or one that Keras did not write.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -72,7 +68,7 @@ class KerasH5(Checkpoint):
         except CheckpointError:
             self.close()
             raise
-        except Exception as error:  # h5py raises whatever fits the damage that it meets
+        except Exception as error:  # damage makes h5py raise many kinds of errors
             self.close()
             self._damaged(error)
         super().__init__(
@@ -97,17 +93,17 @@ class KerasH5(Checkpoint):
     def _damaged(self, error: Exception) -> NoReturn:
         raise CheckpointError(f"{self._path} is damaged: {_one_line(error)}; fetch the file again") from None
 
-    def _refuse(self, reason: str) -> NoReturn:
+    def _reject(self, reason: str) -> NoReturn:
         raise CheckpointError(f"{self._path} {reason}")
 
     def _find_datasets(self, h5py: Any) -> tuple[dict[str, Any], list[str]]:
-        """AutoML name → dataset, each checked but not read; and what to tell the user."""
+        """AutoML name → dataset, each checked but not read; and the notes for the user."""
         root, notes = self._file, []
         if "layer_names" not in root.attrs and "model_weights" in root:
             root = self._member(h5py, root, "model_weights")
             notes.append("only the model's weights were taken from a file that holds the whole model")
         if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
-            self._refuse(
+            self._reject(
                 "is HDF5, but not of Keras 2's save_weights: it has no attribute layer_names; "
                 "save the weights with the TensorFlow and Keras that AutoML used"
             )
@@ -116,23 +112,23 @@ class KerasH5(Checkpoint):
             self._check_dataset(path, dataset)
             name = path.partition("/")[2].removesuffix(":0")
             if not name or name in found:
-                self._refuse(f"has {path}, which is no variable of a layer, or one for the second time")
+                self._reject(f"has {path}, which is not a variable of a layer, or is there twice")
             found[name] = dataset
         if not found:
-            self._refuse("holds no weights; save the model after it was built")
+            self._reject("holds no weights; build the model before saving it")
         return self._uncount_stem(found, notes), notes
 
     def _uncount_stem(self, found: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-        """Undo the counting of a process that had built a model before."""
+        """Remove the numbers from the names that a second model in one process gets."""
         renamed = {_COUNTED_STEM.sub(r"\1/stem/\2/", name): dataset for name, dataset in found.items()}
         if renamed.keys() == found.keys() or len(renamed) != len(found):
-            return found  # nothing counted, or both a first and a second stem: conversion says so
+            return found  # no numbers, or a first and a second stem: then conversion reports it
         changed = len(renamed.keys() - found.keys())
         notes.append(f"{changed} variables of the stem were saved by a second model in one process; renamed")
         return renamed
 
     def _walk(self, h5py: Any, root: Any) -> Iterator[tuple[str, Any]]:
-        """Path and dataset of everything in ``root`` that is no group, at any depth."""
+        """Yield path and dataset of everything in ``root`` that is not a group, at any depth."""
         queue, seen = deque([("", root)]), set()
         while queue:
             path, group = queue.popleft()
@@ -146,20 +142,22 @@ class KerasH5(Checkpoint):
                     queue.append((inner, member))
 
     def _member(self, h5py: Any, group: Any, name: str, path: str = "") -> Any:
-        """``group[name]``, which must lie in this file; ``path`` is what errors call it."""
+        """``group[name]``, which must be in this file; ``path`` is its name in errors."""
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            self._refuse(f"has a link at {path or name} instead of data; save the weights into one file")
+            self._reject(f"has a link at {path or name} instead of data; save the weights into one file")
         return group[name]
 
     def _check_dataset(self, path: str, dataset: Any) -> None:
         if not hasattr(dataset, "shape"):
-            self._refuse(f"has something else than values at {path}; fetch the file again")
+            self._reject(f"has something other than values at {path}; fetch the file again")
         if dataset.dtype.str[1:] not in _FLOATS or dataset.shape is None:
-            self._refuse(f"holds {path} as {dataset.dtype}, where weights are floating point; wrong file?")
+            self._reject(
+                f"holds {path} as {dataset.dtype}, but weights are floating point; is it the right file?"
+            )
         if dataset.is_virtual or dataset.external:
-            self._refuse(f"keeps the values of {path} in other files; save the weights into one file")
+            self._reject(f"keeps the values of {path} in other files; save the weights into one file")
         if dataset.nbytes > self._path.stat().st_size:
-            self._refuse(
+            self._reject(
                 f"is damaged: {path} claims {dataset.nbytes} bytes, more than the whole file has, or it is "
                 "compressed; save the weights again"
             )
@@ -169,9 +167,7 @@ class KerasH5(Checkpoint):
         else:
             complete = dataset.id.get_storage_size() == dataset.nbytes
         if not complete:
-            self._refuse(
-                f"is incomplete: the values of {path} were never all written; save the weights again"
-            )
+            self._reject(f"is incomplete: some values of {path} were never written; save the weights again")
 
 
 def _h5py(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""One checkpoint's arrays under other names, whole or in part."""
+"""A checkpoint under other names: its arrays, or parts of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from porting.checkpoint.base import Checkpoint
 
 
 class Source(NamedTuple):
-    """Where a variable's values come from: the array stored as ``key``, or ``take`` of it, of ``shape``."""
+    """The source of a variable's values: the array stored as ``key``, or ``take(array)`` of ``shape``."""
 
     key: str
     take: Callable[[np.ndarray], np.ndarray] | None = None
-    shape: tuple[int, ...] = ()  # of what ``take`` returns; without it the stored array's own shape counts
+    shape: tuple[
+        int, ...
+    ] = ()  # of the array that ``take`` returns; without ``take`` the stored shape is used
 
 
 class Renamed(Checkpoint):
-    """``inner`` seen through ``sources``; several names may share a key, and keys may be left out.
+    """``inner`` under the names of ``sources``. Several names may share a key, and keys may be unused.
 
-    Closing it closes ``inner``.
+    Closing this closes ``inner``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""SavedModel folders: where their variables lie, and which of them the model computes with."""
+"""SavedModel folders: where their variables are, and which of them the model computes with."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from pathlib import Path, PurePath
 
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.renamed import Renamed, Source
-from porting.checkpoint.v2.bundle import TensorBundle
 from porting.errors import CheckpointError
 from porting.scopes import EMA_SUFFIX
 
 FORMAT = "TensorFlow SavedModel"
 
 _GRAPHS = ("saved_model.pb", "saved_model.pbtxt")
-_VARIABLES = "variables"  # both the folder in a SavedModel and the prefix in that folder
+_VARIABLES = "variables"  # the folder in a SavedModel, and also the prefix in that folder
 
 
 def saved_model_prefix(path: str | os.PathLike[str]) -> Path | None:
-    """The prefix of the variables of the SavedModel at ``path``, its folder or its graph; None for others.
+    """The prefix of the variables of the SavedModel at ``path`` (its folder or graph); None if it is not one.
 
     Raises CheckpointError for a SavedModel without variables.
     """
@@ -29,33 +28,21 @@ def saved_model_prefix(path: str | os.PathLike[str]) -> Path | None:
         return prefix
     if any(os.path.isfile(folder / graph) for graph in _GRAPHS):
         raise CheckpointError(
-            f"{folder} is a SavedModel without variables: {prefix}.index is not there; fetch the whole folder"
+            f"{folder} is a SavedModel without variables: there is no {prefix}.index; fetch the whole folder"
         )
     return None
 
 
-def understood(bundle: TensorBundle) -> Checkpoint:
-    """The AutoML variables in ``bundle``: as they are called there, as its objects say, or as it serves them.
-
-    Raises CheckpointError if its objects are no EfficientDet's.
-    """
-    from porting.checkpoint.objects.graph import is_object_based, open_object_checkpoint
-
-    # No training script calls its checkpoints so.
-    is_served = PurePath(bundle.source).name == _VARIABLES
-    try:
-        checkpoint = open_object_checkpoint(bundle) if is_object_based(bundle) else bundle
-    except BaseException:
-        bundle.close()
-        raise
-    return as_served(checkpoint) if is_served else checkpoint
+def is_saved_model(prefix: str) -> bool:
+    """Whether the checkpoint at ``prefix`` is in a SavedModel. No training script uses this name."""
+    return PurePath(prefix).name == _VARIABLES
 
 
 def as_served(checkpoint: Checkpoint) -> Checkpoint:
-    """The variables that a SavedModel's graph computes with: those under the plain names.
+    """The variables that a SavedModel's graph computes with: those without the moving-average suffix.
 
-    AutoML exports by restoring the moving averages *into* the plain variables. On the way it creates averages
-    once more, which keep the random values they were initialised with, and are saved with the rest.
+    To export, AutoML restores the moving averages *into* the plain variables. In doing so it creates a second
+    set of averages, which keep their random initial values and are saved too.
     """
     twins = [name for name in checkpoint if name.endswith(EMA_SUFFIX)]
     sources = {name: Source(name) for name in checkpoint if not name.endswith(EMA_SUFFIX)}
@@ -63,6 +50,6 @@ def as_served(checkpoint: Checkpoint) -> Checkpoint:
     if twins:
         notes.append(
             f"left out {len(twins)} moving averages: a SavedModel computes with the plain variables, which "
-            "were the averages when AutoML exported it"
+            "AutoML set to the averages when it exported the model"
         )
     return Renamed(checkpoint, sources, FORMAT, notes)

@@ -1,7 +1,7 @@
-"""The protocol buffer wire format, as much of it as the small messages of a checkpoint need.
+"""The parts of the protocol buffer wire format that the messages of a checkpoint need.
 
-Source: protobuf.dev, "Encoding". Every length is checked against the bytes at hand before it is used, so
-garbage costs no more than its own size.
+Every length is compared with the size of the data before it is used, so a damaged message costs no more than
+its own size. Source: protobuf.dev, "Encoding".
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NoReturn, TypeVar
 
 from porting.errors import Reason
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are long gone
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are obsolete
 
 _MAX_FIELD_NUMBER = (1 << 29) - 1
 
@@ -19,7 +19,7 @@ Data = TypeVar("Data", bytes, memoryview)
 
 
 class Malformed(Reason):
-    """Bytes that break their format. Caught where file and place are known, and told as a CheckpointError."""
+    """Internal: bytes that break their format, without the file name; the caller raises a CheckpointError."""
 
 
 def read_varint(data: Data, position: int) -> tuple[int, int]:
@@ -27,7 +27,7 @@ def read_varint(data: Data, position: int) -> tuple[int, int]:
     value = shift = 0
     try:
         byte = data[position]
-        if byte < 0x80:  # nearly always
+        if byte < 0x80:  # the usual case
             return byte, position + 1
         while byte >= 0x80:
             value |= (byte & 0x7F) << shift
@@ -55,15 +55,16 @@ def write_varint(value: int) -> bytes:
 
 
 def read_fields(message: Data) -> Iterator[tuple[int, int, int | Data]]:
-    """Every (field number, wire type, value) in file order, one at a time: a field may take two bytes.
+    """Yield every (field number, wire type, value) in the order of the message.
 
-    The value is an unsigned int for VARINT, FIXED32 and FIXED64; for BYTES what ``message`` is: bytes, which
-    are a copy, or a memoryview, which is none. Raises :class:`Malformed`.
+    A generator, because a message can have one field for every two bytes. The value is an unsigned int for
+    VARINT, FIXED32 and FIXED64; for BYTES it has the type of ``message``: bytes (a copy) or memoryview (not a
+    copy). Raises :class:`Malformed`.
     """
     position, end = 0, len(message)
     while position < end:
         tag = message[position]
-        if tag < 0x80:  # an index holds tens of thousands of tags; a call for each would be half its cost
+        if tag < 0x80:  # an index has tens of thousands of tags; a call for each would double the time
             position += 1
         else:
             tag, position = read_varint(message, position)
@@ -88,9 +89,9 @@ def read_fields(message: Data) -> Iterator[tuple[int, int, int | Data]]:
 
 
 def last_values(message: Data, *numbers: int) -> dict[int, int | Data]:
-    """The fields ``numbers`` of ``message``, those that are there; of several of a number the last.
+    """Those fields of ``message`` that are in ``numbers``; if a field is repeated, its last value.
 
-    Raises :class:`Malformed`, as for anything wrong in the fields beside them.
+    Raises :class:`Malformed`, also for errors in the other fields.
     """
     return {number: value for number, _, value in read_fields(message) if number in numbers}
 
@@ -98,19 +99,19 @@ def last_values(message: Data, *numbers: int) -> dict[int, int | Data]:
 def expect_int(number: int, value: int | Data) -> int:
     """An integer field as int64. Raises :class:`Malformed` when the field holds bytes."""
     if not isinstance(value, int):
-        _fail(f"field {number} holds bytes where a number belongs")
+        _fail(f"field {number} holds bytes instead of a number")
     return value - (1 << 64) if value >> 63 else value
 
 
 def expect_bytes(number: int, value: int | Data) -> Data:
     """A bytes, string or message field. Raises :class:`Malformed` when the field holds a number."""
     if isinstance(value, int):
-        _fail(f"field {number} holds a number where bytes belong")
+        _fail(f"field {number} holds a number instead of bytes")
     return value
 
 
 def int_field(number: int, value: int) -> bytes:
-    """Field ``number`` as a varint; nothing for zero, the default that protocol buffers leave out."""
+    """Field ``number`` as a varint; empty for zero, the default, which protocol buffers omit."""
     return write_varint(number << 3 | VARINT) + write_varint(value) if value else b""
 
 

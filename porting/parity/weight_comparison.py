@@ -33,6 +33,7 @@ from porting.checkpoint import Checkpoint
 from porting.convert import apply_rules, convert
 from porting.parity.measure import Difference, difference
 from porting.rules import rules
+from porting.scopes import STATISTICS
 from pytorch_model.bifpn import FASTATTN_EPSILON
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig
 from pytorch_model.errors import WeightsError
@@ -43,7 +44,6 @@ from pytorch_model.weights.files import load_pth, plain_tensors, read_weights
 ROUNDINGS = 4
 
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-_STATISTICS = ("/moving_mean", "/moving_variance")
 _COUNTER = ".num_batches_tracked"  # read by training with a momentum of None only, so never here
 
 #: Fields of the configuration that the network does not read: they make anchors and prepare pictures.
@@ -306,7 +306,7 @@ def _candidates(
     raw = convert(checkpoint, config, raw=True)
     yield raw.weights, raw.state_dict
     mixed = {
-        name: raw.variables[name] if name.endswith(_STATISTICS) else value
+        name: raw.variables[name] if name.endswith(STATISTICS) else value
         for name, value in default.variables.items()
     }
     yield "EMA with raw statistics", apply_rules(rules(config), mixed)

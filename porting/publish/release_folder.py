@@ -35,7 +35,7 @@ from porting.parity.report.content import Report, write_json
 from porting.parity.report.html import write_html
 from porting.publish.model_card import FIGURES, model_card
 from porting.rules import taps
-from porting.sources.google_releases import Release
+from porting.sources.google_releases import GoogleRelease
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import sha256_of_file
@@ -85,7 +85,7 @@ def origin(
     assumed: tuple[str, ...],
     source: str,
     license_id: str,
-    release: Release | None = None,
+    release: GoogleRelease | None = None,
 ) -> dict[str, Any]:
     """What ``config.json`` says beside the configuration; JSON-serialisable.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from porting.audit import PUBLISHED, audit_parameters, multiply_adds
-from porting.sources.google_releases import RELEASES, Release
+from porting.sources.google_releases import GOOGLE_RELEASES, GoogleRelease
 from pytorch_model.config import model_config
 
 BEGIN = "<!-- begin: python tools/audit.py --markdown -->"
@@ -31,7 +31,7 @@ EVIDENCE: Mapping[str, str] = {
 class Row:
     """One release. Parameters are counts, multiply-adds of one image of ``image_size`` (height, width)."""
 
-    release: Release
+    release: GoogleRelease
     image_size: tuple[int, int]
     ours: int
     automl: int
@@ -42,7 +42,7 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """Every release, in the order of AutoML's pages."""
-    for release in RELEASES.values():
+    for release in GOOGLE_RELEASES.values():
         config = model_config(release.model)
         size = (640, 640) if release.name.endswith("-640") else config.image_size
         parameters = audit_parameters(config)

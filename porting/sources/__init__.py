@@ -1,4 +1,4 @@
-"""From a name, an address, a folder or a file to something that ``porting.checkpoint`` opens."""
+"""The sources that ``--ckpt`` accepts: paths, names of Google's releases, and synthetic checkpoints."""
 
-#: What ``--ckpt`` begins with for a seeded checkpoint that is written first: ``synthetic:efficientdet-d4``.
+#: Prefix of ``--ckpt`` for a seeded checkpoint, which is written first: ``synthetic:efficientdet-d4``.
 SYNTHETIC = "synthetic:"

@@ -1,8 +1,8 @@
-"""Fetch one file into a cache: resumed where it broke off, verified, complete or not there at all.
+"""Download one file into a cache: resume interrupted downloads, store only complete and verified files.
 
-Beside ``FILE`` lies ``FILE.json`` (where it came from, its SHA-256), while it is under way ``FILE.part`` and
-``FILE.part.json`` (what the server said of it), and ``FILE.lock``, which keeps two runs out of each other's
-way.
+Files next to ``FILE``: ``FILE.json`` (its source and SHA-256); during the download ``FILE.part`` and
+``FILE.part.json`` (the server's description of the file); and ``FILE.lock``, which lets only one run download
+at a time.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ import google_crc32c
 from porting.errors import CheckpointError, OutputError, Reason
 from pytorch_model.files import locked, replacing
 
-STALL_SECONDS = 30.0  # without a byte, before the connection is given up
+STALL_SECONDS = 30.0  # without a byte, until the connection is closed
 BACKOFF_SECONDS = 1.0  # before the second attempt; doubled for each further one
-ATTEMPTS = 4  # in a row that get nowhere
+ATTEMPTS = 4  # in a row without progress
 
 _MOST_BYTES = 4 << 30  # several times the largest release
-_WORTHWHILE = 1 << 20  # an attempt that got so much further was no failure
+_WORTHWHILE = 1 << 20  # bytes; an attempt that received this many is not counted as a failure
 _CHUNK = 1 << 18
 _RETRIED_STATUS = (408, 429)  # and all of 500 and up
 
 
 class Listener(Protocol):
-    """Whoever watches a download."""
+    """Receives the progress of a download."""
 
     def progress(self, done: int, total: int | None) -> None:
-        """``done`` of ``total`` bytes are here; None if the server does not say how many there are."""
+        """``done`` of ``total`` bytes have arrived; ``total`` is None if the server does not give it."""
 
     def note(self, text: str) -> None:
-        """Something happened that explains a wait."""
+        """``text`` explains why there is a delay."""
 
 
 class _Silence:
@@ -58,11 +58,11 @@ class _Silence:
 
 
 class _Fatal(Reason):
-    """Why it is no use trying again."""
+    """Internal: an error that another attempt would not fix."""
 
 
 class _Transient(Reason):
-    """What may pass. ``cost``: of how many ordinary failures."""
+    """Internal: an error that may disappear. ``cost``: how many ordinary failures it counts as."""
 
     def __init__(self, reason: str, cost: int = 1) -> None:
         super().__init__(reason)
@@ -71,7 +71,7 @@ class _Transient(Reason):
 
 @dataclass(frozen=True)
 class _Described:
-    """What a server says of the file it sends; hashes in base 64, as Google Cloud Storage writes them."""
+    """A server's description of a file; hashes in base 64, the form of Google Cloud Storage."""
 
     url: str
     length: int | None = None  # bytes, of the whole file
@@ -82,27 +82,27 @@ class _Described:
 
     @property
     def resumable(self) -> bool:
-        """Whether a piece of it can be told to belong to the rest, before or after it is fetched."""
+        """Whether it can be verified that a later part belongs to the first part of the same file."""
         return bool(self.validator or self.crc32c or self.md5)
 
     @property
     def validator(self) -> str | None:
-        """What ``If-Range`` takes; a weak ETag does not identify bytes."""
+        """The value for ``If-Range``. A weak ETag does not identify bytes, so it is not used."""
         strong = self.etag is not None and not self.etag.startswith("W/")
         return self.etag if strong else self.last_modified
 
 
 def download(url: str, target: Path, advice: str, listener: Listener | None = None) -> None:
-    """Have ``target`` be the file at ``url``, whole and verified; what is there already is used.
+    """Download ``url`` to ``target`` and verify it, unless it is already there.
 
-    A file put at ``target`` by hand is taken as it is. One of ours that has changed since is fetched again.
-    ``advice`` ends the message of a failure. Raises :class:`~porting.errors.CheckpointError` where it cannot
-    be fetched, :class:`~porting.errors.OutputError` where it cannot be stored.
+    A file that the user put at ``target`` is used unchecked. A downloaded file that has changed since is
+    fetched again. ``advice`` ends the message of a failure. Raises :class:`~porting.errors.CheckpointError`
+    if it cannot be fetched, :class:`~porting.errors.OutputError` if it cannot be stored.
     """
     listener = listener or _Silence()
     if _is_good(target):
-        with suppress(OSError):  # in a cache that may only be read it may lie
-            _discard(_beside(target, ".part"))  # left by a run that was killed
+        with suppress(OSError):  # the cache may be read-only
+            _discard(_beside(target, ".part"))  # of a run that was killed
         return
     rotten = target.exists()
     if rotten:
@@ -110,7 +110,7 @@ def download(url: str, target: Path, advice: str, listener: Listener | None = No
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _part_of(target, listener) as part:
-            if not _is_good(target):  # another run may have fetched it by now
+            if not _is_good(target):  # another run may have fetched it in the meantime
                 record = _fetch(url, part, listener)
                 _store(part, target, record)
     except (_Fatal, _Transient) as reason:
@@ -122,7 +122,7 @@ def download(url: str, target: Path, advice: str, listener: Listener | None = No
         raise CheckpointError(f"{target.name} cannot be fetched: {reason}; {advice}") from None
     except OSError as error:
         raise OutputError(
-            f"{target} cannot be written: {error.strerror or error}; free some space or say --cache-dir"
+            f"{target} cannot be written: {error.strerror or error}; free some space or give --cache-dir"
         ) from None
 
 
@@ -146,9 +146,10 @@ def _beside(path: Path, suffix: str) -> Path:
 
 @contextmanager
 def _part_of(target: Path, listener: Listener) -> Iterator[Path]:
-    """The file to download into; it is nobody else's while the context lasts.
+    """The file to download into; no other run uses it inside this context.
 
-    Where files can be locked it outlives a failure, to be resumed. Elsewhere each run has its own.
+    If files can be locked, it is kept after a failure and can be resumed. Otherwise each run has its own
+    file.
     """
 
     def busy() -> None:
@@ -166,7 +167,7 @@ def _part_of(target: Path, listener: Listener) -> Iterator[Path]:
 
 
 def _store(part: Path, target: Path, record: dict[str, Any]) -> None:
-    """Record and rename, in this order: a record without its file does no harm."""
+    """Write the record, then rename: a record without its file does no harm."""
     with open(part, "rb") as file:
         os.fsync(file.fileno())
     with replacing(_beside(target, ".json")) as temporary:
@@ -179,7 +180,7 @@ def _store(part: Path, target: Path, record: dict[str, Any]) -> None:
 
 
 def _fetch(url: str, part: Path, listener: Listener) -> dict[str, Any]:
-    """Bring ``part`` to its whole and verified self, in as many attempts as it takes; what it is then."""
+    """Complete and verify ``part``, in several attempts if needed; returns its record."""
     failures, furthest = 0, _size(part)
     while True:
         try:
@@ -198,14 +199,14 @@ def _fetch(url: str, part: Path, listener: Listener) -> dict[str, Any]:
 
 
 def _attempt(url: str, part: Path, listener: Listener) -> _Described:
-    """One request, for what is missing. Raises :class:`_Transient` or :class:`_Fatal` unless that came."""
+    """One request for the missing bytes. Raises :class:`_Transient` or :class:`_Fatal` if it fails."""
     described = _recorded(part)
     if described is None or described.url != url or not described.resumable:
         _discard(part)
         described = None
     start = _size(part)
     if described and start == described.length:
-        return described  # all there, but not stored: the last run ended just then
+        return described  # complete but not stored: the last run ended at this point
     headers: dict[str, str] = {}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -218,13 +219,13 @@ def _attempt(url: str, part: Path, listener: Listener) -> _Described:
             part.write_bytes(b"")
             _beside(part, ".json").write_text(json.dumps(asdict(described)), encoding="utf-8")
         elif start:
-            listener.note(f"going on at {start / 1e6:.1f} MB, where it broke off")
+            listener.note(f"resuming at {start / 1e6:.1f} MB")
         _receive(response, part, start, described.length, listener)
     return described
 
 
 def _receive(response: Any, part: Path, start: int, length: int | None, listener: Listener) -> None:
-    """Append what comes to ``part``, until the file of ``length`` bytes is whole."""
+    """Append the response to ``part``, up to ``length`` bytes for the whole file."""
     done = start
     listener.progress(done, length)
     with open(part, "ab") as file:
@@ -262,7 +263,7 @@ def _open(url: str, headers: dict[str, str], part: Path) -> Any:
 def _refused(error: urllib.error.HTTPError, part: Path) -> NoReturn:
     answer = f"the server answers {error.code} {error.reason}"
     if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-        _discard(part)  # it is another file now, or ours is longer than it
+        _discard(part)  # the server's file has changed, or is shorter than ours
         raise _Transient(answer)
     if error.code in _RETRIED_STATUS or error.code >= 500:
         raise _Transient(answer)
@@ -290,7 +291,7 @@ def _read(response: Any) -> bytes:
 
 
 def _describe(url: str, response: Any, start: int, known: _Described | None, part: Path) -> _Described:
-    """What the response says of the file; for a resumed one it must fit what was ``known``."""
+    """The response's description of the file. If the download is resumed, it must agree with ``known``."""
     headers: Message = response.headers
     if response.status == http.HTTPStatus.PARTIAL_CONTENT:
         match = re.fullmatch(
@@ -298,7 +299,7 @@ def _describe(url: str, response: Any, start: int, known: _Described | None, par
         )
         if known is None or not match or int(match[1]) != start or int(match[2]) != known.length:
             _discard(part)
-            raise _Transient("the server resumed another file, or in another place")
+            raise _Transient("the server resumed a different file, or at a different position")
         return known
     hashes = {
         key.strip(): value.strip()
@@ -316,7 +317,7 @@ def _describe(url: str, response: Any, start: int, known: _Described | None, par
     )
     if described.length is None and not (described.crc32c or described.md5):
         raise _Fatal(
-            "the server says neither how long the file is nor its checksum, so it cannot be verified"
+            "the server gives neither the length of the file nor its checksum, so it cannot be verified"
         )
     if (described.length or 0) > _MOST_BYTES:
         raise _Fatal(f"the server announces {described.length:,} bytes, more than any checkpoint has")
@@ -327,14 +328,14 @@ def _describe(url: str, response: Any, start: int, known: _Described | None, par
 
 
 def _verify(part: Path, described: _Described) -> dict[str, Any]:
-    """All that is known of the whole file, for its record. A wrong one is discarded: :class:`_Transient`."""
+    """Verify the whole file; returns its record. Discards a wrong file and raises :class:`_Transient`."""
     with open(part, "rb") as file:
         found = _digests(file)
     for name in ("crc32c", "md5"):
         announced = getattr(described, name)
         if announced and found[name] != announced:
             _discard(part)
-            raise _Transient(f"what came has {name} {found[name]}, the server announced {announced}", cost=2)
+            raise _Transient(f"the file has {name} {found[name]}, the server announced {announced}", cost=2)
     return {**asdict(described), "length": _size(part), **found}
 
 
@@ -353,7 +354,7 @@ def _digests(file: Any) -> dict[str, str]:
 
 
 def _recorded(part: Path) -> _Described | None:
-    """What the server said when ``part`` was begun; None where that is not known, or not readable."""
+    """The server's description when ``part`` was begun; None if it is missing or not readable."""
     try:
         described = _Described(**json.loads(_beside(part, ".json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

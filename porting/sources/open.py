@@ -1,4 +1,4 @@
-"""What ``--ckpt`` accepts, turned into an open checkpoint."""
+"""Open any source that ``--ckpt`` accepts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.sources import SYNTHETIC
 from porting.sources.download import Listener
-from porting.sources.google_releases import fetch, release_named
+from porting.sources.google_releases import fetch, google_release_named
 from pytorch_model.config import model_config
 
 
@@ -18,15 +18,16 @@ def open_source(
     cache: Path | None = None,
     listener: Listener | None = None,
 ) -> Checkpoint:
-    """Open ``spec``: a path, the name of a release such as ``efficientdet-d0``, or ``synthetic:MODEL``.
+    """Open ``spec``: a path, the name of a Google release (``efficientdet-d0``), or ``synthetic:MODEL``.
 
-    A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other.
-    A release is first downloaded into ``cache``, unless it is there; ``listener`` hears how that goes.
-    ``step`` picks one of several checkpoints in a folder. Raises :class:`EfficientDetError` with what to do.
+    A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other. A
+    release is first downloaded into ``cache`` unless it is already there; ``listener`` gets the progress.
+    ``step`` selects one of several checkpoints in a folder. Raises :class:`EfficientDetError`, which says
+    what to do.
     """
     if spec.startswith(SYNTHETIC):
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
-    release = release_named(spec, cache)
+    release = google_release_named(spec, cache)
     if release:
         return open_checkpoint(fetch(release, cache, listener), step)
     return open_checkpoint(spec, step)

@@ -1,4 +1,4 @@
-"""What the Object Detection API's ``pipeline.config`` says that its weights do not.
+"""The settings in the Object Detection API's ``pipeline.config`` that its weights do not contain.
 
 Source: TensorFlow Models ``research/object_detection/protos/*.proto`` (fields and defaults) and the
 protocol buffer text format.
@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from porting.checkpoint.messages import unreadable
 from porting.errors import CheckpointError
+from pytorch_model.files import read_bounded
 
 NAME = "pipeline.config"
 
-_MOST_BYTES = 1 << 18  # most have a few kilobytes, one that lists 1,000 shards of its data set by name 100
+_MOST_BYTES = 1 << 18  # usually a few kilobytes; one that lists 1,000 shards of a data set has 100 kB
 _MOST_DEPTH = 32
 _TOKEN = re.compile(
     r"""(?P<skip>\s+|\#[^\n]*)|(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
-    r"""|(?P<word>[\w.+-]+)|(?P<sign>[{}<>\[\]:,;])"""
+    r"""|(?P<word>[\w.+-]+)|(?P<punctuation>[{}<>\[\]:,;])"""
 )
 _CLOSING = {"{": "}", "<": ">"}
 
@@ -29,10 +31,10 @@ Message = dict[str, list["str | Message"]]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The settings that decide what the network's outputs mean, or whether AutoML's network is this one.
+    """The settings that define the network's outputs, or that must be those of AutoML's network.
 
-    ``box_scales`` divide the predicted (ty, tx, th, tw). ``image_size`` is (height, width) in pixels, None
-    where the pipeline fixes none.
+    The predicted (ty, tx, th, tw) are divided by ``box_scales``. ``image_size`` is (height, width) in pixels,
+    None if the pipeline does not set it.
     """
 
     path: Path
@@ -54,14 +56,13 @@ class Pipeline:
 
 
 def read_pipeline(path: Path) -> Pipeline:
-    """Read the file at ``path``. Raises CheckpointError if it is not an EfficientDet's pipeline."""
+    """Read the file at ``path``. Raises CheckpointError if it is not the pipeline of an EfficientDet."""
     try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(_MOST_BYTES + 1)
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bounded(path, _MOST_BYTES).decode()
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; check the file") from None
-    if len(text) > _MOST_BYTES:
-        raise CheckpointError(f"{path} is too long for a pipeline configuration; check the file")
     return _pipeline(_Fields(path, "", _parse(path, text)))
 
 
@@ -108,7 +109,7 @@ def _image_size(resizer: _Fields) -> tuple[int, int] | None:
 
 
 class _Fields(NamedTuple):
-    """One message of the file, and its name for errors. A message or value that is not there is a default."""
+    """One message of the file, and its name for errors. A missing value has its default."""
 
     path: Path
     where: str
@@ -118,15 +119,15 @@ class _Fields(NamedTuple):
         return name in self.fields
 
     def message(self, name: str) -> _Fields:
-        """The message ``name``, which must be there unless this is where an EfficientDet can do without."""
+        """The message ``name``. Raises CheckpointError if it is missing, unless it is optional."""
         values = self.fields.get(name)
-        value = values[-1] if values else None  # "name: []" says nothing
+        value = values[-1] if values else None  # "name: []" has no value
         where = f"{self.where}.{name}".lstrip(".")
         if value is None and name in ("bifpn", "post_processing", "image_resizer", "batch_norm"):
             value = {}
         if not isinstance(value, dict):
             raise CheckpointError(
-                f"{self.path} has no {where}, so it describes no EfficientDet of the Object Detection API; "
+                f"{self.path} has no {where}, so it is not for an EfficientDet of the Object Detection API; "
                 f"put the model's own {NAME} there"
             )
         return _Fields(self.path, where, value)
@@ -167,16 +168,18 @@ class _Fields(NamedTuple):
 
 
 def _parse(path: Path, text: str) -> Message:
-    """The text format: ``name: value``, ``name { … }``, lists in brackets, comments."""
+    """Parse the text format: ``name: value``, ``name { … }``, lists in brackets, comments."""
     tokens = _tokens(path, text)
     message, closed = _message(path, tokens, 0)
     if closed:
-        raise CheckpointError(f"{path}, line {closed.line}: {closed.text!r} closes nothing; correct the file")
+        raise CheckpointError(
+            f"{path}, line {closed.line}: {closed.text!r} has no opening bracket; correct the file"
+        )
     return message
 
 
 class _Token(NamedTuple):
-    kind: str  # word, string or sign
+    kind: str  # word, string or punctuation
     text: str
     line: int
 
@@ -194,7 +197,7 @@ def _tokens(path: Path, text: str) -> Iterator[_Token]:
 
 
 def _message(path: Path, tokens: Iterator[_Token], depth: int) -> tuple[Message, _Token | None]:
-    """The fields up to the sign that closes the message, and that sign; None at the end of the file."""
+    """The fields up to the bracket that closes the message, and that bracket; None at the end of the file."""
     message: Message = {}
     for token in tokens:
         if token.text in (",", ";"):
@@ -211,7 +214,7 @@ def _message(path: Path, tokens: Iterator[_Token], depth: int) -> tuple[Message,
 
 
 def _values(path: Path, tokens: Iterator[_Token], first: _Token, depth: int) -> Iterator[str | Message]:
-    """One value or a list of them, beginning with ``first``."""
+    """One value, or the values of a list; ``first`` is the first token."""
     if depth == _MOST_DEPTH:
         raise CheckpointError(f"{path}, line {first.line}: messages nest too deep; correct the file")
     if first.text in _CLOSING:
@@ -228,7 +231,7 @@ def _values(path: Path, tokens: Iterator[_Token], first: _Token, depth: int) -> 
             if token.text != ",":
                 yield from _values(path, tokens, token, depth + 1)
         raise CheckpointError(f"{path}, line {first.line}: '[' is never closed; correct the file")
-    elif first.kind == "sign":
+    elif first.kind == "punctuation":
         raise _unexpected(path, first)
     else:
         yield first.text[1:-1] if first.kind == "string" else first.text

@@ -1,7 +1,7 @@
 """EfficientDet-Lite in TFLite form, float or quantised, as AutoML's variables.
 
-Sources: AutoML ``tf2/efficientdet_keras.py`` (names, what the heads share), ``tf2/postprocess.py`` (order of
-predictions, what the postprocessing operator is given).
+Sources: AutoML ``tf2/efficientdet_keras.py`` (names, shared kernels of the heads), ``tf2/postprocess.py``
+(order of predictions, inputs of the postprocessing operator).
 """
 
 from __future__ import annotations
@@ -14,48 +14,52 @@ from typing import Any
 
 import numpy as np
 
+from porting import scopes
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.messages import unreadable
 from porting.checkpoint.tflite.flatbuffer import flexbuffer_map
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import IDENTIFIER, Graph, Operator, Tensor, read_graph
-from porting.checkpoint.tflite.match import BlockMatch, Convolution, Head, Separable, Structure, match
+from porting.checkpoint.tflite.match import match
+from porting.checkpoint.tflite.structure import BlockMatch, Convolution, Head, Separable, Structure
 from porting.checkpoint.tflite.weights import Layer, Variable, check_layers, variables
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.config import EfficientDetConfig
+from pytorch_model.files import read_bounded
 
 SUFFIX = ".tflite"
 
-_LARGEST_FILE = (1 << 31) - 1  # bytes: a FlatBuffer's offsets are signed 32-bit numbers
+_MOST_BYTES = (1 << 31) - 1  # a FlatBuffer's offsets are signed 32-bit numbers
 
-# How anchors may be rounded in the file; the settings behind them are round numbers.
+# Rounding errors of the anchors in the file; the settings that they are computed from are round numbers.
 _ANCHOR_TOLERANCE = {np.dtype("<f4"): 1e-5, np.dtype("<f2"): 1e-3}
 
 _FOLDED = (
-    "the file has batch norms folded into the convolutions: evaluation is the same function, but gamma and "
-    "the moving statistics are placeholders, so freeze the batch norms to train on"
+    "batch norms are folded into the convolutions: evaluation computes the same function, but gamma and the "
+    "moving statistics are placeholders, so freeze the batch norms before training"
 )
 _UNUSED = (
-    "the file holds {} bytes of constants that nothing in it reads, which no converter leaves behind: it may "
-    "be damaged, compare it with where it came from"
+    "the file holds {} bytes of constants that no operator reads, which converters do not leave: it may be "
+    "damaged, so compare it with the original"
 )
 _INT8 = (
-    "weights are dequantised from int8 and keep its errors; activations are not quantised, so detections are "
-    "not quite the file's own"
+    "weights are dequantised from int8 and keep its rounding errors; activations are not quantised, so "
+    "detections differ slightly from the file's"
 )
-_FLOAT16 = "weights are widened from float16 and keep its rounding"
+_FLOAT16 = "weights are widened from float16 and keep its rounding errors"
 
 
 class TFLiteCheckpoint(Checkpoint):
-    """``TFLiteCheckpoint("efficientdet_lite0.tflite")``: the whole file is read and checked at once.
+    """A TFLite file, which is read and checked as a whole: ``TFLiteCheckpoint("efficientdet_lite0.tflite")``.
 
-    ``settings``: image size, activation, … and, where the file has them, anchors and input normalisation.
-    ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → number of the tensor
-    that is it.
+    ``settings``: image size, activation, … and, if the file has them, anchors and input normalisation.
+    ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → the number of its
+    tensor.
 
-    Raises :class:`CheckpointError`: not TFLite, damaged, or another network. TFLite has no checksums: damage
-    to a weight goes unnoticed where structure, scales and what the heads share still agree. An operator that
-    was made to read another's constant leaves its own unread, which ``notes`` tell.
+    Raises :class:`CheckpointError`: not TFLite, damaged, or a different network. TFLite has no checksums:
+    damage to a weight stays unnoticed if structure, scales and shared kernels still agree. If a damaged
+    operator reads the constant of another one, its own constant is unused, and ``notes`` say so.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -71,7 +75,7 @@ class TFLiteCheckpoint(Checkpoint):
         except Mismatch as error:
             raise CheckpointError(
                 f"{path} is a TFLite model but not an EfficientDet-Lite: {error}; give a file that AutoML or "
-                "TFLite Model Maker exported, before any compiling for an accelerator"
+                "TFLite Model Maker exported, not one compiled for an accelerator"
             ) from None
         except Malformed as error:
             raise CheckpointError(f"{path} is damaged: {error}; fetch the file again") from None
@@ -93,23 +97,16 @@ class TFLiteCheckpoint(Checkpoint):
         if self._variables is None:
             raise CheckpointError(f"{self.source} is closed; open it again to read {name!r}")
         variable = self._variables[name]
-        with np.errstate(over="ignore"):  # conversion reports what is not finite, with its name
+        with np.errstate(over="ignore"):  # conversion reports values that are not finite
             return np.array(np.broadcast_to(variable.read(), variable.shape), np.float32, order="C")
 
     def close(self) -> None:
         self._variables, self.layers = None, ()
 
 
-def is_tflite(path: str | os.PathLike[str]) -> bool:
-    """Whether ``path`` is called ``.tflite`` and no folder, or is a file that begins as TFLite does."""
-    path = Path(path)
-    try:
-        if path.is_dir() or path.suffix == SUFFIX:
-            return not path.is_dir()
-        with path.open("rb") as file:
-            return file.read(8)[4:] == IDENTIFIER
-    except (OSError, ValueError):  # nothing there, or an impossible name
-        return False
+def is_tflite(head: bytes, path: Path) -> bool:
+    """Whether ``path`` ends in ``.tflite`` and is not a folder, or its first bytes ``head`` are TFLite's."""
+    return head[4:8] == IDENTIFIER or (path.suffix == SUFFIX and not os.path.isdir(path))
 
 
 def open_tflite(path: str | os.PathLike[str], step: int | None = None) -> TFLiteCheckpoint:
@@ -121,19 +118,14 @@ def open_tflite(path: str | os.PathLike[str], step: int | None = None) -> TFLite
 
 def _read_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            head = file.read(8)
-            if head[4:] != IDENTIFIER:
-                raise CheckpointError(
-                    f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; fetch it again"
-                )
-            if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
-                raise CheckpointError(f"{path} is larger than any TFLite file; fetch it again")
-            return head + file.read()
+        data = read_bounded(path, _MOST_BYTES)
     except OSError as error:
+        raise unreadable(path, error) from None
+    if data[4:8] != IDENTIFIER:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror or error}; check the path and permissions"
-        ) from None
+            f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; fetch it again"
+        )
+    return data
 
 
 # --- names -----------------------------------------------------------------------------------------------
@@ -148,26 +140,25 @@ def _layers(structure: Structure) -> Iterator[Layer]:
     for i, block in enumerate(structure.blocks):
         yield from _block_layers(block, f"{scope}/blocks_{i}")
     if structure.extra_level is not None:
-        yield _resample_layer(structure.extra_level, f"resample_p{config.extra_levels[0]}")
+        yield _resample_layer(structure.extra_level, scopes.extra_level(config.extra_levels[0]))
     for c, cell in enumerate(structure.cells):
         for n, (node, found) in enumerate(zip(config.bifpn_nodes, cell, strict=True)):
-            scope = f"fpn_cells/cell_{c}/fnode{n}"
+            scope = scopes.bifpn_node(c, n)
             for i, conv in found.resample.items():
-                yield _resample_layer(conv, f"{scope}/resample_{i}_{node.inputs[i]}_{node.id}")
-            after = f"{scope}/op_after_combine{node.id}"
+                yield _resample_layer(conv, f"{scope}/{scopes.resampled_input(node, i)}")
+            after = f"{scope}/{scopes.after_combine(node)}"
             yield from _separable_layers(found.conv, f"{after}/conv", f"{after}/bn")
-    yield from _head_layers(structure.class_net, "class_net/class", config)
-    yield from _head_layers(structure.box_net, "box_net/box", config)
+    yield from _head_layers(structure.class_net, "class_net", config)
+    yield from _head_layers(structure.box_net, "box_net", config)
 
 
 def _block_layers(block: BlockMatch, scope: str) -> Iterator[Layer]:
-    bns = iter(f"{scope}/tpu_batch_normalization{number}" for number in ("", "_1", "_2"))
-    project = "conv2d"
+    bns = iter(f"{scope}/{scopes.numbered('tpu_batch_normalization', i)}" for i in range(3))
+    convs = iter(f"{scope}/{scopes.numbered('conv2d', i)}" for i in range(2))
     if block.expand is not None:
-        project = "conv2d_1"
-        yield Layer(block.expand, f"{scope}/conv2d/kernel", None, next(bns))
+        yield Layer(block.expand, f"{next(convs)}/kernel", None, next(bns))
     yield Layer(block.depthwise, f"{scope}/depthwise_conv2d/depthwise_kernel", None, next(bns))
-    yield Layer(block.project, f"{scope}/{project}/kernel", None, next(bns))
+    yield Layer(block.project, f"{next(convs)}/kernel", None, next(bns))
 
 
 def _resample_layer(conv: Convolution, scope: str) -> Layer:
@@ -179,11 +170,12 @@ def _separable_layers(conv: Separable, scope: str, bn: str | None) -> Iterator[L
     yield Layer(conv.pointwise, f"{scope}/pointwise_kernel", f"{scope}/bias", bn)
 
 
-def _head_layers(head: Head, scope: str, config: EfficientDetConfig) -> Iterator[Layer]:
+def _head_layers(head: Head, name: str, config: EfficientDetConfig) -> Iterator[Layer]:
     for level, chain in zip(config.levels, head.levels, strict=True):
         for i, conv in enumerate(chain[:-1]):
-            yield from _separable_layers(conv, f"{scope}-{i}", f"{scope}-{i}-bn-{level}")
-        yield from _separable_layers(chain[-1], f"{scope}-predict", None)
+            norm = scopes.head_norm(name, i, level)
+            yield from _separable_layers(conv, scopes.head_layer(name, i), norm)
+        yield from _separable_layers(chain[-1], scopes.head_predictor(name), None)
 
 
 def _outputs(structure: Structure) -> Iterator[tuple[str, int]]:
@@ -192,11 +184,11 @@ def _outputs(structure: Structure) -> Iterator[tuple[str, int]]:
             yield f"{kind}_outputs/{level}", chain[-1].output
 
 
-# --- what the file says beside the variables -------------------------------------------------------------
+# --- settings in the file --------------------------------------------------------------------------------
 
 
 def _stored_as(layers: Sequence[Layer]) -> tuple[str, list[str]]:
-    """How the weights are stored, in a word, and what the user must know about that."""
+    """How the weights are stored, in one word, and the notes for the user about it."""
     dtypes = {layer.convolution.kernel.dtype for layer in layers}
     if np.dtype(np.int8) in dtypes:
         return "int8", [_INT8]
@@ -207,8 +199,8 @@ def _stored_as(layers: Sequence[Layer]) -> tuple[str, list[str]]:
 
 def _settings(structure: Structure, graph: Graph) -> dict[str, Any]:
     config = structure.config
-    settled = ("image_size", "act_type", "survival_prob", "conv_after_downsample")  # else it would not match
-    found: dict[str, Any] = {name: getattr(config, name) for name in settled}
+    matched = ("image_size", "act_type", "survival_prob", "conv_after_downsample")
+    found: dict[str, Any] = {name: getattr(config, name) for name in matched}
     image = graph.tensors[graph.inputs[0]]
     if image.is_quantized:
         found.update(_normalisation(image))
@@ -220,8 +212,8 @@ def _settings(structure: Structure, graph: Graph) -> dict[str, Any]:
 
 
 def _normalisation(image: Tensor) -> dict[str, tuple[float, float, float]]:
-    """From the scale and zero point of an 8-bit image, real = scale · (pixel − zero point)."""
-    black = 0 if image.dtype == np.uint8 else -128  # grey level 0 as it is stored
+    """Mean and stddev from the quantisation of an 8-bit image: real = scale · (pixel − zero point)."""
+    black = 0 if image.dtype == np.uint8 else -128  # how grey level 0 is stored
     if image.dtype not in (np.uint8, np.int8) or len(image.scale) != 1:
         raise Mismatch("its input is neither float nor an 8-bit image")
     mean = float(image.zero_point[0]) - black
@@ -230,7 +222,7 @@ def _normalisation(image: Tensor) -> dict[str, tuple[float, float, float]]:
 
 
 def _check_options(operator: Operator, num_classes: int) -> None:
-    """The postprocessing operator could decode boxes in other units, or know of a background class."""
+    """Check that the postprocessing operator decodes boxes in AutoML's units and has no background class."""
     options = flexbuffer_map(operator.custom_options.tobytes())
     if any(options.get(f"{side}_scale") != 1 for side in "yxhw"):
         raise Mismatch(f"{operator} scales boxes, which AutoML does not")
@@ -240,7 +232,7 @@ def _check_options(operator: Operator, num_classes: int) -> None:
 
 @np.errstate(all="ignore")
 def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
-    """The roundest settings that give the anchors that the postprocessing operator has."""
+    """The settings with the fewest digits that give the anchors of the postprocessing operator."""
     config, per_location = structure.config, structure.num_anchors
     sizes = list(config.feature_sizes().values())
     total = per_location * sum(rows * columns for rows, columns in sizes)
@@ -248,7 +240,7 @@ def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
     if tolerance is None or tensor.shape != (total, 4):
         raise Mismatch(f"it does not have a list of {total} anchors")
     anchors = tensor.values()
-    # In units of the finest level's stride, those of the first location say how all were made.
+    # All settings follow from the anchors of the first location, in units of the finest level's stride.
     heights, widths = (anchors[:per_location, 2:] * sizes[0]).T
     scales, ratios = np.sqrt(heights * widths), widths / heights
     per_scale = max(1, int(np.isclose(scales, scales[0], rtol=0.01).sum()))
@@ -261,12 +253,12 @@ def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
         expected = _centre_sizes(config.replace(**settings))
         if expected.shape == anchors.shape and np.allclose(anchors, expected, rtol=tolerance, atol=1e-6):
             return settings
-    raise Mismatch("its anchors are not laid out as AutoML's")
+    raise Mismatch("its anchors are not arranged like AutoML's")
 
 
 def _centre_sizes(config: EfficientDetConfig) -> np.ndarray:
-    """The anchors of ``config`` as the postprocessing operator takes them, float64 [A, 4]."""
-    from pytorch_model.anchors import generate_anchors  # takes torch with it
+    """The anchors of ``config`` in the form of the postprocessing operator's constant, float64 [A, 4]."""
+    from pytorch_model.anchors import generate_anchors  # imports torch
 
     corners_yx = generate_anchors(config).double().numpy().reshape(-1, 2, 2) / config.image_size
     return np.concatenate([corners_yx.mean(axis=1), corners_yx[:, 1] - corners_yx[:, 0]], axis=1)

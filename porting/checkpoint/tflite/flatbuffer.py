@@ -1,8 +1,9 @@
-"""FlatBuffers and FlexBuffers, as much of them as a TFLite file needs, read without trusting an offset.
+"""Read the parts of FlatBuffers and FlexBuffers that a TFLite file needs, without trusting an offset.
 
-A table starts with the distance back to its vtable, which lists where each field lies in the table (0: not
-there). A field is a number, or the distance forward to a table, a string or a vector. Every place is checked
-against the bytes at hand before it is read, and vectors are views: garbage costs no more than its own size.
+A table starts with the distance back to its vtable, which lists the position of each field in the table (0:
+the field is missing). A field is a number, or the distance forward to a table, a string or a vector. Every
+position is checked against the size of the data before it is read, and vectors are views: a damaged file
+costs no more than its own size.
 
 Source: google/flatbuffers, ``docs/source/internals.md`` and ``docs/source/flexbuffers.md``.
 """
@@ -15,14 +16,14 @@ import numpy as np
 
 from porting.checkpoint.wire import Malformed
 
-_LONGEST_TEXT = 200  # bytes of a string that are read; what is longer is no name of ours
+_LONGEST_TEXT = 200  # bytes of a string that are read; the names that matter are shorter
 
 
 class Table:
     """The table of ``data`` at byte ``at``. Fields are numbered as in the schema, from 0.
 
-    Raises :class:`~porting.checkpoint.wire.Malformed`, here and in every method, where a place lies outside
-    the data.
+    The constructor and every method raise :class:`~porting.checkpoint.wire.Malformed` if a position is
+    outside the data.
     """
 
     __slots__ = ("_at", "_data", "_size", "_vtable", "_vtable_size")
@@ -54,25 +55,25 @@ class Table:
         return None if at is None else Table(self._data, at)
 
     def tables(self, field: int, most: int) -> list[Table]:
-        """A vector of tables, empty where there is none; more than ``most`` of them are refused."""
+        """A vector of tables; empty if the field is missing. Raises if there are more than ``most``."""
         start, count = self._vector(field, 4)
         if count > most:
-            raise Malformed(f"it claims {count} entries where no more than {most} are expected")
+            raise Malformed(f"it claims {count} entries; no more than {most} are expected")
         places = range(start, start + 4 * count, 4)
         return [Table(self._data, at + _unpack("<I", self._data, at)) for at in places]
 
     def array(self, field: int, dtype: np.dtype) -> np.ndarray:
-        """A vector of numbers as a read-only view [n] of the data, empty where there is none."""
+        """A vector of numbers as a read-only view [n] of the data; empty if the field is missing."""
         start, count = self._vector(field, dtype.itemsize)
         return np.frombuffer(self._data, dtype, count, start) if count else np.empty(0, dtype)
 
     def text(self, field: int) -> str:
-        """A string, its first 200 bytes, whatever is not UTF-8 replaced."""
+        """The first 200 bytes of a string; bytes that are not UTF-8 are replaced."""
         start, count = self._vector(field, 1)
         return self._data[start : start + min(count, _LONGEST_TEXT)].decode(errors="replace")
 
     def _vector(self, field: int, itemsize: int) -> tuple[int, int]:
-        """(where its first item lies, how many there are)."""
+        """(position of the first item, number of items)."""
         at = self._target(field)
         if at is None:
             return 0, 0
@@ -85,7 +86,7 @@ class Table:
         return None if at is None else at + _unpack("<I", self._data, at)
 
     def _place(self, field: int, width: int) -> int | None:
-        """Where the field's ``width`` bytes lie, None where the table does not have it."""
+        """The position of the field's ``width`` bytes; None if the table does not have the field."""
         entry = 4 + 2 * field
         if entry + 2 > self._vtable_size:
             return None
@@ -93,13 +94,13 @@ class Table:
         if offset == 0:
             return None
         if offset + width > self._size:
-            raise Malformed(f"field {field} of the table at byte {self._at} lies outside it")
+            raise Malformed(f"field {field} of the table at byte {self._at} is outside the table")
         return self._at + offset
 
 
 def _require(data: bytes, at: int, size: int) -> None:
     if at < 0 or at + size > len(data):
-        raise Malformed(f"{size} bytes at byte {at} lie outside its {len(data)} bytes")
+        raise Malformed(f"{size} bytes at byte {at} are outside its {len(data)} bytes")
 
 
 def _unpack(code: str, data: bytes, at: int) -> int:
@@ -131,7 +132,7 @@ def flexbuffer_map(data: bytes) -> dict[str, float]:
     count = _uint(data, start - width, width)
     keys_width = _uint(data, start - 2 * width, width)
     keys = _follow(data, start - 3 * width, width)
-    _require(data, start, count * (width + 1))  # the values, then a byte of type for each
+    _require(data, start, count * (width + 1))  # the values, then one byte per value for its type
     found: dict[str, float] = {}
     for i in range(count):
         name = _follow(data, keys + i * keys_width, keys_width)
@@ -150,7 +151,7 @@ def _uint(data: bytes, at: int, width: int) -> int:
 
 
 def _follow(data: bytes, at: int, width: int) -> int:
-    """FlexBuffer offsets point backwards from where they are stored."""
+    """The target of an offset. FlexBuffer offsets point backwards from where they are stored."""
     target = at - _uint(data, at, width)
     _require(data, target, 0)
     return target

@@ -1,7 +1,7 @@
-"""A TFLite graph as a dataflow of activations, with what a converter adds or moves looked through.
+"""A TFLite graph as a dataflow of activations, without the differences that converters introduce.
 
-Values are quantised and dequantised along the way, constants dequantised before use, an activation is part
-of the operator before it or stands alone: here all of that looks the same.
+Values may be quantised and dequantised on the way, constants may be dequantised before use, an activation may
+be part of the operator before it or an operator by itself: here all of these look the same.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ _ACTIVATION_FIELD = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 4, "MAX_POOL_2D": 5, "AD
 
 
 class Mismatch(Reason):
-    """A TFLite file that is not an EfficientDet-Lite. The text says where it first differs."""
+    """A TFLite file is not an EfficientDet-Lite. The text says where it first differs."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """An operator, with the activation after it where there is one.
+    """An operator, with the activation after it if there is one.
 
-    ``inputs`` and ``output`` are tensor numbers, of activations alone; a tensor and its quantised or
-    dequantised copies go by the number of the first of them. ``relu``: the activation as an operator apart.
+    ``inputs`` and ``output`` are the numbers of activation tensors only; a tensor and its quantised or
+    dequantised copies have the number of the first of them. ``relu``: the activation, if it is a separate
+    operator.
     """
 
     operator: Operator
@@ -50,8 +51,12 @@ class Step:
 
 
 class Flow:
-    """``consumers``: tensor → the steps that read it. ``producers``: tensor → the step that writes it.
-    ``constants``: tensor → what it holds, whether as it is or dequantised."""
+    """The steps of ``graph`` and what connects them.
+
+    ``consumers``: tensor → the steps that read it. ``producers``: tensor → the step that writes it.
+    ``constants``: tensor → the constant that it is, or that it is dequantised from. ``casts``: the numbers of
+    the operators that only change how values are stored.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -72,7 +77,7 @@ class Flow:
         return self.graph.tensors[tensor].shape
 
     def _is_cast(self, operator: Operator) -> bool:
-        """Whether ``operator`` only changes how values are stored; if so, remember of what."""
+        """Whether ``operator`` only changes how values are stored. If so, record its output as a copy."""
         if operator.kind not in _CASTS or len(operator.inputs) != 1 or len(operator.outputs) != 1:
             return False
         (source,), (target,) = operator.inputs, operator.outputs
@@ -86,7 +91,7 @@ class Flow:
         operators = [operator for operator in self.graph.operators if operator.index not in self.casts]
         uses = Counter(self.first(tensor) for operator in operators for tensor in operator.inputs)
         uses.update(self.first(tensor) for tensor in self.graph.outputs)
-        steps: dict[int, Step] = {}  # by what they write
+        steps: dict[int, Step] = {}  # by the tensor that they write
         for operator in operators:
             step = self._step(operator)
             before = steps.get(step.inputs[0]) if step.kind == "RELU6" else None
@@ -103,7 +108,7 @@ class Flow:
         if operator.kind == POSTPROCESS:
             read = read[:2]  # boxes and scores; the third is the anchors
         elif operator.kind not in (*ADDS, "CONCATENATION"):
-            read = read[:1]  # the others are kernel, bias, sizes
+            read = read[:1]  # the other inputs are kernel, bias, sizes
         field = _ACTIVATION_FIELD.get(operator.kind)
         activation = NONE if field is None else operator.option(field, "b")
         return Step(operator, tuple(self.first(i) for i in read), operator.outputs[0], activation)

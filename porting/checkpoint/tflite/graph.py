@@ -16,7 +16,7 @@ from porting.checkpoint.wire import Malformed
 
 IDENTIFIER = b"TFL3"  # bytes 4…7 of every TFLite file
 
-# schema.fbs TensorType → how one element of a constant lies in the file
+# schema.fbs TensorType → the dtype of a constant in the file
 _DTYPES: dict[int, np.dtype] = {
     0: np.dtype("<f4"),
     1: np.dtype("<f2"),
@@ -27,7 +27,7 @@ _DTYPES: dict[int, np.dtype] = {
     9: np.dtype("i1"),
 }
 
-# schema.fbs BuiltinOperator: what an EfficientDet-Lite is made of, and what tells other networks apart
+# schema.fbs BuiltinOperator: those in an EfficientDet-Lite, and some that occur in other networks
 _BUILTIN = {
     0: "ADD",
     1: "AVERAGE_POOL_2D",
@@ -52,7 +52,7 @@ _BUILTIN = {
 }
 _CUSTOM = 32
 
-# Far above Lite4's some 700 operators; a bound for what a damaged length may cost.
+# Lite4 has about 700 operators. The bounds limit what a damaged length can cost.
 _MOST_OPERATORS = 4096
 _MOST_TENSORS = 16384
 _MOST_INPUTS = 64
@@ -61,8 +61,11 @@ _MOST_DIMENSIONS = 8
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """An activation, or a constant with its bytes. ``scale`` and ``zero_point``: one a channel of ``axis``,
-    one in all, or none where the tensor is not quantised."""
+    """An activation, or a constant with its bytes.
+
+    ``scale`` and ``zero_point`` have one value per channel of ``axis``, or one for the whole tensor, or none
+    if the tensor is not quantised.
+    """
 
     index: int
     shape: tuple[int, ...]
@@ -79,7 +82,7 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """Of the values as stored; None for a type that has no place in an EfficientDet."""
+        """The dtype of the stored values; None for a type that does not occur in an EfficientDet."""
         return _DTYPES.get(self.type)
 
     @property
@@ -87,7 +90,7 @@ class Tensor:
         return len(self.scale) > 0
 
     def stored(self) -> np.ndarray:
-        """The constant as it is in the file, a read-only view of ``shape``. Raises :class:`Malformed`."""
+        """The constant as stored, a read-only view of ``shape``. Raises :class:`Malformed`."""
         dtype = self.dtype
         if dtype is None:
             raise Malformed(f"tensor {self.index} is of type number {self.type}, which cannot be read")
@@ -98,7 +101,7 @@ class Tensor:
         return self.data.view(dtype).reshape(self.shape)
 
     def values(self) -> np.ndarray:
-        """The constant's real values, float64: scale · (stored − zero point) where it is quantised."""
+        """The constant's real values, float64: scale · (stored − zero point) if it is quantised."""
         stored = self.stored()
         if not self.is_quantized:
             return stored.astype(np.float64)
@@ -116,7 +119,7 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Operator:
-    """``kind`` is schema.fbs's name, or a custom operator's own. An input of −1 is left out."""
+    """One operation. ``kind`` is schema.fbs's name, or the name of a custom operator. Input −1: left out."""
 
     index: int
     kind: str
@@ -135,7 +138,7 @@ class Operator:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """``unused``: how many bytes of constants no operator reads. Converters leave none behind."""
+    """A whole file. ``unused``: the number of bytes of constants that no operator reads; normally 0."""
 
     tensors: tuple[Tensor, ...]
     operators: tuple[Operator, ...]
@@ -147,17 +150,17 @@ class Graph:
 def read_graph(data: bytes) -> Graph:
     """The graph in the bytes of a TFLite file. Constants are views of ``data``.
 
-    Raises :class:`Malformed` where the bytes break the format; a graph that is returned has operators in
-    execution order, each reading only what was written before it.
+    Raises :class:`Malformed` if the bytes break the format. In the returned graph the operators are in
+    execution order: each reads only tensors that were written before.
     """
     if data[4:8] != IDENTIFIER:
-        raise Malformed("it does not begin as a TFLite file does")
+        raise Malformed("it does not begin like a TFLite file")
     model = Table.root(data)
     if model.number(0, "I") != 3:
-        raise Malformed(f"it is of version {model.number(0, 'I')} of the format where 3 is the only one")
+        raise Malformed(f"it is of version {model.number(0, 'I')} of the format, not 3")
     subgraphs = model.tables(2, 64)
     if len(subgraphs) != 1:
-        raise Malformed(f"it holds {len(subgraphs)} graphs where one is expected")
+        raise Malformed(f"it holds {len(subgraphs)} graphs, not one")
     buffers = [_buffer(table) for table in model.tables(4, _MOST_TENSORS)]
     kinds = [_kind(table) for table in model.tables(1, 1024)]
     graph = subgraphs[0]
@@ -176,12 +179,12 @@ def read_graph(data: bytes) -> Graph:
 
 def _buffer(table: Table) -> np.ndarray:
     if table.number(1, "Q") > 1:
-        raise Malformed("it keeps its weights behind the FlatBuffer, as models above 2 GB do")
+        raise Malformed("its weights are stored after the FlatBuffer, as in models above 2 GB")
     return table.array(0, np.dtype("u1"))
 
 
 def _kind(table: Table) -> str:
-    # Old files have the code in one byte, new ones in an int32 beside it.
+    # Old files have the code in one byte, new ones in an additional int32.
     code = max(table.number(0, "b"), table.number(3, "i"))
     if code == _CUSTOM:
         return "".join(c if c.isprintable() else "?" for c in table.text(1))
@@ -194,7 +197,7 @@ def _tensor(index: int, table: Table, buffers: list[np.ndarray]) -> Tensor:
         raise Malformed(f"tensor {index} has an impossible shape")
     buffer = table.number(2, "I")
     if buffer >= len(buffers):
-        raise Malformed(f"tensor {index} lies in buffer {buffer} of {len(buffers)}")
+        raise Malformed(f"tensor {index} is in buffer {buffer} of {len(buffers)}")
     if table.has(6):
         raise Malformed(f"tensor {index} is sparse, which is not supported")
     shape = tuple(int(n) for n in dimensions)
@@ -205,7 +208,7 @@ def _tensor(index: int, table: Table, buffers: list[np.ndarray]) -> Tensor:
 def _quantization(
     index: int, shape: tuple[int, ...], table: Table | None
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """(scale, zero point, axis), empty where the tensor is not quantised."""
+    """(scale, zero point, axis); empty if the tensor is not quantised."""
     nothing = np.empty(0, np.float32), np.empty(0, np.int64), 0
     if table is None:
         return nothing
@@ -241,12 +244,12 @@ def _indices(table: Table, field: int, tensors: int, what: str, lowest: int = 0)
     """A vector of tensor numbers."""
     found = table.array(field, np.dtype("<i4"))
     if len(found) > _MOST_INPUTS or (len(found) and not (lowest <= found.min() <= found.max() < tensors)):
-        raise Malformed(f"{what} are not tensors of it")
+        raise Malformed(f"{what} are not among its tensors")
     return tuple(int(i) for i in found)
 
 
 def _check_order(tensors: tuple[Tensor, ...], operators: Iterable[Operator], inputs: tuple[int, ...]) -> None:
-    """Each tensor is written once, before it is read: so a walk along the operators always ends."""
+    """Check that each tensor is written once, before it is read. So following the operators always ends."""
     ready = {tensor.index for tensor in tensors if tensor.is_constant} | {-1}
     if not ready.isdisjoint(inputs):
         raise Malformed("one of the graph's inputs is a constant")

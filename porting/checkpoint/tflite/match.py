@@ -1,7 +1,7 @@
-"""Find EfficientDet-Lite in a TFLite graph: by how operators follow one another, never by their numbers.
+"""Match a TFLite graph with EfficientDet-Lite: by how operators follow one another, never by their numbers.
 
-Everything must be as AutoML builds it; what is not raises :class:`Mismatch`, and at the end every operator
-must have found its place. Batch norms are not there to be found: converters fold them into the convolutions.
+Every layer must be as AutoML builds it, and at the end every operator must belong to a layer; otherwise
+:class:`Mismatch` is raised. There are no batch norms to match: converters fold them into the convolutions.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from porting.checkpoint.tflite.flow import ADDS, NONE, POSTPROCESS, RELU6, Flow, Mismatch, Step
+from porting.checkpoint.tflite.flow import ADDS, NONE, POSTPROCESS, RELU6, Mismatch, Step
 from porting.checkpoint.tflite.graph import Graph, Operator, Tensor
+from porting.checkpoint.tflite.layers import LayerMatcher
+from porting.checkpoint.tflite.structure import (
+    BOX_VALUES,
+    BlockMatch,
+    Convolution,
+    Head,
+    NodeMatch,
+    Separable,
+    Structure,
+)
 from porting.errors import ConfigError
 from pytorch_model.config import (
     MAX_BACKBONE_LEVEL,
@@ -25,101 +35,15 @@ from pytorch_model.config import (
     model_config,
 )
 
-BOX_VALUES = 4  # ty, tx, th, tw
-
-_SAME = 0  # schema.fbs Padding
 _RESAMPLERS = ("MAX_POOL_2D", "RESIZE_NEAREST_NEIGHBOR")
 _RELEASED_ANCHORS = 9  # per location, in every model AutoML released
 _DEFAULT_BACKBONE = "efficientnet-lite0"
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """``kernel`` is [out, h, w, in], or [1, h, w, channels] where ``depthwise``. ``bias`` [out] or None."""
-
-    step: Step
-    kernel: Tensor
-    bias: Tensor | None
-    depthwise: bool
-    size: int
-    stride: int
-    in_filters: int
-    out_filters: int
-
-    @property
-    def output(self) -> int:
-        return self.step.output
-
-
-@dataclass(frozen=True)
-class BlockMatch:
-    """One MBConv block and the tensor it ends in."""
-
-    expand: Convolution | None
-    depthwise: Convolution
-    project: Convolution
-    output: int
-
-
-@dataclass(frozen=True)
-class Separable:
-    depthwise: Convolution
-    pointwise: Convolution
-
-    @property
-    def output(self) -> int:
-        return self.pointwise.output
-
-
-@dataclass(frozen=True)
-class NodeMatch:
-    """``resample``: number of an input → its 1×1 convolution, for those that have one."""
-
-    resample: dict[int, Convolution]
-    conv: Separable
-
-
-@dataclass(frozen=True)
-class Head:
-    """``levels``: for each level, finest first, its separable convolutions, the prediction last. ``values``:
-    how many one prediction is (4, or the classes), where the graph says."""
-
-    levels: tuple[tuple[Separable, ...], ...]
-    values: int | None
-
-    @property
-    def out_filters(self) -> int:
-        return self.levels[0][-1].pointwise.out_filters
-
-
-@dataclass(frozen=True)
-class Structure:
-    """The whole network. ``config`` has defaults for what a graph cannot say: normalisation and anchors.
-
-    ``postprocess``: the operator that makes detections of the predictions; ``anchors``: its constant, [A, 4]
-    of centre y, centre x, height, width, as fractions of the image. None where the graph ends in the heads.
-    """
-
-    config: EfficientDetConfig
-    stem: Convolution
-    blocks: tuple[BlockMatch, ...]
-    extra_level: Convolution | None
-    cells: tuple[tuple[NodeMatch, ...], ...]
-    class_net: Head
-    box_net: Head
-    postprocess: Operator | None
-    anchors: Tensor | None
-
-    @property
-    def num_anchors(self) -> int:
-        """Anchors per location."""
-        return self.box_net.out_filters // BOX_VALUES
-
-
 def match(graph: Graph) -> Structure:
-    """The EfficientDet-Lite that ``graph`` is.
+    """The layers of the EfficientDet-Lite in ``graph``.
 
-    Raises :class:`Mismatch`, and :class:`~porting.checkpoint.wire.Malformed` where a constant is damaged.
+    Raises :class:`Mismatch`, and :class:`~porting.checkpoint.wire.Malformed` if a constant is damaged.
     """
     try:
         return _Matcher(graph).network()
@@ -129,7 +53,7 @@ def match(graph: Graph) -> Structure:
 
 @dataclass(frozen=True)
 class _Path:
-    """How a term of a sum came from a map: resampled, behind a 1×1 convolution, both or neither."""
+    """How a term of a sum is made from a map: by resampling, a 1×1 convolution, both or neither."""
 
     source: int
     resampler: Step | None
@@ -138,7 +62,11 @@ class _Path:
 
 @dataclass
 class _End:
-    """What becomes of a head's output: its values a prediction, whether it is a score, where it goes in."""
+    """What follows a head.
+
+    ``values``: the number of values per prediction. ``is_joined``: the levels are concatenated. ``is_score``:
+    a sigmoid is applied. ``position``: the input of ``postprocess`` that reads it, −1 without one.
+    """
 
     values: int | None = None
     is_joined: bool = False
@@ -147,12 +75,7 @@ class _End:
     position: int = -1
 
 
-class _Matcher:
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.flow = Flow(graph)
-        self.placed = set(self.flow.casts)  # numbers of the operators that are accounted for
-
+class _Matcher(LayerMatcher):
     def network(self) -> Structure:
         image, size = self.image()
         stem = self.convolution(self.only(image, "CONV_2D", "the stem"), "the stem", 3, 2, RELU6)
@@ -204,85 +127,11 @@ class _Matcher:
             raise Mismatch(f"its input has the shape {list(shape)}, not [1, height, width, 3]")
         return self.graph.inputs[0], (shape[1], shape[2])
 
-    def check_all_placed(self) -> None:
-        for operator in self.graph.operators:
-            if operator.index not in self.placed:
-                raise Mismatch(f"{operator} has no place in one")
-
-    # --- looking around ---
-
-    def only(self, tensor: int, kind: str, where: str) -> Step:
-        """The only step that reads ``tensor``, which must be of ``kind``."""
-        found = self.flow.consumers[tensor]
-        if [step.kind for step in found] != [kind]:
-            raise Mismatch(f"{self.after(tensor)} where {where} needs {kind}")
-        return found[0]
-
-    def reading(self, tensor: int, *kinds: str) -> list[Step]:
-        return [step for step in self.flow.consumers[tensor] if step.kind in kinds]
-
-    def after(self, tensor: int) -> str:
-        before, found = self.flow.producers.get(tensor), self.flow.consumers[tensor]
-        kinds = " and ".join(sorted({step.kind for step in found})) or "nothing"
-        return f"{before.operator if before else 'its input'} is followed by {kinds}"
-
-    def place(self, step: Step) -> None:
-        self.placed.update(operator.index for operator in step.operators)
-
-    def check_shape(self, step: Step, expected: tuple[int, ...]) -> None:
-        """What is written must be as large as the operators so far make it."""
-        found = self.flow.shape(step.output)
-        if found != expected:
-            raise Mismatch(f"{step.operator} writes the shape {list(found)}, not {list(expected)}")
-
-    # --- convolutions ---
-
-    def convolution(
-        self, step: Step, where: str, size: int | None = 1, stride: int | None = 1, activation: int = NONE
-    ) -> Convolution:
-        """``step`` as a convolution of this size, stride and activation; None takes any."""
-        operator, depthwise = step.operator, step.kind == "DEPTHWISE_CONV_2D"
-        kernel, bias = self.kernel_and_bias(operator)
-        _, height, width, in_filters = self.flow.shape(step.inputs[0])
-        if len(kernel.shape) != 4 or kernel.shape[1] != kernel.shape[2]:
-            raise Mismatch(f"the kernel of {operator} has the shape {list(kernel.shape)}")
-        first, found_size, _, last = kernel.shape
-        out_filters = last if depthwise else first
-        if not out_filters or (first, last) != ((1, in_filters) if depthwise else (first, in_filters)):
-            raise Mismatch(f"the kernel of {operator} does not fit its {in_filters} input channels")
-        found_stride = _stride(operator, found_size)
-        if (
-            size not in (None, found_size)
-            or stride not in (None, found_stride)
-            or activation != step.activation
-        ):
-            raise Mismatch(
-                f"{operator} {_describe(found_size, found_stride, step.activation)} where {where} "
-                f"{_describe(size, stride, activation)}"
-            )
-        self.check_shape(step, (1, -(-height // found_stride), -(-width // found_stride), out_filters))
-        self.place(step)
-        return Convolution(step, kernel, bias, depthwise, found_size, found_stride, in_filters, out_filters)
-
-    def kernel_and_bias(self, operator: Operator) -> tuple[Tensor, Tensor | None]:
-        kernel, bias = (*operator.inputs[1:3], -1, -1)[:2]  # −1: left out
-        if kernel not in self.flow.constants or (bias >= 0 and bias not in self.flow.constants):
-            raise Mismatch(f"the kernel and bias of {operator} are not constants")
-        return self.flow.constants[kernel], self.flow.constants.get(bias)
-
-    def separable(self, depthwise: Step, where: str, activation: int | None = NONE) -> Separable:
-        """A 3×3 depthwise convolution and the pointwise one after it, with any activation for None."""
-        first = self.convolution(depthwise, where, size=3)
-        step = self.only(first.output, "CONV_2D", where)
-        if activation is None:
-            activation = RELU6 if step.activation == RELU6 else NONE
-        return Separable(first, self.convolution(step, where, activation=activation))
-
     # --- backbone ---
 
     def blocks(self, x: int) -> Iterator[BlockMatch]:
         for index in itertools.count():
-            # What resamples for the BiFPN has no activation; what begins a block has.
+            # A convolution that begins a block has an activation; one that resamples for the BiFPN has none.
             begin = [
                 step
                 for step in self.reading(x, "CONV_2D", "DEPTHWISE_CONV_2D")
@@ -291,7 +140,7 @@ class _Matcher:
             if index and not begin:
                 return
             if len(begin) != 1:
-                raise Mismatch(f"{self.after(x)} where blocks_{index} should begin")
+                raise Mismatch(f"{self.after(x)}, but blocks_{index} should begin there")
             block = self.block(x, begin[0], f"blocks_{index}")
             yield block
             x = block.output
@@ -314,12 +163,6 @@ class _Matcher:
             output = shortcut[0].output
         return BlockMatch(expand, depthwise, project, output)
 
-    def place_sum(self, step: Step, shape: tuple[int, ...], activation: int) -> None:
-        if step.activation != activation or any(self.flow.shape(i) != shape for i in step.inputs):
-            raise Mismatch(f"{step.operator} does not add maps of one shape, or has another activation")
-        self.check_shape(step, shape)
-        self.place(step)
-
     # --- P6 and up ---
 
     def extra_levels(self, p5: int) -> tuple[Convolution | None, list[int]]:
@@ -330,7 +173,7 @@ class _Matcher:
             if [s.kind for s in after] == ["MAX_POOL_2D"]:
                 found.append((step, after[0]))
         if len(found) != 1:
-            raise Mismatch(f"{len(found)} max-pooled maps follow the backbone where P6 should")
+            raise Mismatch(f"{len(found)} max-pooled maps follow the backbone, not one for P6")
         before, pool = found[0]
         conv = None if before is None else self.convolution(before, "resample_p6")
         maps: list[int] = []
@@ -344,36 +187,16 @@ class _Matcher:
             pools = self.reading(maps[-1], "MAX_POOL_2D")
         return conv, maps
 
-    def place_max_pool(self, step: Step, where: str) -> None:
-        """Stride 2, window 3, SAME: AutoML's resampling from one level to the next."""
-        options = [step.operator.option(i, code) for i, code in enumerate("biiiib")]
-        if options != [_SAME, 2, 2, 3, 3, NONE]:
-            raise Mismatch(f"{step.operator} does not pool 3×3 by 2 as {where} does")
-        _, height, width, filters = self.flow.shape(step.inputs[0])
-        self.check_shape(step, (1, (height + 1) // 2, (width + 1) // 2, filters))
-        self.place(step)
-
-    def place_resize(self, step: Step, where: str) -> None:
-        """Nearest neighbour, pixel ``floor(i · in / out)``, to the size of what is written."""
-        if step.operator.option(0, "?") or step.operator.option(1, "?"):
-            raise Mismatch(f"{step.operator} aligns corners or pixel centres, which {where} does not")
-        size = self.flow.constants.get((*step.operator.inputs, -1)[1])
-        shape = self.flow.shape(step.output)
-        if size is None or tuple(size.stored().reshape(-1).tolist()) != shape[1:3]:
-            raise Mismatch(f"{step.operator} does not resize to the shape {list(shape)} that it writes")
-        self.check_shape(step, (1, *shape[1:3], self.flow.shape(step.inputs[0])[3]))
-        self.place(step)
-
     # --- BiFPN ---
 
     def at_heads(self, features: list[int]) -> bool:
-        """Another cell would add the top level to something; the heads convolve it."""
+        """Whether the heads come next: they convolve the top level, another cell would add it to a map."""
         return not self.reading(features[-1], *ADDS)
 
     def cell(
         self, features: list[int], config: EfficientDetConfig, where: str
     ) -> tuple[tuple[NodeMatch, ...], list[int]]:
-        """(its nodes, the maps it hands on)."""
+        """(the nodes of the cell, its output maps)."""
         maps = list(features)
         last: dict[int, int] = {}
         nodes = []
@@ -406,7 +229,7 @@ class _Matcher:
         return NodeMatch(resample, self.separable(depthwise, where))
 
     def sums_of(self, tensor: int) -> list[Step]:
-        """The whole sums that ``tensor`` goes into, directly or resampled."""
+        """The complete sums that ``tensor`` is part of, directly or resampled."""
         near = self.flow.consumers[tensor]
         far = [s for step in near if step.kind in _RESAMPLERS for s in self.flow.consumers[step.output]]
         totals = {}
@@ -418,7 +241,7 @@ class _Matcher:
         return list(totals.values())
 
     def is_part(self, step: Step) -> bool:
-        """Whether a sum does nothing but go into another: two additions that are one sum of three."""
+        """Whether the only use of a sum is in another sum: two additions that make one sum of three."""
         after = self.flow.consumers[step.output]
         return step.activation == NONE and len(after) == 1 and after[0].kind in ADDS
 
@@ -435,7 +258,7 @@ class _Matcher:
         return parts, leaves
 
     def trace(self, leaf: int, ids: dict[int, int]) -> _Path | None:
-        """Back from a term of a sum to the one of the maps ``ids`` that it is made of."""
+        """Follow a term of a sum back to the map it is made from, one of ``ids``; None if there is none."""
         tensor, steps = leaf, []
         for kinds in (_RESAMPLERS, ("CONV_2D",)):
             step = self.flow.producers.get(tensor)
@@ -476,7 +299,7 @@ class _Matcher:
         return class_net, box_net, ends["box"][0].postprocess
 
     def head(self, begin: Step, where: str) -> tuple[Separable, ...]:
-        """One head at one level: separable convolutions with ReLU6, then one without."""
+        """One head at one level: separable convolutions with ReLU6, then one without it."""
         layers = [self.separable(begin, where, None)]
         while layers[-1].pointwise.step.activation == RELU6:
             begin = self.only(layers[-1].output, "DEPTHWISE_CONV_2D", where)
@@ -484,7 +307,7 @@ class _Matcher:
         return tuple(layers)
 
     def end(self, x: int, level: int, levels: int) -> _End:
-        """What becomes of a head's output ``x``: flattened, joined with the other levels', made a score."""
+        """Follow the output ``x`` of a head: it is flattened, joined with other levels, made a score."""
         end = _End()
         size = math.prod(self.flow.shape(x))
         while self.flow.consumers[x] and end.postprocess is None:
@@ -517,26 +340,8 @@ class _Matcher:
         return found
 
 
-def _stride(operator: Operator, size: int) -> int:
-    """The stride of a convolution. Raises :class:`Mismatch` for what AutoML never does."""
-    depthwise = operator.kind == "DEPTHWISE_CONV_2D"
-    strides = {operator.option(1, "i"), operator.option(2, "i")}
-    dilations = {operator.option(i, "i", 1) for i in ((5, 6) if depthwise else (4, 5))}
-    if strides not in ({1}, {2}) or dilations != {1} or size % 2 == 0:
-        raise Mismatch(f"{operator} has strides, dilations or a kernel that are not AutoML's")
-    # A 1×1 convolution has nothing to pad; TensorFlow's separable one says VALID.
-    if operator.option(0, "b") != _SAME and (size != 1 or strides == {2}):
-        raise Mismatch(f"{operator} does not pad as SAME does")
-    return strides.pop()
-
-
-def _describe(size: int | None, stride: int | None, activation: int) -> str:
-    name = {NONE: "no activation", RELU6: "ReLU6"}.get(activation, "another activation")
-    return f"is {size or 'n'}×{size or 'n'} with stride {stride or 'n'} and {name}"
-
-
 def _backbone_config(stem: Convolution, blocks: tuple[BlockMatch, ...]) -> BackboneConfig:
-    """Consecutive blocks of one kernel, expansion and width are a stage; one that strides begins one."""
+    """Group the blocks into stages: the same kernel, expansion and width; a stride begins a new stage."""
     stages: list[Stage] = []
     for block in blocks:
         expand = block.expand.out_filters // block.expand.in_filters if block.expand else 1
@@ -553,7 +358,10 @@ def _backbone_config(stem: Convolution, blocks: tuple[BlockMatch, ...]) -> Backb
 
 
 def _kinds_of(pair: list[tuple[Separable, ...]], ends: list[_End]) -> tuple[str, str]:
-    """Which of the two heads of a level is which: by what becomes of it, else by the released 9 anchors."""
+    """("class", "box") or the reverse, for the two heads of a level.
+
+    The class net has scores. Without them, the box net is the one whose width fits the 9 released anchors.
+    """
     scores = [end.is_score for end in ends]
     if scores == [False, False]:
         widths = [chain[-1].pointwise.out_filters for chain in pair]
@@ -562,7 +370,7 @@ def _kinds_of(pair: list[tuple[Separable, ...]], ends: list[_End]) -> tuple[str,
         return "class", "box"
     if scores == [False, True]:
         return "box", "class"
-    raise Mismatch("nothing tells its class net from its box net")
+    raise Mismatch("its class net and its box net cannot be distinguished")
 
 
 def _head(kind: str, chains: list[tuple[Separable, ...]], ends: list[_End]) -> Head:
@@ -580,7 +388,7 @@ def _check_predictions(class_net: Head, box_net: Head) -> None:
     classes, left = divmod(class_net.out_filters, anchors) if anchors else (0, 1)
     if rest or left or len(class_net.levels[0]) != len(box_net.levels[0]):
         raise Mismatch(
-            f"its heads predict {class_net.out_filters} and {box_net.out_filters} values a location, after "
+            f"its heads predict {class_net.out_filters} and {box_net.out_filters} values per location, after "
             f"{len(class_net.levels[0])} and {len(box_net.levels[0])} layers"
         )
     if box_net.values not in (None, BOX_VALUES) or class_net.values not in (None, classes):

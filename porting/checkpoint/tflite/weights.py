@@ -1,12 +1,13 @@
-"""From the folded convolutions of a TFLite file to AutoML's variables, and the checks on the way.
+"""From the folded convolutions of a TFLite file to AutoML's variables, with checks.
 
-A convolution with its batch norm folded in becomes the folded kernel and a batch norm that only adds the
-folded bias. The heads are different: AutoML shares one kernel over all levels, with a batch norm for each
-level, so the file has one folded kernel a level, each a multiple of the shared one, output channel by output
-channel. That makes the shared kernel and the scales of the batch norms recoverable, and damage visible.
+A convolution with a folded batch norm becomes the folded kernel and a batch norm that only adds the folded
+bias. The heads are different: AutoML shares one kernel over all levels, with a batch norm for each level. So
+the file has one folded kernel per level, and each is a multiple of the shared kernel, output channel by
+output channel. From them the shared kernel and the scales of the batch norms are computed; damage shows as a
+kernel that is not a multiple.
 
-Source: TensorFlow Lite 8-bit quantization specification: weights are symmetric, with one scale an output
-channel; biases are at the product of the scales of input and kernel.
+Source: TensorFlow Lite 8-bit quantization specification: weights are symmetric, with one scale per output
+channel; the scale of a bias is the product of the scales of input and kernel.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ import numpy as np
 
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import Graph, Tensor
-from porting.checkpoint.tflite.match import Convolution
+from porting.checkpoint.tflite.structure import Convolution
 from porting.checkpoint.wire import Malformed
 from pytorch_model.config import BN_EPSILON
 
-# Half a step between float weights, as a fraction of the largest weight of the output channel: what folding
-# a batch norm may have rounded off. float32: two products of 2^-24 each, doubled; float16: one rounding.
+# Half a step between float weights, as a fraction of the largest weight of the output channel: the rounding
+# error of folding a batch norm. float32: two products of 2^-24 each, doubled; float16: one rounding.
 _HALF_STEP = {np.dtype("<f4"): 2.0**-22, np.dtype("<f2"): 2.0**-11}
 _SMALLEST_HALF_STEP = {np.dtype("<f4"): 2.0**-126, np.dtype("<f2"): 2.0**-25}
 
-# TFLite multiplies the scales of input and kernel in float32; further apart is damage.
+# TFLite multiplies the scales of input and kernel in float32; a larger difference means damage.
 _SCALE_TOLERANCE = 1e-6
 
-# A kernel that all levels share is counted once a level; nothing else in a real file is used twice.
+# A kernel that all levels share is counted once per level; nothing else in a real file is used twice.
 _MOST_REUSE = 16
 
 
 class Layer(NamedTuple):
-    """A convolution of the file and its AutoML names; ``bn`` is a scope. None: AutoML has none there."""
+    """A convolution of the file with its AutoML names; ``bn`` is a scope. None: AutoML has none."""
 
     convolution: Convolution
     kernel: str
@@ -54,9 +55,9 @@ class Variable(NamedTuple):
 
 
 def variables(layers: Sequence[Layer]) -> Iterator[Variable]:
-    """What the layers are made of; layers of one kernel are the levels of a head, finest first.
+    """AutoML's variables of ``layers``. Layers with the same kernel are the levels of a head, finest first.
 
-    Raises :class:`Malformed` where levels that share a kernel or a bias in AutoML do not share it here.
+    Raises :class:`Malformed` if levels that share a kernel or a bias in AutoML do not share it here.
     """
     by_kernel: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
@@ -79,7 +80,7 @@ def variables(layers: Sequence[Layer]) -> Iterator[Variable]:
 
 
 def _without_bn(shared: list[Layer]) -> Iterator[Variable]:
-    """A kernel that is the same at every level; with its bias, if AutoML has one there."""
+    """A kernel that is the same at every level, and its bias if AutoML has one."""
     first = shared[0]
     kernel = first.convolution.kernel
     for layer in shared[1:]:
@@ -90,7 +91,7 @@ def _without_bn(shared: list[Layer]) -> Iterator[Variable]:
     if first.bias is not None:
         yield _constant(first.bias, first.convolution, shared_bias(shared))
     elif any(_bias(layer.convolution).any() for layer in shared):
-        raise Malformed(f"{first.kernel} comes with a bias, which a separable convolution has not")
+        raise Malformed(f"{first.kernel} has a bias, which a depthwise convolution in AutoML does not have")
 
 
 def _kernel_variable(layer: Layer, read: Callable[[], np.ndarray]) -> Variable:
@@ -100,7 +101,7 @@ def _kernel_variable(layer: Layer, read: Callable[[], np.ndarray]) -> Variable:
 
 
 def _bn_variables(layer: Layer, scale: np.ndarray) -> Iterator[Variable]:
-    """A batch norm that is x · ``scale`` + the convolution's bias."""
+    """A batch norm that computes x · ``scale`` + the convolution's bias."""
     conv = layer.convolution
     yield _constant(f"{layer.bn}/gamma", conv, scale)
     yield Variable(f"{layer.bn}/beta", (conv.out_filters,), partial(_bias, conv))
@@ -126,15 +127,15 @@ def _bias(conv: Convolution) -> np.ndarray:
     return np.zeros(conv.out_filters) if conv.bias is None else conv.bias.values()
 
 
-# --- what the levels of a head share ---------------------------------------------------------------------
+# --- kernels and biases shared by the levels of a head ---------------------------------------------------
 
 
 @np.errstate(all="ignore")
 def shared_kernel(layers: Sequence[Layer]) -> tuple[np.ndarray, np.ndarray]:
-    """The kernel of which every level's is a multiple: float64 ([out, h, w, in], scales [levels, out]).
+    """The shared kernel and the factor of each level: float64 ([out, h, w, in], scales [levels, out]).
 
-    Each output channel is taken from the level that stores it most finely. Raises :class:`Malformed` where
-    a level's differs from its multiple by more than storing both can have rounded off.
+    Each output channel is taken from the level that stores it with the finest steps. Raises
+    :class:`Malformed` if a level's kernel differs from its multiple by more than the rounding of both.
     """
     kernels = np.stack([layer.convolution.kernel.values() for layer in layers])
     levels, channels = kernels.shape[:2]
@@ -142,7 +143,7 @@ def shared_kernel(layers: Sequence[Layer]) -> tuple[np.ndarray, np.ndarray]:
     half_steps = np.stack([_half_step(layer.convolution.kernel, channels) for layer in layers])
     largest = np.abs(flat).max(axis=2)
     coarseness = np.where(largest > 0, half_steps / largest, np.inf)
-    # Those as fine as the finest, but for rounding, are equally good; the first of them is P3's if it can be.
+    # Levels that are equally fine up to rounding are equally good; the first is taken, P3 if possible.
     finest = (coarseness <= coarseness.min(axis=0) * (1 + 1e-6)).argmax(axis=0)
     channel = np.arange(channels)
     shared = flat[finest, channel]
@@ -154,16 +155,16 @@ def shared_kernel(layers: Sequence[Layer]) -> tuple[np.ndarray, np.ndarray]:
     if len(wrong):
         level, out = wrong[0]
         raise Malformed(
-            f"{layers[0].kernel} is one kernel in AutoML, but output channel {out} of what the file has for "
-            f"{layers[level].bn} is no multiple of the other levels'"
+            f"{layers[0].kernel} is one kernel in AutoML, but output channel {out} of the kernel for "
+            f"{layers[level].bn} is not a multiple of the other levels'"
         )
     return shared.reshape(kernels.shape[1:]), scales
 
 
 def shared_bias(layers: Sequence[Layer]) -> np.ndarray:
-    """The bias [out] that every level's is a rounding of, float64: the middle of what all of them allow.
+    """The bias [out] that every level's is a rounding of, float64: the middle of the range that all allow.
 
-    Raises :class:`Malformed` where they allow none.
+    Raises :class:`Malformed` if the range is empty.
     """
     channels = layers[0].convolution.out_filters
     lower, upper = np.full(channels, -np.inf), np.full(channels, np.inf)
@@ -178,7 +179,7 @@ def shared_bias(layers: Sequence[Layer]) -> np.ndarray:
 
 
 def _half_step(tensor: Tensor, channels: int) -> np.ndarray:
-    """Half the distance between values the tensor can hold, float64 [channels] along its channel axis."""
+    """Half the distance between the values a tensor can hold, float64 [channels] along its channel axis."""
     if tensor.is_quantized:
         return np.broadcast_to(tensor.scale.astype(np.float64) / 2, (channels,))
     dtype = tensor.stored().dtype
@@ -190,9 +191,9 @@ def _half_step(tensor: Tensor, channels: int) -> np.ndarray:
 
 
 def check_layers(layers: Sequence[Layer], graph: Graph, file_size: int) -> None:
-    """Refuse kernels and biases of the wrong type, shape or scale.
+    """Check the type, shape and scale of every kernel and bias.
 
-    Raises :class:`Mismatch` and :class:`Malformed`, the latter too where a small file claims many weights.
+    Raises :class:`Mismatch` or :class:`Malformed`; the latter also if a small file claims many weights.
     """
     used = 0
     for layer in layers:
@@ -212,7 +213,7 @@ def _check_kernel(conv: Convolution) -> None:
         raise Mismatch(f"the kernel of {operator} is not float32, float16 or int8")
     kernel.stored()
     if kernel.is_quantized != (kernel.dtype == np.int8) or kernel.zero_point.any():
-        raise Malformed(f"the kernel of {operator} is not quantised as TFLite does it")
+        raise Malformed(f"the kernel of {operator} is not quantised as in TFLite")
     if len(kernel.scale) > 1 and kernel.axis != (3 if conv.depthwise else 0):
         raise Malformed(f"the kernel of {operator} is not quantised along its output channels")
 

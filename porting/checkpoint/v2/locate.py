@@ -1,4 +1,4 @@
-"""From what a user points at (a folder, a prefix, one of the files) to the prefix of one V2 checkpoint."""
+"""From the path that a user gives (a folder, a prefix, one of the files) to one V2 checkpoint."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ _STATE_LINE = re.compile(
 )
 _ESCAPE = re.compile(rb"\\(?:([0-7]{1,3})|[xX]([0-9a-fA-F]{1,2})|(.))")
 _ESCAPED = dict(zip(b"abfnrtv?\"'\\", b"\a\b\f\n\r\t\v?\"'\\", strict=True))
-_STATE_LIMIT = 1 << 20  # bytes; the path asked for is in the first line, older ones follow
+_STATE_LIMIT = 1 << 20  # bytes; the newest path is in the first line, older ones follow
 _MOST_LISTED = 10
 
 
 def locate(path: str | os.PathLike[str], step: int | None) -> Path:
     """The ``.index`` file of the checkpoint that ``path`` means.
 
-    ``path``: a folder (its ``checkpoint`` state file decides; without one, or with ``step``, the index files
-    in it do; one without an index stands for the folder ``checkpoint`` in it), a prefix with or without its
-    step number, or a checkpoint's ``.index``, ``.data-…`` or ``.meta`` file. ``step``: take ``…-STEP``.
-    Raises CheckpointError if that does not settle on one.
+    ``path`` is one of:
+
+    - a folder. Its state file ``checkpoint`` decides; without it, or with ``step``, the index files in the
+      folder do. If it has neither, the folder ``checkpoint`` inside it is used.
+    - a prefix, with or without its step number;
+    - the ``.index``, ``.data-…`` or ``.meta`` file of a checkpoint.
+
+    ``step``: take the checkpoint ``…-STEP``. Raises CheckpointError if this does not lead to exactly one.
     """
     path = Path(path)
     try:
@@ -50,7 +54,7 @@ def _in_folder(folder: Path, step: int | None) -> Path:
     if not prefixes:
         raise CheckpointError(
             f"{folder} holds no TensorFlow V2 checkpoint: no file in it ends in .index; "
-            "point at the folder or prefix of one"
+            "give the folder or prefix of one"
         )
     return _pick(folder, prefixes, step)
 
@@ -67,18 +71,18 @@ def _from_prefix(path: Path, step: int | None) -> Path:
         if steps:
             return _pick(path.parent, steps, step)
     if prefix != path and path.exists():
-        raise CheckpointError(f"{path} is there but its index {index.name} is not; put it beside the data")
+        raise CheckpointError(f"{path} exists but its index {index.name} does not; put it beside the data")
     if path.exists():
         raise CheckpointError(
             f"{path} is not a TensorFlow V2 checkpoint: there is no {index.name} beside it; "
-            "point at the folder or prefix of one"
+            "give the folder or prefix of one"
         )
     missing = f"{path} does not exist" if path == index else f"neither {path} nor {index} exists"
     raise CheckpointError(f"{missing}; check the path")
 
 
 def _pick(folder: Path, prefixes: list[str], step: int | None) -> Path:
-    """The only one, the one at ``step``, or else the newest of one family ``stem-N``."""
+    """The index of the only checkpoint, the one at ``step``, or the newest of those named ``stem-N``."""
     if step is not None:
         chosen = [name for name in prefixes if _step_of(name) == step]
         if not chosen:
@@ -99,7 +103,10 @@ def _pick(folder: Path, prefixes: list[str], step: int | None) -> Path:
 
 
 def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
-    """What the state file calls the latest. Its paths may come from another machine."""
+    """The index of the checkpoint that the state file calls the latest.
+
+    The paths in a state file may be those of another machine.
+    """
     with open(state, "rb") as file:
         match = _STATE_LINE.search(file.read(_STATE_LIMIT))
     if not match:
@@ -108,7 +115,7 @@ def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
             "remove it, or name the prefix you mean"
         )
     named = _unescape(state, match[1] or match[2] or b"")
-    # The folder may have been copied: what lies here goes before what an absolute path points to.
+    # The folder may have been copied: a checkpoint in it has priority over an absolute path.
     basename = PureWindowsPath(PurePosixPath(named).name).name
     candidates = (
         [folder / basename, Path(named)] if os.path.isabs(named) else [folder / named, folder / basename]
@@ -116,7 +123,7 @@ def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
     for candidate in candidates:
         if basename and _index_of(candidate).is_file():
             return _index_of(candidate)
-    found = f"it holds {_listing(prefixes)}" if prefixes else "no file here ends in .index"
+    found = f"it holds {_listing(prefixes)}" if prefixes else "no file in it ends in .index"
     raise CheckpointError(
         f"{state} names {named!r}, but there is no {basename}.index in {folder} ({found}); "
         "fetch the missing files or name another prefix"
@@ -140,20 +147,20 @@ def _step_of(prefix: str) -> int | None:
 
 
 def _stem_of(prefix: str) -> str:
-    """``stem`` of ``stem-N``; a prefix without a step is its own."""
+    """``stem`` of ``stem-N``; the prefix itself if it has no step."""
     return re.sub(r"-[0-9]{1,18}$", "", prefix)
 
 
 def _unescape(state: Path, text: bytes) -> str:
-    """The path that a protocol buffer text string stands for; whatever is not ASCII is in octal there."""
+    """The path in a protocol buffer text string, in which characters other than ASCII are octal escapes."""
 
     def character(match: re.Match[bytes]) -> bytes:
         octal, hexadecimal, other = match.groups()
         value = int(octal, 8) if octal else int(hexadecimal, 16) if hexadecimal else _ESCAPED.get(other[0])
-        if not value or value > 0xFF:  # no path holds a zero
+        if not value or value > 0xFF:  # a path cannot hold a zero
             raise CheckpointError(
-                f"{state} names a path with {os.fsdecode(match[0])!r}, which stands for no character of a "
-                "path; correct the file, or name the prefix you mean"
+                f"{state} names a path with {os.fsdecode(match[0])!r}, which is not a character of a path; "
+                "correct the file, or name the prefix you mean"
             )
         return bytes([value])
 

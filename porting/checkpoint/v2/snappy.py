@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from porting.checkpoint.wire import Malformed, read_varint
 
-#: Of one block. TensorFlow ends a block with the entry that takes it beyond 256 kB.
+#: Of one block. TensorFlow ends a block after the entry that makes it larger than 256 kB.
 MOST_BYTES = 1 << 20
 
 
 def decompress(data: bytes) -> bytes:
-    """The bytes that raw snappy ``data`` stands for.
+    """Decompress raw snappy ``data``, to at most :data:`MOST_BYTES` (3 bytes can expand to 64).
 
-    At most :data:`MOST_BYTES`: 3 bytes may stand for 64. Raises
-    :class:`~porting.checkpoint.wire.Malformed` on anything but a well-formed stream.
+    Raises :class:`~porting.checkpoint.wire.Malformed` unless it is a well-formed stream.
     """
     length, position = read_varint(data, 0)
     if length > MOST_BYTES:
@@ -39,7 +38,7 @@ def decompress(data: bytes) -> bytes:
 
 
 def _literal(data: bytes, position: int) -> tuple[int, int]:
-    """(start, size) of the literal whose tag is at ``position``."""
+    """(start, size) of the literal with its tag at ``position``."""
     size = data[position] >> 2
     position += 1
     if size >= 60:  # 60…63: the size follows in 1…4 bytes
@@ -62,7 +61,7 @@ def _copy(data: bytes, position: int) -> tuple[int, int, int]:
 
 
 def _repeat(output: bytearray, offset: int, size: int) -> None:
-    """Append ``size`` bytes starting ``offset`` before the end; the copy may run into what it has written."""
+    """Append ``size`` bytes from ``offset`` before the end; the source may overlap the appended bytes."""
     start = len(output) - offset
     pattern = output[start : start + size]
     repeats, rest = divmod(size, len(pattern))

@@ -1,8 +1,9 @@
 """LevelDB tables: sorted (key, value) pairs in checksummed blocks. A checkpoint's ``.index`` file is one.
 
-A table is data blocks, a metaindex block, an index block (last key of each data block -> where it lies) and
-a 48-byte footer. A block is entries whose keys drop the prefix shared with the key before, then the offsets
-at which a key is whole ("restarts"); one byte of compression type and a masked CRC32C follow it.
+A table consists of data blocks, a metaindex block, an index block (last key of each data block → its
+position) and a 48-byte footer. A block holds entries, whose keys omit the prefix shared with the key before,
+and then the offsets of the entries with a complete key ("restarts"). One byte of compression type and a
+masked CRC32C follow each block.
 
 Sources: google/leveldb ``doc/table_format.md``; TensorFlow ``core/lib/io/{table_builder,block,format}.cc``.
 """
@@ -22,12 +23,12 @@ FOOTER_SIZE = 48
 
 _TRAILER_SIZE = 5  # compression type, CRC32C
 _UNCOMPRESSED, _SNAPPY = 0, 1
-_RESTART_INTERVAL = 16  # as TensorFlow writes data blocks; index blocks restart at every key
+_RESTART_INTERVAL = 16  # in TensorFlow's data blocks; index blocks restart at every key
 _BLOCK_SIZE = 262144
 
 
 def mask_crc(crc: int) -> int:
-    """LevelDB's guard against checksums of data that holds checksums: rotate right by 15, add a constant."""
+    """LevelDB's masked CRC32C, for data that itself holds CRCs: rotated by 15 bits, plus a constant."""
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
@@ -37,9 +38,9 @@ def is_table(footer: bytes) -> bool:
 
 
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Yield every (key, value) of a table, in strictly ascending key order, all checksums verified.
+    """Yield every (key, value) of a table in strictly ascending key order; all checksums are verified.
 
-    Raises :class:`~porting.checkpoint.wire.Malformed`, with the byte offset of the block at fault.
+    Raises :class:`~porting.checkpoint.wire.Malformed` with the byte offset of the damaged block.
     """
     if not is_table(data[-FOOTER_SIZE:]):
         raise Malformed("its last 48 bytes are not the footer of a LevelDB table")
@@ -47,7 +48,7 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     meta_offset, meta_size, index_offset, index_size = _read_footer(data[end:])
     metaindex = _read_block(data, meta_offset, meta_size, end)
     for _ in _entries(metaindex, meta_offset):
-        pass  # TensorFlow leaves it empty; read for its checksum and form alone
+        pass  # TensorFlow leaves it empty; it is read only to check it
     last_key: bytes | None = None
     block_end = 0
     for separator, handle in _entries(_read_block(data, index_offset, index_size, end), index_offset):
@@ -62,7 +63,7 @@ def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             yield key, value
         if last_key is not None and last_key > separator:
             raise Malformed(f"the block at byte {offset} holds keys beyond the one its index entry promises")
-        last_key = separator  # which keys of the next block must exceed
+        last_key = separator  # the keys of the next block must be greater
 
 
 def _read_footer(footer: bytes) -> list[int]:
@@ -73,7 +74,7 @@ def _read_footer(footer: bytes) -> list[int]:
         number, position = read_varint(footer[:-8], position)
         numbers.append(number)
     if footer[:-8] != b"".join(map(write_varint, numbers)).ljust(FOOTER_SIZE - 8, b"\0"):
-        raise Malformed("its footer is damaged")  # the one part without a checksum
+        raise Malformed("its footer is damaged")  # the only part without a checksum
     return numbers
 
 
@@ -86,7 +87,7 @@ def _read_handle(handle: bytes, index_offset: int) -> tuple[int, int]:
 
 
 def _read_block(data: bytes, offset: int, size: int, end: int) -> bytes:
-    """The contents of the block at ``offset``, which with its trailer must lie before ``end``."""
+    """The contents of the block at ``offset``; the block and its trailer must end before ``end``."""
     stop = offset + size
     if stop + _TRAILER_SIZE > end:
         raise Malformed(f"the block at byte {offset} ({size} bytes) runs past the end of the table")
@@ -106,7 +107,7 @@ def _read_block(data: bytes, offset: int, size: int, end: int) -> bytes:
 
 
 def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield the (key, value) pairs of one block, in its order; ``offset`` is for messages."""
+    """Yield the (key, value) pairs of one block in its order; ``offset`` is used in messages."""
     try:
         restarts, end = _restarts(block)
         key = b""
@@ -117,7 +118,7 @@ def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
             if is_restart:
                 restart = next(restarts, end)
             shared, unshared, size = block[position : position + 3].ljust(3, b"\xff")
-            if shared | unshared | size < 0x80:  # one byte each, as nearly always
+            if shared | unshared | size < 0x80:  # one byte each: the usual case
                 position += 3
             else:
                 shared, position = read_varint(block, position)
@@ -136,7 +137,7 @@ def _entries(block: bytes, offset: int) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _restarts(block: bytes) -> tuple[Iterator[int], int]:
-    """(offsets at which a key is whole, ascending; where the entries end)."""
+    """(offsets of the entries with a complete key, ascending; the end of the entries)."""
     if len(block) < 8:
         raise Malformed(f"it is {len(block)} bytes long")
     (count,) = struct.unpack_from("<I", block, len(block) - 4)
@@ -149,7 +150,7 @@ def _restarts(block: bytes) -> tuple[Iterator[int], int]:
             raise Malformed("its restart points are out of order")
         last = offset
     if last >= max(end, 1):
-        raise Malformed("a restart point lies outside it")
+        raise Malformed("a restart point is outside it")
     return _numbers(block, end, count), end
 
 
@@ -159,9 +160,9 @@ def _numbers(block: bytes, start: int, count: int) -> Iterator[int]:
 
 
 def write_table(items: Iterable[tuple[bytes, bytes]], block_size: int = _BLOCK_SIZE) -> bytes:
-    """The table that holds ``items``, which must come in strictly ascending key order, uncompressed.
+    """An uncompressed table of ``items``, whose keys must be strictly ascending.
 
-    Byte for byte what TensorFlow would write.
+    It has the same bytes as the table that TensorFlow would write.
     """
     output = bytearray()
     index = _BlockBuilder(restart_interval=1)
@@ -181,7 +182,7 @@ def write_table(items: Iterable[tuple[bytes, bytes]], block_size: int = _BLOCK_S
 
 
 def _append_block(output: bytearray, contents: bytes, compression: int = _UNCOMPRESSED) -> bytes:
-    """Add a block and its trailer to a table; the result is its handle (offset and size)."""
+    """Append a block and its trailer to a table; returns the handle of the block (offset and size)."""
     handle = write_varint(len(output)) + write_varint(len(contents))
     checked = contents + bytes([compression])
     output += checked + mask_crc(google_crc32c.value(checked)).to_bytes(4, "little")
@@ -189,7 +190,7 @@ def _append_block(output: bytearray, contents: bytes, compression: int = _UNCOMP
 
 
 class _BlockBuilder:
-    """One block in the making. ``len`` is its size in bytes were it finished now."""
+    """A block that is being written. ``len`` is the size in bytes that it would have if finished now."""
 
     def __init__(self, restart_interval: int) -> None:
         self.last_key: bytes | None = None
@@ -220,7 +221,7 @@ class _BlockBuilder:
 
 
 def _separator(key: bytes, next_key: bytes) -> bytes:
-    """The short key LevelDB files a block under: at least its last key, less than the next block's first."""
+    """LevelDB's short index key of a block: at least its last key, less than the first of the next block."""
     at = _common_prefix(key, next_key)
     if at < len(key) and at < len(next_key) and key[at] + 1 < next_key[at]:
         return key[:at] + bytes([key[at] + 1])
@@ -228,7 +229,7 @@ def _separator(key: bytes, next_key: bytes) -> bytes:
 
 
 def _successor(key: bytes) -> bytes:
-    """The same for the last block, which has no next: the shortest key that is no less than its last."""
+    """The index key of the last block: the shortest key that is not less than its last key."""
     for at, byte in enumerate(key):
         if byte != 0xFF:
             return key[:at] + bytes([byte + 1])

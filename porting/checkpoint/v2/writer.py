@@ -1,4 +1,4 @@
-"""Write a name-based TensorFlow V2 checkpoint that TensorFlow reads like its own."""
+"""Write a name-based TensorFlow V2 checkpoint that TensorFlow can read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import google_crc32c
 import numpy as np
 
 from porting.checkpoint import wire
-from porting.checkpoint.v2.bundle import DTYPE_NUMBERS, HEADER_KEY, SLICE_PREFIX, shard_path
+from porting.checkpoint.v2.index import DTYPE_NUMBERS, HEADER_KEY, SLICE_PREFIX, shard_path
 from porting.checkpoint.v2.locate import STATE_FILE
 from porting.checkpoint.v2.table import mask_crc, write_table
 from porting.errors import OutputError
@@ -24,14 +24,14 @@ from porting.errors import OutputError
 def write_bundle(
     prefix: str | os.PathLike[str], variables: Mapping[str, np.ndarray], num_shards: int = 1
 ) -> None:
-    """Write ``variables`` as ``PREFIX.index`` and ``PREFIX.data-…``, and a ``checkpoint`` state file beside.
+    """Write ``variables`` as ``PREFIX.index`` and ``PREFIX.data-…``, and the state file ``checkpoint``.
 
-    Arrays are taken one at a time, so a lazy mapping is never whole in memory. Missing folders are created;
-    an older checkpoint of the same prefix is replaced. All or nothing: on any failure, an interrupt included,
-    what was there before is there again. ``num_shards`` spreads the tensors over so many data files.
+    Arrays are read one at a time, so a lazy mapping is never completely in memory. Missing folders are
+    created, and an older checkpoint with the same prefix is replaced. On any failure, including Ctrl-C, the
+    folder is restored to its state before the call. ``num_shards``: the number of data files.
 
-    Raises :class:`~porting.errors.OutputError` if it cannot be written: a name or dtype the format does not
-    have, a full disk, a forbidden folder.
+    Raises :class:`~porting.errors.OutputError` if it cannot be written: a name or dtype that the format does
+    not allow, a full disk, missing permission.
     """
     prefix = Path(prefix)
     if not prefix.name:
@@ -53,7 +53,7 @@ def write_bundle(
 
 
 def _sorted_names(prefix: Path, variables: Mapping[str, np.ndarray]) -> list[str]:
-    """The names in the order of their UTF-8 bytes, which is the order of the table."""
+    """The names in the order of the table: sorted by their UTF-8 bytes."""
     for name in variables:
         if not name or name.startswith(SLICE_PREFIX.decode()):
             raise OutputError(f"{prefix} cannot be written: {name!r} is not a variable name; rename it")
@@ -69,7 +69,7 @@ def _sorted_names(prefix: Path, variables: Mapping[str, np.ndarray]) -> list[str
 def _write_shards(
     output: _Replacement, prefix: Path, variables: Mapping[str, np.ndarray], names: list[str], num_shards: int
 ) -> list[tuple[bytes, bytes]]:
-    """Write the data files; the result is the index entries, in order."""
+    """Write the data files; returns the index entries, in order."""
     entries: list[tuple[bytes, bytes]] = []
     with ExitStack() as opened:
         files = [
@@ -83,7 +83,7 @@ def _write_shards(
             if array.dtype not in DTYPE_NUMBERS:
                 raise OutputError(
                     f"{prefix} cannot be written: variable {name!r} has dtype {array.dtype}, "
-                    "which is not among those supported; convert it first"
+                    "which is not supported; convert it first"
                 )
             offset = files[shard].tell()
             files[shard].write(array.reshape(-1).view(np.uint8).data)
@@ -118,8 +118,8 @@ def _state(name: str) -> bytes:
 class _Replacement:
     """Files that appear in a folder together or not at all.
 
-    They are written under temporary names and take their places in :meth:`commit`, in the order created.
-    Leaving the context without it, for whatever reason, restores the folder as it was.
+    They are written under temporary names; :meth:`commit` renames them in the order of creation. Leaving the
+    context without a commit restores the folder to its earlier state.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -127,7 +127,7 @@ class _Replacement:
         self._token = f".{os.getpid()}-{secrets.token_hex(4)}"
         self._names: list[str] = []
         self._new_folders: list[Path] = []
-        self._moved: list[str] = []  # those whose place in the folder may have changed
+        self._moved: list[str] = []  # the names of the files that commit may have moved
         self._done = False
 
     def __enter__(self) -> _Replacement:
@@ -142,12 +142,13 @@ class _Replacement:
         return self
 
     def create(self, name: str) -> BinaryIO:
-        """A file to write, that becomes ``name``."""
+        """Open a file for writing; :meth:`commit` renames it to ``name``."""
         self._names.append(name)
         return open(self._temporary(name), "wb")
 
     def commit(self) -> None:
-        for name in self._names:  # on the disk first, or a crash could leave the new names without contents
+        # First to the disk: otherwise a crash could leave the new names without contents.
+        for name in self._names:
             with open(self._temporary(name), "rb") as file:
                 os.fsync(file.fileno())
         for name in self._names:
@@ -174,7 +175,7 @@ class _Replacement:
             temporary, backup, final = self._temporary(name), self._backup(name), self._folder / name
             with suppress(OSError):
                 if name in self._moved and not temporary.exists():
-                    final.unlink(missing_ok=True)  # ours took its place
+                    final.unlink(missing_ok=True)  # already replaced by ours
                 temporary.unlink(missing_ok=True)
                 if backup.exists():
                     os.replace(backup, final)

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.checkpoint.base import read_head
 from porting.checkpoint.tflite.checkpoint import is_tflite
 from porting.convert import convert
 from porting.errors import EfficientDetError
@@ -71,7 +72,7 @@ def open_reference(
                 variables = convert(served, config).variables
         return open_saved_model(folder, config, variables)
     path = graph or Path(checkpoint.location)
-    if not is_tflite(path):
+    if not is_tflite(read_head(path), path):
         raise EfficientDetError(f"{path} is not a TFLite file; give the one to compare with by --graph")
     return TFLiteReference(path, config)
 

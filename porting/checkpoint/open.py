@@ -1,0 +1,80 @@
+"""Find the format of a file or folder, and open it. One :class:`Reader` per format.
+
+To add a format, write a module with two functions, ``is_…(head, path)`` and ``open_…(path, step)``, and add a
+line to :data:`READERS`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from porting.checkpoint.archive import is_archive, open_archive
+from porting.checkpoint.base import Checkpoint, read_head
+from porting.checkpoint.frozen_graph import is_frozen_graph, open_frozen_graph
+from porting.checkpoint.keras_h5 import is_h5, open_h5
+from porting.checkpoint.objects.graph import is_object_based
+from porting.checkpoint.objects.open import open_object_checkpoint
+from porting.checkpoint.saved_model import as_served, is_saved_model, saved_model_prefix
+from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
+from porting.checkpoint.v2.bundle import TensorBundle
+from porting.checkpoint.v2.index import read_index
+from porting.checkpoint.v2.locate import locate
+from porting.errors import CheckpointError
+from pytorch_model.files import is_special
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format. ``matches``: whether a file is of this format, from its first bytes and its path."""
+
+    name: str
+    matches: Callable[[bytes, Path], bool]
+    open: Callable[[Path, int | None], Checkpoint]
+
+
+def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
+    """Open the checkpoint at ``path`` without reading its variables' values.
+
+    ``path``: a checkpoint folder, a prefix (``…/model``, ``…/model.ckpt-1000``), or one of the files of a
+    checkpoint; a SavedModel folder; a frozen graph (``.pb``); Keras weights (``.h5``); an EfficientDet-Lite
+    ``.tflite`` file; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one of these. ``step`` selects one of several
+    checkpoints in a folder; the default is the one that the state file names, or the newest.
+
+    Raises :class:`~porting.errors.CheckpointError`: ``path`` does not exist, names several checkpoints, or is
+    damaged, incomplete or not a checkpoint.
+    """
+    if is_special(path):
+        raise CheckpointError(f"{path} is a pipe or a device, not a file; copy what it gives into a file")
+    path = Path(path)
+    head = read_head(path)
+    reader = next(reader for reader in READERS if reader.matches(head, path))
+    return reader.open(path, step)
+
+
+def _open_archive(path: Path, step: int | None) -> Checkpoint:
+    return open_archive(path, step, open_checkpoint)
+
+
+def _open_v2(path: Path, step: int | None) -> Checkpoint:
+    """A V2 checkpoint, name-based or object-based, also the one inside a SavedModel."""
+    bundle = TensorBundle(read_index(locate(saved_model_prefix(path) or path, step)))
+    try:
+        checkpoint = open_object_checkpoint(bundle) if is_object_based(bundle) else bundle
+    except BaseException:
+        bundle.close()
+        raise
+    return as_served(checkpoint) if is_saved_model(bundle.source) else checkpoint
+
+
+#: The first that matches is used. The last one takes everything: folders, prefixes, and wrong paths, for
+#: which it has the error messages.
+READERS = (
+    Reader("archive", is_archive, _open_archive),
+    Reader("TFLite file", is_tflite, open_tflite),
+    Reader("Keras HDF5 weights", is_h5, open_h5),
+    Reader("frozen graph", is_frozen_graph, open_frozen_graph),
+    Reader("TensorFlow V2 checkpoint", lambda head, path: True, _open_v2),
+)
