@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytorch_model.config import MODELS, EfficientDetConfig, model_config
     from pytorch_model.detection.detector import Detector
-    from pytorch_model.efficientdet import EfficientDet, create_model
+    from pytorch_model.efficientdet import EfficientDet, create_model, load_model
     from pytorch_model.errors import ConfigError, EfficientDetError, PortingError, WeightsError
-    from pytorch_model.weights.files import load_model
 
 _HOMES = {
     "MODELS": "config",
@@ -25,7 +24,7 @@ _HOMES = {
     "PortingError": "errors",
     "WeightsError": "errors",
     "create_model": "efficientdet",
-    "load_model": "weights.files",
+    "load_model": "efficientdet",
     "model_config": "config",
 }
 

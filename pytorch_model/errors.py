@@ -30,6 +30,13 @@ def one_line(text: str) -> str:
     )
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, for a message of one line; its type if it has no text."""
+    if isinstance(error, RecursionError):
+        return "its values are nested too deeply"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class ConfigError(EfficientDetError):
     """A hyper-parameter has a value no EfficientDet can have. The message names it."""
 

@@ -16,7 +16,8 @@ from parity_tests.helpers.paths import ROOT
 from porting.parity.weight_comparison import read_weight_file
 from pytorch_model import ConfigError, EfficientDet, WeightsError, create_model, load_model
 from pytorch_model.config import MODELS, model_config
-from pytorch_model.weights.files import CLASS_PREDICTOR, read_weights, save_pretrained, write_weights
+from pytorch_model.efficientdet import CLASS_PREDICTOR
+from pytorch_model.weights.files import read_weights, write_weights
 
 MODEL = "efficientdet_lite0"
 
@@ -240,7 +241,7 @@ def test_an_impossible_number_of_classes_is_refused(tmp_path: Path, network: Eff
 
 def test_half_precision_stays_half_with_other_classes(tmp_path: Path, network: EfficientDet) -> None:
     half = load_of(network).half()
-    save_pretrained(half, tmp_path)
+    half.save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path, num_classes=3).parameters()} == {torch.float16}
 
 

@@ -81,7 +81,7 @@ def read_entries(path: Path) -> str:
 
 
 def load_weights(path: Path) -> str:
-    from pytorch_model.weights.files import load_model
+    from pytorch_model.efficientdet import load_model
 
     model = load_model(path)
     return digest(model.config, {key: tensor.numpy() for key, tensor in model.state_dict().items()})

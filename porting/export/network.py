@@ -51,14 +51,11 @@ class DetectingNetwork(nn.Module):
 
 def loaded(weights: Weights) -> EfficientDet:
     """The float32 network with ``weights``, ready to evaluate."""
-    with torch.device("meta"):
-        network = EfficientDet(weights.config)
     state_dict = {
         key: tensor.float() if tensor.is_floating_point() else tensor
         for key, tensor in weights.state_dict.items()
     }
-    network.load_state_dict(state_dict, assign=True)
-    return network.eval().requires_grad_(False)
+    return EfficientDet.from_state_dict(state_dict, weights.config).requires_grad_(False)
 
 
 def example_images(config: EfficientDetConfig, count: int = EXAMPLES) -> Tensor:

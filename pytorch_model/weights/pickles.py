@@ -10,13 +10,21 @@ Source: Python's ``pickletools``, whose descriptions of the instructions this go
 
 from __future__ import annotations
 
+import pickle
 import pickletools
+import re
+import warnings
 import zipfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from pytorch_model.errors import Reason
+import torch
+
+from pytorch_model.errors import Reason, WeightsError, first_line
+from pytorch_model.files import sha256_of_file
+from pytorch_model.weights.checks import DIGEST
 
 #: Of the pickle alone, tensors lie beside it. D7x's has 0.3 MB, with its averages and an optimizer's 0.9 MB.
 MOST_BYTES = 2 << 20
@@ -24,6 +32,13 @@ MOST_BYTES = 2 << 20
 #: D7x's come to 1.6 million, with averages and an optimizer's to some 6; reading so many takes seconds.
 MOST_WORK = 12_000_000
 
+#: torch.hub's convention: the name ends in the first digits of the file's SHA-256.
+NAMED_BY_HASH = re.compile(r".*-([0-9a-f]{8,64})\.pth")
+
+#: What :func:`check_pickles` raises for a file that must not be read.
+_REJECTIONS = (
+    *(Reason, ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error),
+)
 _ZIP = b"PK\3\4"
 #: Files of before PyTorch 1.6 begin with a mark, a version, facts of the system, the content, tensors' keys.
 _LEGACY_MARK, _LEGACY_VERSION, _LEGACY_PICKLES = 0x1950A86A20F9469CFC6C, 1001, 5
@@ -39,6 +54,55 @@ _KNOWN = frozenset(
 _MARK = pickletools.markobject
 #: Instructions that put into an object on the stack; they leave it there.
 _FILLING = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+
+
+def load_pth(path: Path) -> Any:
+    """The object that ``torch.save`` wrote at ``path``. Code in it is not run.
+
+    A file of tensors alone carries no digest. If its name is ``NAME-xxxxxxxx.pth``, as releases and
+    torch.hub name files, the digits are compared with its SHA-256. Raises :class:`WeightsError` on code and
+    on anything else that tensors do not need, on a file that unpacks to more than its size, and on another
+    hash. torch's own errors pass on a damaged file.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise WeightsError(
+                f"{path} unpacks to more than its size, which torch.save never writes; fetch it again"
+            )
+    try:
+        check_pickles(path)
+    except _REJECTIONS as error:
+        raise _not_tensors(path, first_line(error)) from None
+    try:
+        with warnings.catch_warnings():  # warnings about a file that is then rejected
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        if not (isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)):
+            raise
+        raise _not_tensors(path, "its pickle holds more than tensors, such as code, or is broken") from None
+    named = NAMED_BY_HASH.fullmatch(path.name)
+    if named and not _has_digest(content) and not sha256_of_file(path).startswith(named[1]):
+        raise WeightsError(
+            f"{path} is damaged or misnamed: its SHA-256 does not begin with the {named[1]} in its name; "
+            "fetch it again, or, if you chose these eight digits for something else, rename it"
+        )
+    return content
+
+
+def _not_tensors(path: Path, reason: str) -> WeightsError:
+    """Replaces PyTorch's text, which goes on to explain how to run the code."""
+    return WeightsError(
+        f"{path} is damaged or not a weight file ({reason}; nothing in it was run); fetch it from where it "
+        "was published, convert it again, or save the state dict alone"
+    )
+
+
+def _has_digest(content: Any) -> bool:
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    return isinstance(metadata, dict) and DIGEST in metadata
 
 
 def check_pickles(path: Path) -> None:
