@@ -1,6 +1,6 @@
-"""EfficientDet in PyTorch, bias-free. Needs torch and numpy only, and knows nothing of TensorFlow.
+"""EfficientDet in PyTorch, bias-free. It needs torch and numpy only, not TensorFlow.
 
-Names are imported when first used, so that ``pytorch_model.config`` alone does not wait for torch.
+Names are imported at first use, so that importing ``pytorch_model.config`` does not load torch.
 """
 
 from __future__ import annotations

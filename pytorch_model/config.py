@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -539,9 +539,3 @@ def model_config(name: str, **overrides: Any) -> EfficientDetConfig:
         return EfficientDetConfig(**{**values, **overrides})
     except TypeError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def all_configs() -> Iterator[EfficientDetConfig]:
-    """Every variant, in the table's order."""
-    for name in MODELS:
-        yield model_config(name)

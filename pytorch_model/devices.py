@@ -8,7 +8,7 @@ from pytorch_model.errors import EfficientDetError, first_line
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called ``name``; ``auto`` is a GPU if there is one, of several the one numbered ``local_rank``.
+    """The device called ``name``. ``auto`` is a GPU if there is one; of several, number ``local_rank``.
 
     Raises :class:`EfficientDetError` if the device cannot be used.
     """

@@ -23,7 +23,6 @@ from pytorch_model.detection.postprocess import (
     Candidates,
     Detections,
     non_max_suppression,
-    postprocess_global,
     postprocess_per_class,
     pre_nms,
 )
@@ -78,11 +77,6 @@ class Heads:
 
     def per_class(self, nms: NMSConfig) -> Detections:
         return postprocess_per_class(self.classes, self.boxes, self.anchors_yxyx, nms, self.image_scales)
-
-    def across_classes(self, nms: NMSConfig) -> Detections:
-        return postprocess_global(
-            self.classes, self.boxes, self.anchors_yxyx, self.image_size, nms, self.image_scales
-        )
 
 
 def nchw(array: np.ndarray) -> Tensor:
@@ -158,12 +152,6 @@ def test_per_class(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> 
     compare(heads.per_class(nms_config(name)), stored, f"synth/per_class/{name}")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_global(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> None:
-    heads, stored = synth
-    compare(heads.across_classes(nms_config(name)), stored, f"synth/global/{name}")
-
-
 @pytest.mark.parametrize("name", GENERATED)
 def test_generate_detections(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> None:
     heads, stored = synth
@@ -173,18 +161,10 @@ def test_generate_detections(synth: tuple[Heads, Mapping[str, np.ndarray]], name
 
 def test_more_recorded_paths_of_the_same_detections(shared: Path) -> None:
     heads, stored = synth_heads(shared)
-    found = heads.across_classes(nms_config("default_gaussian"))
-    compare_rows(found, stored["synth/generate_detections/tf_global/id_box_score_class"][..., 1:])
-    expected = stored["synth/det_post_process/detections"][..., [2, 1, 4, 3, 5, 6]]
-    compare_rows(found, expected)
     for name, nms in (("tf", NMSConfig()), ("pyfunc", NMSConfig(pyfunc=True))):
         rows = stored[f"synth/det_model_fn_eval/{name}/detections"][..., 1:].copy()
         rows[..., 2:4] += rows[..., :2]  # recorded as x, y, width, height
         compare_rows(heads.per_class(nms), rows)
-    heads.image_scales = torch.ones(2)
-    compare(
-        heads.across_classes(nms_config("default_gaussian")), stored, "synth/global_noscale/default_gaussian"
-    )
 
 
 def test_tensorflow_combined_nms_over_all_pairs(shared: Path) -> None:
@@ -234,7 +214,6 @@ def test_suppression_of_googles_own_candidates(
         none: Any = None
         nms = nms_config(name)
         compare(postprocess_per_class(none, none, none, nms, scales), stored, f"per_class/{name}")
-        compare(postprocess_global(none, none, none, (size, size), nms, scales), stored, f"global/{name}")
         compared += 1
     if model == "efficientdet-d7x":
         assert compared == 0, "recorded with a stride, so there are no candidates to take"
@@ -244,7 +223,6 @@ def test_suppression_of_googles_own_candidates(
 
 @pytest.mark.parametrize("name", ["gaussian_topk5000", "default_gaussian"])
 def test_heads_of_random_weights(shared: Path, name: str) -> None:
-    """Here, unlike among clustered objects, a location's second-best classes reach the global result too."""
     with np.load(shared / "oracle/efficientdet-d0/acts_fp64_s128.npz") as recorded:
         classes, boxes = (
             [nchw(recorded[f"{kind}_outputs/{level}"].astype(np.float32)) for level in range(3, 8)]
@@ -253,7 +231,6 @@ def test_heads_of_random_weights(shared: Path, name: str) -> None:
     stored = np.load(shared / "oracle/efficientdet-d0/post_s128.npz")
     heads = Heads(classes, boxes, torch.from_numpy(stored["image_scales"]), "efficientdet-d0")
     tolerances = (FLOAT32_SCORE_TOLERANCE, FLOAT32_BOX_TOLERANCE)
-    compare(heads.across_classes(nms_config(name)), stored, f"global/{name}", *tolerances)
     compare(heads.per_class(nms_config(name)), stored, f"per_class/{name}", *tolerances)
 
 
@@ -296,6 +273,11 @@ def boxes_and_scores(rows: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor]
     return values[..., :4], values[..., 4]
 
 
+def suppress_one_class(boxes: Tensor, scores: Tensor, nms: NMSConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Suppression as TensorFlow's operation does it: every box acts on every other."""
+    return non_max_suppression(boxes, scores, torch.zeros(scores.shape, dtype=torch.int64), nms)
+
+
 QUIRK_BOXES = [
     (0.0, 0.0, 10.0, 10.0, 0.9),
     (0.0, 0.0, 9.0, 10.0, 0.8),  # overlaps the first by 0.9
@@ -307,12 +289,12 @@ QUIRK_BOXES = [
 def test_recorded_quirks() -> None:
     """``quirks.json``: soft and hard suppression of the same four boxes, padded to four."""
     boxes, scores = boxes_and_scores(QUIRK_BOXES)
-    indices, found, count = non_max_suppression(boxes, scores, NMSConfig(max_output_size=4))
+    indices, found, count = suppress_one_class(boxes, scores, NMSConfig(max_output_size=4))
     assert indices.tolist() == [[0, 2, 3, 1]]
     expected = [[0.8999999761581421, 0.699999988079071, 0.43568941950798035, 0.10664975643157959]]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert count.tolist() == [4]
-    indices, found, count = non_max_suppression(boxes, scores, NMSConfig(method="hard", max_output_size=4))
+    indices, found, count = suppress_one_class(boxes, scores, NMSConfig(method="hard", max_output_size=4))
     assert (indices.tolist(), count.tolist()) == ([[0, 2, 3, 0]], [3])
     np.testing.assert_array_equal(found.numpy(), np.array([[0.9, 0.7, 0.6, 0]], np.float32))
 
@@ -320,7 +302,7 @@ def test_recorded_quirks() -> None:
 def test_a_score_equal_to_the_threshold_is_dropped() -> None:
     boxes, scores = boxes_and_scores([(0, 0, 1, 1, 0.5), (5, 5, 6, 6, 0.5), (9, 9, 10, 10, 0.5)])
     for method in ("gaussian", "hard"):
-        indices, found, count = non_max_suppression(
+        indices, found, count = suppress_one_class(
             boxes, scores, NMSConfig(method=method, score_thresh=0.5, max_output_size=5)
         )
         assert (indices.tolist(), found.tolist(), count.tolist()) == ([[0] * 5], [[0.0] * 5], [0])
@@ -328,24 +310,24 @@ def test_a_score_equal_to_the_threshold_is_dropped() -> None:
 
 def test_equal_scores_keep_the_lower_index_and_pad() -> None:
     boxes, scores = boxes_and_scores([(0, 0, 1, 1, 0.5), (5, 5, 6, 6, 0.5), (9, 9, 10, 10, 0.5)])
-    indices, found, count = non_max_suppression(boxes, scores, NMSConfig(max_output_size=5))
+    indices, found, count = suppress_one_class(boxes, scores, NMSConfig(max_output_size=5))
     assert (indices.tolist(), count.tolist()) == ([[0, 1, 2, 0, 0]], [3])
     assert found.tolist() == [[0.5, 0.5, 0.5, 0.0, 0.0]]
 
 
 def test_an_overlap_equal_to_the_threshold_keeps_both() -> None:
     boxes, scores = boxes_and_scores([(0, 0, 1, 1, 0.9), (0, 0, 0.5, 1, 0.8)])
-    indices, _, count = non_max_suppression(boxes, scores, NMSConfig(method="hard", max_output_size=2))
+    indices, _, count = suppress_one_class(boxes, scores, NMSConfig(method="hard", max_output_size=2))
     assert (indices.tolist(), count.tolist()) == ([[0, 1]], [2])
 
 
 def test_a_decayed_score_equal_to_the_threshold_is_dropped() -> None:
     boxes, scores = boxes_and_scores(QUIRK_BOXES[:2])
-    _, found, _ = non_max_suppression(boxes, scores, NMSConfig(max_output_size=2))
+    _, found, _ = suppress_one_class(boxes, scores, NMSConfig(max_output_size=2))
     decayed = float(found[0, 1])
     for threshold, expected in ((decayed, 1), (np.nextafter(np.float32(decayed), np.float32(0)), 2)):
         nms = NMSConfig(score_thresh=float(threshold), max_output_size=2)
-        assert non_max_suppression(boxes, scores, nms)[2].tolist() == [expected]
+        assert suppress_one_class(boxes, scores, nms)[2].tolist() == [expected]
 
 
 def test_equal_scores_go_to_the_lower_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,17 +349,8 @@ def test_the_numpy_variant_keeps_what_equals_the_threshold_and_the_best_of_each_
         (NMSConfig(score_thresh=0.25, max_output_size=4, pyfunc=True), [0, 1, 3]),
         (NMSConfig(score_thresh=0.25, max_output_size=4), [0]),
     ):
-        indices, _, count = non_max_suppression(boxes, scores, nms, classes)
+        indices, _, count = non_max_suppression(boxes, scores, classes, nms)
         assert indices[0, : int(count)].tolist() == expected
-
-
-def test_the_global_path_clips_each_axis_to_its_own_side() -> None:
-    heads = random_heads(1)
-    heads.image_size = (20, 40)
-    heads.image_scales = torch.tensor([2.0])
-    boxes_yxyx = heads.across_classes(NMSConfig()).boxes_yxyx[0]
-    assert boxes_yxyx.amin(dim=0).tolist() == [0.0, 0.0, 0.0, 0.0]
-    assert boxes_yxyx.amax(dim=0).tolist() == [40.0, 80.0, 40.0, 80.0]
 
 
 # A coarse grid makes equal scores, equal boxes, touching boxes, empty boxes and overlaps of exactly 1/2.
@@ -419,7 +392,7 @@ def test_hard_suppression_is_tensorflows(
 ) -> None:
     nms = NMSConfig(method="hard", iou_thresh=iou, score_thresh=threshold, max_output_size=12)
     expected_indices, expected_scores, expected_count = tensorflow_nms(tensorflow, rows, nms)
-    indices, scores, count = non_max_suppression(*boxes_and_scores(rows), nms)
+    indices, scores, count = suppress_one_class(*boxes_and_scores(rows), nms)
     assert int(count) == expected_count
     np.testing.assert_array_equal(indices[0].numpy(), expected_indices)
     np.testing.assert_array_equal(scores[0].numpy(), expected_scores)
@@ -436,7 +409,7 @@ def test_soft_suppression_is_tensorflows(
     """
     nms = NMSConfig(sigma=sigma, max_output_size=15)
     expected_indices, expected_scores, expected_count = tensorflow_nms(tensorflow, rows, nms)
-    indices, scores, count = non_max_suppression(*boxes_and_scores(rows), nms)
+    indices, scores, count = suppress_one_class(*boxes_and_scores(rows), nms)
     near_threshold = np.abs(expected_scores - 0.001).min() < 1e-7
     if not near_threshold:
         assert int(count) == expected_count
@@ -571,7 +544,6 @@ EVERY_PATH = [
     pytest.param(lambda heads: heads.per_class(NMSConfig()), id="per class"),
     pytest.param(lambda heads: heads.per_class(NMSConfig(max_nms_inputs=0, method="hard")), id="hard"),
     pytest.param(lambda heads: heads.per_class(NMSConfig(pyfunc=True)), id="pyfunc"),
-    pytest.param(lambda heads: heads.across_classes(NMSConfig()), id="global"),
 ]
 
 
@@ -641,7 +613,7 @@ def test_boxes_without_size_or_without_end_are_never_numbers_gone_wrong() -> Non
         [(5, 5, 5, 5, 0.9), (5, 5, 5, 5, 0.8), (-np.inf, 0, np.inf, 9, 0.7), (0, 0, 9, 9, 0.6)]
     )
     for nms in ALL_METHODS:
-        _, found, count = non_max_suppression(boxes, scores, nms)
+        _, found, count = suppress_one_class(boxes, scores, nms)
         assert found.isfinite().all()
         assert int(count) >= 2
 
@@ -663,11 +635,6 @@ BAD_CONFIGS = [
 def test_bad_configurations_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         NMSConfig(**values)
-
-
-def test_the_numpy_variant_has_no_global_path() -> None:
-    with pytest.raises(ConfigError, match="pyfunc"):
-        random_heads(1).across_classes(NMSConfig(pyfunc=True))
 
 
 def test_anchors_of_another_size_are_refused() -> None:

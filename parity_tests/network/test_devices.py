@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pytorch_model import create_model
 from pytorch_model.anchors import generate_anchors
-from pytorch_model.detection.postprocess import postprocess_global, postprocess_per_class
+from pytorch_model.detection.postprocess import postprocess_per_class
 from pytorch_model.detection.preprocess import preprocess
 from pytorch_model.detection.settings import PYFUNC_METHODS, TF_METHODS, NMSConfig
 
@@ -76,16 +76,6 @@ def test_suppression_within_classes(nms: NMSConfig) -> None:
         found = postprocess_per_class(*outputs, nms, on_gpu(2))
     assert {str(tensor.device) for tensor in found} == {DEVICE}
     assert found.boxes_yxyx.shape == (2, 100, 4)
-
-
-@pytest.mark.parametrize(
-    "nms", [c for c in CONFIGS if not c.pyfunc], ids=lambda c: f"{c.method}-{c.max_nms_inputs}"
-)
-def test_suppression_across_classes(nms: NMSConfig) -> None:
-    outputs = head_outputs()
-    with staying():
-        found = postprocess_global(*outputs, SIZE, nms, on_gpu(2))
-    assert {str(tensor.device) for tensor in found} == {DEVICE}
 
 
 def test_preprocessing() -> None:

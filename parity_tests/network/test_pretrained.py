@@ -113,17 +113,17 @@ def other_config(content: dict[str, object]) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "no folder of weights: it needs config.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no folder of weights"),
+    "no config": (lambda f: (f / "config.json").unlink(), "is not a folder of weights: it needs config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is not a folder of weights"),
     "two to choose from": (
         two_files,
-        "no folder of weights",
+        "is not a folder of weights",
     ),
-    "other configuration": (edit(other_config), "written for another configuration"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "is no EfficientDet configuration"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "is no EfficientDet configuration"),
-    "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff"), "is no EfficientDet configuration"),
-    "no metadata": (edit(lambda c: c.pop("metadata")), "is no EfficientDet configuration"),
+    "other configuration": (edit(other_config), "does not have the configuration in .*config.json"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "is not an EfficientDet configuration"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "is not an EfficientDet configuration"),
+    "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff"), "is not an EfficientDet configuration"),
+    "no metadata": (edit(lambda c: c.pop("metadata")), "is not an EfficientDet configuration"),
     "bad field": (edit(lambda c: c["config"].update(num_classes=0)), "num_classes is 0"),  # type: ignore[attr-defined]
     "damaged weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),

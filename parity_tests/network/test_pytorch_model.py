@@ -274,7 +274,7 @@ def test_a_weight_file_with_a_nonsense_configuration_is_refused(tmp_path: Path, 
     [
         (7, "is not a tensor"),
         (torch.zeros(32, dtype=torch.int8), "is int8"),
-        (torch.zeros(32, dtype=torch.float64), "is float64 where other tensors are float32"),
+        (torch.zeros(32, dtype=torch.float64), "is float64 but other tensors are float32"),
         (torch.full((32,), torch.nan), "NaN or infinite"),
     ],
     ids=str,
@@ -431,7 +431,7 @@ def test_a_deeply_nested_configuration_is_refused(depth: int, tmp_path: Path) ->
         read_weights(tmp_path / "w.pth")
     torch.save({"x": torch.zeros(1)}, tmp_path / "bare.pth")
     (tmp_path / "config.json").write_text(f'{{"metadata": {{}}, "config": {text}}}')
-    with pytest.raises(WeightsError, match=r"config\.json is no EfficientDet configuration"):
+    with pytest.raises(WeightsError, match=r"config\.json is not an EfficientDet configuration"):
         read_weights(tmp_path / "bare.pth")
 
 

@@ -1,8 +1,8 @@
-"""Weight files a user keeps: tensors plus the configuration they belong to.
+"""Weight files that a user keeps: tensors and the configuration they belong to.
 
-``.safetensors`` holds the configuration as JSON in its metadata; ``.pth`` is a dict of
+``.safetensors`` holds the configuration as JSON in its metadata. ``.pth`` is a dict of
 ``{"state_dict", "config", …}`` that ``torch.load(weights_only=True)`` accepts. A folder holds
-``model.safetensors`` and ``config.json``; a ``.pth`` of tensors alone lies beside such a ``config.json``.
+``model.safetensors`` and ``config.json``. A ``.pth`` of tensors only needs such a ``config.json`` beside it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def write_weights(
 ) -> None:
     """Write a weight file at ``path``; its suffix, one of :data:`SUFFIXES`, chooses the format.
 
-    ``metadata`` is free text about the tensors' origin and travels with them; a digest of everything is
-    added (:func:`content_digest`). Not atomic: callers write to a temporary name and rename. Raises
+    ``metadata`` is free text about the origin of the tensors. A digest of everything is added
+    (:func:`content_digest`). Not atomic: callers write to a temporary name and rename. Raises
     :class:`WeightsError` on another suffix, ``OSError`` from the disk.
     """
     config_json = json.dumps(config.to_dict())
@@ -51,14 +51,14 @@ def write_weights(
 
 
 def torch_bytes(content: Any) -> memoryview:
-    """What ``torch.save`` writes. By way of memory, for its own writer hides what the disk says."""
+    """The bytes that ``torch.save`` writes. Its own file writer hides the errors of the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
 
 
 def _write_sorted(path: Path, data: bytes) -> None:
-    """Write serialised safetensors with the metadata sorted: the library leaves their order to chance."""
+    """Write serialised safetensors with sorted metadata: the library writes them in random order."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -74,10 +74,10 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], EfficientDetConfig, dict[str, str]]:
     """Read a weight file or folder: (state dict on the CPU, configuration, metadata).
 
-    ``path``: a file of :func:`write_weights`; a folder of :func:`save_pretrained`, or one with a single
-    ``.pth`` and ``config.json``; or a ``.pth`` of tensors alone with ``config.json`` beside it.
-    Raises :class:`WeightsError` on a missing, damaged or foreign file, and where a file and the
-    ``config.json`` of its folder disagree. Never runs code from the file.
+    ``path``: a file of :func:`write_weights`; a folder of :func:`write_folder`, or one with a single ``.pth``
+    and ``config.json``; or a ``.pth`` of tensors only with ``config.json`` beside it. Raises
+    :class:`WeightsError` on a missing, damaged or foreign file, and if a file and the ``config.json`` of its
+    folder disagree. Never runs code from the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -88,7 +88,7 @@ def read_weights(
     if "config" not in metadata:
         raise WeightsError(
             f"{path} carries no EfficientDet configuration, and there is no {CONFIG_FILE} beside it; put the "
-            f"{CONFIG_FILE} there that it came with, or say which model it is (hubconf.py)"
+            f"original {CONFIG_FILE} there, or name the model (hubconf.py)"
         )
     return state_dict, _stored_config(metadata.pop("config"), path), metadata
 
@@ -101,10 +101,10 @@ def _stored_config(text: Any, path: Path) -> EfficientDetConfig:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict and the metadata of one file; ``"config"`` is in the metadata if it is in the file.
+    """The state dict and the metadata of one file; the metadata has ``"config"`` if the file has it.
 
-    Raises :class:`WeightsError` on a missing, damaged or foreign file, and on one whose tensors are not
-    :func:`plain_tensors`.
+    Raises :class:`WeightsError` on a missing, damaged or foreign file, and if :func:`plain_tensors` rejects
+    a tensor.
     """
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}: give the file that tools/convert.py wrote")
@@ -127,7 +127,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def weight_file(path: Path) -> Path:
-    """The file that holds the tensors: ``path`` itself, or what :func:`read_weights` takes of a folder."""
+    """The file that holds the tensors: ``path`` itself, or the one :func:`read_weights` reads in a folder."""
     if not path.is_dir():
         return path
     inside = path / MODEL_FILE
@@ -158,11 +158,13 @@ def _read_config_file(path: Path) -> tuple[EfficientDetConfig, dict[str, str]]:
         return EfficientDetConfig.from_dict(content["config"]), metadata
     except (OSError, ConfigError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise WeightsError(f"{path} is not an EfficientDet configuration ({reason}); fetch it again") from None
+        raise WeightsError(
+            f"{path} is not an EfficientDet configuration ({reason}); fetch it again"
+        ) from None
 
 
 def config_text(config: EfficientDetConfig, metadata: Mapping[str, Any]) -> str:
-    """The contents of ``config.json``: what :func:`read_weights` reads back."""
+    """The text of ``config.json``, which :func:`read_weights` reads."""
     content = {"model_type": "efficientdet", "config": config.to_dict(), "metadata": dict(metadata)}
     return json.dumps(content, indent=2) + "\n"
 
