@@ -1,4 +1,4 @@
-"""The whole network, reading like figure 3 of the paper: backbone → P6 and up → BiFPN → two heads."""
+"""The whole network, as in figure 3 of the paper: backbone → P6 and up → BiFPN → two heads."""
 
 from __future__ import annotations
 

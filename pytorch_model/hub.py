@@ -20,11 +20,11 @@ from pytorch_model.weights.pickles import NAMED_BY_HASH
 def load_variant(
     model: str, weights: str | os.PathLike[str] | None = None, num_classes: int | None = None
 ) -> EfficientDet:
-    """The model variant called ``model``, ``efficientdet-d4``, in evaluation mode; untrained without ``weights``.
+    """The model called ``model``, ``efficientdet-d4``, in evaluation mode; untrained without ``weights``.
 
-    ``weights`` is a path as for :func:`read_weights`; or a ``.pth`` of tensors alone, which gets the variant's
-    own configuration; or the address of such a ``.pth``, which is downloaded once into torch.hub's folder and
-    compared with the digits of SHA-256 in its name. ``num_classes`` is as for :func:`load_model`.
+    ``weights`` is a path as for :func:`read_weights`; or a ``.pth`` of tensors only, which gets the model's
+    own configuration; or the address of such a ``.pth``, which is downloaded once into torch.hub's folder
+    and compared with the digits of SHA-256 in its name. ``num_classes`` is as for :func:`load_model`.
     Raises :class:`WeightsError` if the weights belong to another model or cannot be fetched.
     """
     config = model_config(model)

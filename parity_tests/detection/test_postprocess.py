@@ -1,4 +1,4 @@
-"""Detections against those of Google's code, for every configuration it was recorded with."""
+"""Detections, compared with those of Google's code, for every recorded configuration."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ BOX_TOLERANCE = 1e-3  # pixels
 FLOAT32_SCORE_TOLERANCE = 2e-5
 FLOAT32_BOX_TOLERANCE = 1e-2  # pixels
 
-# Recorded configuration → what it sets. AutoML's default for max_nms_inputs is 0, ours is its evaluation's.
+# Recorded configuration → its settings. AutoML's default of max_nms_inputs is 0, ours its evaluation's.
 CONFIGS: dict[str, dict[str, Any]] = {
     "default_gaussian": {},
     "hard": {"method": "hard"},
@@ -65,7 +65,7 @@ def nms_config(name: str) -> NMSConfig:
 
 
 class Heads:
-    """Head outputs and what postprocessing needs beside them."""
+    """Head outputs and the other inputs of postprocessing."""
 
     def __init__(self, classes: list[Tensor], boxes: list[Tensor], image_scales: Tensor, model: str) -> None:
         self.classes, self.boxes, self.image_scales = classes, boxes, image_scales
@@ -91,7 +91,7 @@ def synth_heads(shared: Path) -> tuple[Heads, Mapping[str, np.ndarray]]:
 
 
 def golden_heads() -> tuple[Heads, Mapping[str, np.ndarray]]:
-    """The same recording, thinned: logits that reach no candidate list are replaced by a very low one."""
+    """The same recording, smaller: a very low logit replaces those that never become candidates."""
     stored = np.load(GOLDENS / "detections.npz")
     logits = np.full((2, 3069 * 90), -30, np.float32)
     for image in range(2):
@@ -168,7 +168,7 @@ def test_more_recorded_paths_of_the_same_detections(shared: Path) -> None:
 
 
 def test_tensorflow_combined_nms_over_all_pairs(shared: Path) -> None:
-    """TensorFlow's other operation takes all pairs, and clips to the image."""
+    """TensorFlow's combined operation takes all pairs and clips boxes to the image."""
     heads, stored = synth_heads(shared)
     scales, heads.image_scales = heads.image_scales, torch.ones(2)
     found = heads.per_class(NMSConfig(method="hard", max_nms_inputs=10**9))
@@ -198,7 +198,7 @@ def test_recorded_candidates(shared: Path) -> None:
 def test_suppression_of_googles_own_candidates(
     shared: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every model, on random-weight outputs, whose scores crowd together far more than a trained model's."""
+    """Every model with random weights, whose scores are much closer together than a trained model's."""
     size = 256 if model == "efficientdet-d7x" else 128
     stored = np.load(shared / "oracle" / model / f"post_s{size}.npz")
     scales = torch.from_numpy(stored["image_scales"])
@@ -235,7 +235,7 @@ def test_heads_of_random_weights(shared: Path, name: str) -> None:
 
 
 def test_trained_weights_on_two_photographs(shared: Path) -> None:
-    """Head outputs of the real Lite0, and what Google's code made of them."""
+    """Head outputs of the released Lite0, and Google's detections from them."""
     stored = np.load(shared / "lite0/activations_2images.npz")
     boxes = [nchw(stored[f"box_outputs/{level}"]) for level in range(3, 8)]
     classes = [nchw(stored[f"class_outputs/{level}"]) for level in range(4, 8)]
@@ -331,7 +331,7 @@ def test_a_decayed_score_equal_to_the_threshold_is_dropped() -> None:
 
 
 def test_equal_scores_go_to_the_lower_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AutoML joins the classes' lists in class order before it takes the best of all."""
+    """AutoML concatenates the lists of all classes in class order before it takes the best."""
     boxes, scores = boxes_and_scores([(i, i, i + 1, i + 1, 0.5) for i in range(0, 50, 10)])
     candidates = Candidates(boxes, scores, torch.tensor([[3, 0, 3, 1, 0]]))
     monkeypatch.setattr(postprocess, "pre_nms", lambda *_: candidates)
@@ -403,7 +403,7 @@ def test_hard_suppression_is_tensorflows(
 def test_soft_suppression_is_tensorflows(
     tensorflow: Any, rows: list[tuple[float, ...]], sigma: float
 ) -> None:
-    """Scores always; indices where no other score is so near that the last bit decides the order.
+    """Scores always; indices only if no other score is so close that the last bit decides the order.
 
     TensorFlow multiplies the weights of several selected boxes in another order than we do.
     """
@@ -474,7 +474,7 @@ ALL_METHODS = [
 def test_one_loop_over_all_classes_is_one_loop_per_class(
     nms: NMSConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a naive float64 reference, for a batch, through the public function."""
+    """The public function on a batch, compared with a naive float64 reference."""
     rng = np.random.default_rng(5)
     corners = rng.uniform(0, 60, (3, 200, 2))
     boxes = np.concatenate((corners, corners + rng.uniform(1, 40, (3, 200, 2))), axis=2).astype(np.float32)
@@ -507,7 +507,7 @@ def test_one_loop_over_all_classes_is_one_loop_per_class(
 def test_candidates_are_the_best_pairs_in_order(
     locations: int, num_classes: int, count: int, seed: int, half: bool, data: st.DataObject
 ) -> None:
-    """Two small selections against one stable sort of everything, with many equal logits."""
+    """Two small selections, compared with one stable sort of everything, with many equal logits."""
     anchors = data.draw(st.integers(1, 3))
     rng = np.random.default_rng(seed)
     # Two levels of one row each; a few values only make ties, and -0.0 must equal 0.0.
@@ -571,7 +571,7 @@ def test_memory_layout_does_not_matter(path: Any) -> None:
 
 
 class EverythingOn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails on any operation that makes a tensor anywhere else."""
+    """Fails on any operation that makes a tensor on another device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -587,7 +587,7 @@ class EverythingOn(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.parametrize("path", EVERY_PATH)
 def test_everything_stays_on_the_device(path: Any) -> None:
-    """On PyTorch's device of shapes without values: reading a value back raises."""
+    """On PyTorch's meta device, which has no values: reading a value raises an error."""
     heads = random_heads(2)
     heads.classes, heads.boxes = [x.to("meta") for x in heads.classes], [x.to("meta") for x in heads.boxes]
     heads.anchors_yxyx, heads.image_scales = heads.anchors_yxyx.to("meta"), heads.image_scales.to("meta")
@@ -607,7 +607,7 @@ def test_a_gpu_finds_the_same(path: Any) -> None:
         torch.testing.assert_close(after.cpu(), before, rtol=1e-5, atol=1e-4)
 
 
-def test_boxes_without_size_or_without_end_are_never_numbers_gone_wrong() -> None:
+def test_boxes_of_zero_or_infinite_size_give_no_nan() -> None:
     """exp() of a wild regression gives a box of zero or infinite size: finite scores, no NaN."""
     boxes, scores = boxes_and_scores(
         [(5, 5, 5, 5, 0.9), (5, 5, 5, 5, 0.8), (-np.inf, 0, np.inf, 9, 0.7), (0, 0, 9, 9, 0.6)]
@@ -618,7 +618,7 @@ def test_boxes_without_size_or_without_end_are_never_numbers_gone_wrong() -> Non
         assert int(count) >= 2
 
 
-# --- refusals -----------------------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------------------
 
 
 BAD_CONFIGS = [
@@ -632,12 +632,12 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(("values", "named"), BAD_CONFIGS)
-def test_bad_configurations_are_refused(values: dict[str, Any], named: str) -> None:
+def test_bad_configurations_are_rejected(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         NMSConfig(**values)
 
 
-def test_anchors_of_another_size_are_refused() -> None:
+def test_anchors_of_another_size_are_rejected() -> None:
     heads = random_heads(1)
     heads.anchors_yxyx = generate_anchors(heads.config, (128, 128))
     with pytest.raises(ValueError, match="anchors for the image size"):

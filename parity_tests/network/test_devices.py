@@ -1,6 +1,6 @@
-"""Work on a GPU stays there. Shown without one: tensors that have a device, a shape and a type but no values.
+"""Work on a GPU stays there. No GPU is needed: PyTorch's fake tensors have a device, a shape and a dtype only.
 
-Whatever mixes devices, or asks for a value (which makes the program wait for the GPU), fails on them.
+Code that mixes devices, or reads a value (a GPU synchronisation), fails on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pytorch_model.detection.postprocess import postprocess_per_class
 from pytorch_model.detection.preprocess import preprocess
 from pytorch_model.detection.settings import PYFUNC_METHODS, TF_METHODS, NMSConfig
 
-DEVICE = "lazy:0"  # any that is not the CPU; PyTorch knows this one in every build
+DEVICE = "lazy:0"  # any device except the CPU; PyTorch knows this one in every build
 SIZE = (128, 192)
 MODEL = create_model("efficientdet-lite0", image_size=SIZE).eval()
 CONFIGS = [
@@ -38,7 +38,7 @@ def no_values() -> Iterator[None]:
 
 
 class Staying(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it lasts, every tensor that is made must be on the GPU."""
+    """A mode in which every new tensor must be on the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -56,7 +56,7 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def head_outputs(batch: int = 2) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """On the GPU, of the network itself."""
+    """Head outputs of the network and the anchors, on the GPU."""
     own = itertools.chain(MODEL.named_parameters(), MODEL.named_buffers())
     tensors = {name: on_gpu(*tensor.shape, dtype=tensor.dtype) for name, tensor in own}
     with torch.no_grad(), staying():
@@ -86,7 +86,7 @@ def test_preprocessing() -> None:
         assert batch.images.shape == (2, 3, *SIZE)
 
 
-def test_what_leaves_the_gpu_fails() -> None:
+def test_leaving_the_gpu_fails() -> None:
     class_outputs, box_outputs, anchors_yxyx = head_outputs()
     with pytest.raises(DataDependentOutputException):
         class_outputs[0].max().item()

@@ -60,7 +60,7 @@ def postprocess_per_class(
 
 
 def per_class_nms(candidates: Candidates, nms: NMSConfig, image_scales: Tensor | None = None) -> Detections:
-    """The second half of :func:`postprocess_per_class`: suppress candidates, scale boxes to original pixels."""
+    """The second half of :func:`postprocess_per_class`: suppress candidates, scale boxes back."""
     # Equal scores: the lower class first, then the lower candidate. AutoML concatenates in this order.
     places = torch.arange(candidates.classes.shape[1], device=candidates.classes.device)
     order = (candidates.classes * len(places) + places).argsort(dim=1)
