@@ -53,7 +53,7 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, in hexadecimal. Raises OSError (also for a pipe or device) and ValueError."""
+    """SHA-256 of a file's content, in hexadecimal. Raises OSError, also for a pipe, and ValueError."""
     check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Work on a GPU stays there. No GPU is needed: PyTorch's fake tensors have a device, a shape and a dtype only.
+"""Work on a GPU stays there. No GPU is needed: PyTorch's fake tensors have a device, shape and dtype only.
 
 Code that mixes devices, or reads a value (a GPU synchronisation), fails on them.
 """

@@ -204,6 +204,20 @@ def test_only_a_file_of_tensors_is_compared_with_digits_in_its_name(
     assert same(load_model(tmp_path / "ours-20240131.pth"), network)  # it has its own digest
 
 
+def test_a_model_from_a_state_dict_shares_its_tensors_and_dtype(network: EfficientDet) -> None:
+    state_dict = {
+        key: tensor.double() if tensor.is_floating_point() else tensor
+        for key, tensor in network.state_dict().items()
+    }
+    model = EfficientDet.from_state_dict(state_dict, network.config)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(t.data_ptr() == state_dict[key].data_ptr() for key, t in model.state_dict().items())
+    assert not model.training
+    assert model(torch.zeros(1, 3, 128, 128, dtype=torch.float64))[0][0].dtype == torch.float64
+    with pytest.raises(WeightsError, match="the state dict lacks tensor backbone.*it does not fit"):
+        EfficientDet.from_state_dict({}, network.config)
+
+
 # --- another number of classes ------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ class Detector:
 
     @torch.no_grad()  # not inference_mode: its tensors forbid in-place changes, and callers scale boxes
     def __call__(self, images: Sequence[ImageSource] | Tensor) -> list[dict[str, Tensor]]:
-        """Detect in one batch of images, which :func:`pytorch_model.detection.preprocess.preprocess` describes.
+        """Detect in one batch of images, see :func:`pytorch_model.detection.preprocess.preprocess`.
 
         Returns one dict per image, as torchvision's detectors do: ``boxes`` float32 [n, 4], order xyxy, in
         pixels of the given image, not clipped to it; ``scores`` float32 [n], descending; ``labels`` int64

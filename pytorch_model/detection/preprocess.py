@@ -145,7 +145,7 @@ def normalise(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
 
 
 def normalise_array(pixels: np.ndarray, config: EfficientDetConfig) -> np.ndarray:
-    """uint8 [..., h, w, 3] → float32 of the same shape: :func:`normalise` for NumPy and TensorFlow's layout."""
+    """uint8 [..., h, w, 3] → float32 of the same shape: :func:`normalise` for NumPy arrays."""
     mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
     return (pixels.astype(np.float32) - mean) / stddev
 
