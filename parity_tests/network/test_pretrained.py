@@ -214,7 +214,7 @@ def test_a_model_from_a_state_dict_shares_its_tensors_and_dtype(network: Efficie
     assert all(t.data_ptr() == state_dict[key].data_ptr() for key, t in model.state_dict().items())
     assert not model.training
     assert model(torch.zeros(1, 3, 128, 128, dtype=torch.float64))[0][0].dtype == torch.float64
-    with pytest.raises(WeightsError, match="the state dict lacks tensor backbone.*it does not fit"):
+    with pytest.raises(WeightsError, match=r"the state dict lacks tensor backbone.*it does not fit"):
         EfficientDet.from_state_dict({}, network.config)
 
 
