@@ -104,9 +104,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from None
+        raise _cannot_write(path, error, "free some space or choose another place") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -133,9 +131,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OutputError as error:  # from a writer that knows only the temporary name
         raise OutputError(str(error).replace(str(temporary), str(path))) from None
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from None
+        raise _cannot_write(path, error, "free some space or choose another place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -195,12 +191,14 @@ def _probe(folder: Path, path: Path) -> None:
             os.lstat(path)  # fails on a name that is too long; the probe's is shorter
         probe.touch(exist_ok=False)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder you may write to"
-        ) from None
+        raise _cannot_write(path, error, "choose a folder you may write to") from None
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
+
+
+def _cannot_write(path: Path, error: OSError, advice: str) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}; {advice}")
 
 
 def _temporary_beside(path: Path, suffix: str) -> Path:
