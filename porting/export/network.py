@@ -17,6 +17,7 @@ from porting.synthetic import synthetic_image
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.postprocess import postprocess_per_class
+from pytorch_model.detection.preprocess import normalise_array
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 
@@ -61,8 +62,7 @@ def loaded(weights: Weights) -> EfficientDet:
 def example_images(config: EfficientDetConfig, count: int = EXAMPLES) -> Tensor:
     """Drawn pictures, normalised. float32 [count, 3, H, W]."""
     pictures = np.stack([synthetic_image(*config.image_size, seed=seed) for seed in range(count)])
-    mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
-    return torch.from_numpy((pictures - mean) / stddev).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(normalise_array(pictures, config)).permute(0, 3, 1, 2).contiguous()
 
 
 def head_names(config: EfficientDetConfig) -> list[str]:
