@@ -15,8 +15,7 @@ from porting.errors import ConversionError
 from porting.rules import Rule, rules
 from porting.scopes import EMA_SUFFIX
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.weights.files import check_state_dict
+from pytorch_model.efficientdet import check_weights
 from tf_reference.variables import variable_shapes
 
 
@@ -30,8 +29,7 @@ def reverse(
     Raises :class:`WeightsError` if ``state_dict`` does not fit ``config``. Raises :class:`ConversionError`
     for weights that an AutoML variable cannot hold: a negative variance, or a value too large for ``dtype``.
     """
-    with torch.device("meta"):
-        check_state_dict(EfficientDet(config), state_dict, "the state dict")
+    check_weights(state_dict, config, "the state dict")
     variables = undo_rules(rules(config), state_dict, dtype)
     expected = variable_shapes(config)
     for name in expected.keys() ^ variables.keys():

@@ -1,6 +1,6 @@
-"""EfficientDet in PyTorch, bias-free. Needs torch and numpy only, and knows nothing of TensorFlow.
+"""EfficientDet in PyTorch, bias-free. It needs torch and numpy only, not TensorFlow.
 
-Names are imported when first used, so that ``pytorch_model.config`` alone does not wait for torch.
+Names are imported at first use, so that importing ``pytorch_model.config`` does not load torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytorch_model.config import MODELS, EfficientDetConfig, model_config
     from pytorch_model.detection.detector import Detector
-    from pytorch_model.efficientdet import EfficientDet, create_model
+    from pytorch_model.efficientdet import EfficientDet, create_model, load_model
     from pytorch_model.errors import ConfigError, EfficientDetError, PortingError, WeightsError
-    from pytorch_model.weights.files import load_model
 
 _HOMES = {
     "MODELS": "config",
@@ -25,7 +24,7 @@ _HOMES = {
     "PortingError": "errors",
     "WeightsError": "errors",
     "create_model": "efficientdet",
-    "load_model": "weights.files",
+    "load_model": "efficientdet",
     "model_config": "config",
 }
 

@@ -1,4 +1,4 @@
-"""Anchor boxes, and the arithmetic that turns regressions into boxes.
+"""Anchor boxes, and the decoding of regressions into boxes.
 
 Sources: EfficientDet (Tan, Pang, Le, CVPR 2020) section 5.1 (three scales, three aspect ratios per
 location); AutoML ``tf2/anchors.py``.
@@ -23,7 +23,7 @@ def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | N
     levels = []
     sizes = config.feature_sizes((height, width)).values()
     for anchor_scale, (rows, columns) in zip(config.anchor_scales, sizes, strict=True):
-        # AutoML's stride is the ratio of the sizes, so it is fractional where a size does not divide.
+        # AutoML's stride is the ratio of the sizes. It is fractional if a size is not a multiple.
         stride_y, stride_x = height / rows, width / columns
         centres_y = stride_y / 2 + np.arange(rows) * stride_y
         centres_x = stride_x / 2 + np.arange(columns) * stride_x
@@ -41,7 +41,7 @@ def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | N
 def _half_sizes(config: EfficientDetConfig, height: float, width: float) -> tuple[np.ndarray, np.ndarray]:
     """Half heights and half widths of one location's anchors: float64 [num_anchors] each.
 
-    ``height`` and ``width`` are those of the square anchor of the first scale.
+    ``height`` and ``width``: the sides of the anchor of the first scale and aspect ratio 1.
     """
     scales = 2.0 ** (np.arange(config.num_scales) / config.num_scales)
     across, down = np.array(config.aspect_factors).T
@@ -53,8 +53,9 @@ def _half_sizes(config: EfficientDetConfig, height: float, width: float) -> tupl
 def decode_boxes(box_outputs: Tensor, anchors_yxyx: Tensor) -> Tensor:
     """Turn regressions into boxes: ``box_outputs`` [..., 4] as (ty, tx, th, tw) → boxes_yxyx [..., 4].
 
-    ``anchors_yxyx`` [..., 4] broadcasts against ``box_outputs``. A centre moves by ty, tx anchor sizes and
-    the anchor's sides grow by exp(th), exp(tw). The result is in the anchors' unit and is not clipped.
+    ``anchors_yxyx`` [..., 4] broadcasts against ``box_outputs``. The centre moves by ty, tx times the
+    anchor's sides, and the sides are multiplied by exp(th), exp(tw). The result has the anchors' unit and is
+    not clipped.
     """
     top, left, bottom, right = anchors_yxyx.unbind(-1)
     ty, tx, th, tw = box_outputs.unbind(-1)

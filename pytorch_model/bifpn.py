@@ -22,8 +22,8 @@ FASTATTN_EPSILON = 1e-4
 class Resample(nn.Module):
     """Bring a feature map to a node's width and size. [N, in, H, W] → [N, out, *size].
 
-    The 1×1 convolution and its batch norm exist only where the width changes. Raises
-    :class:`ConfigError` where one axis must grow and the other shrink, which AutoML refuses too.
+    The 1×1 convolution and its batch norm exist only if the width changes. Raises :class:`ConfigError` if
+    one axis must grow and the other shrink, which AutoML rejects too.
     """
 
     def __init__(self, in_filters: int, out_filters: int, conv_after_downsample: bool) -> None:
@@ -77,7 +77,7 @@ class Fuse(nn.Module):
 
 
 class BiFPNNode(nn.Module):
-    """Resample the inputs to this node's level, fuse, then activation → separable conv → batch norm."""
+    """Resample the inputs to this node's level, fuse them, then activation → separable conv → batch norm."""
 
     def __init__(self, config: EfficientDetConfig, cell: int, node: Node) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The architecture as data: one frozen dataclass per network, and the table of every AutoML variant.
+"""The architecture as data: one frozen dataclass per network, and the table of AutoML's model variants.
 
 Sources: EfficientDet (Tan, Pang, Le, CVPR 2020) tables 1 and 2; EfficientNet (Tan, Le, ICML 2019)
 table 1; AutoML ``hparams_config.py``, ``backbone/efficientnet_builder.py`` and
@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,10 +26,10 @@ BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as
 MAX_BACKBONE_LEVEL = 5  # P3…P5 come from the backbone, P6 and up are resampled from P5
 ENDPOINT_LEVELS = (3, 4, 5)
 
-#: Field → (least, most). A configuration comes from a file or a user; what it asks for is built. The largest
-#: variant, D7x, has 8 cells, 5 repeats, 384 filters, 90 classes, level 8, 1536 pixels and a backbone of 55
-#: blocks and 640 filters: the bounds lie far above it, and low enough that a network so described is listed
-#: in seconds.
+#: Field → (least, most). A configuration may come from a file or a user, and a network is built from it. The
+#: largest model, D7x, has 8 cells, 5 repeats, 384 filters, 90 classes, level 8, 1536 pixels and a backbone of
+#: 55 blocks and 640 filters. The bounds are far above that, and low enough that the variables of such a
+#: network are listed in seconds.
 BOUNDS: Mapping[str, tuple[int, int]] = {
     "box_class_repeats": (0, 100),
     "fpn_cell_repeats": (1, 100),
@@ -40,7 +40,7 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "num_classes": (1, 100_000),
     "num_scales": (1, 100),
     "stem_filters": (1, 10_000),
-    "repeats": (0, 100),  # 0: BackboneConfig.ending_at, on its way
+    "repeats": (0, 100),  # 0: for a moment in BackboneConfig.ending_at
     "kernel_size": (1, 31),
     "stride": (1, 2),
     "expand_ratio": (1, 100),
@@ -48,14 +48,14 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
 }
 MOST_BLOCKS = 1_000
 MOST_ASPECT_RATIOS = 100
-NUMBER_LIMIT = 1e9  # no scale, ratio or grey level comes near; refuses infinity, too
+NUMBER_LIMIT = 1e9  # far above any scale, ratio or grey level; also excludes infinity
 
 
 @dataclass(frozen=True)
 class Stage:
     """A run of MBConv blocks of one width (EfficientNet table 1, one row).
 
-    Only the first block strides and changes the width; the others repeat ``out_filters``.
+    Only the first block has the stride and changes the width; the others keep ``out_filters``.
     """
 
     repeats: int
@@ -91,7 +91,7 @@ class Block:
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """EfficientNet without its classifier. Widths and repeats are final numbers, scaling already applied.
+    """EfficientNet without its classifier. Widths and repeats are final numbers, after scaling.
 
     ``name`` is also the outermost TensorFlow variable scope (``efficientnet-b0/…``).
     """
@@ -100,7 +100,7 @@ class BackboneConfig:
     stem_filters: int
     stages: tuple[Stage, ...]
     se_ratio: float = 0.25  # 0: none
-    endpoints: tuple[int, int, int] | None = None  # blocks P3, P4, P5 come from; None: AutoML's choice
+    endpoints: tuple[int, int, int] | None = None  # the blocks of P3, P4, P5; None: AutoML's choice
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -126,7 +126,7 @@ class BackboneConfig:
                         expand_ratio=stage.expand_ratio,
                         in_filters=filters,
                         out_filters=stage.out_filters,
-                        # AutoML takes the ratio of the block's own input, before expansion.
+                        # AutoML applies the ratio to the block's input width, before expansion.
                         se_filters=max(1, int(filters * self.se_ratio)) if self.se_ratio else 0,
                     )
                 )
@@ -141,12 +141,12 @@ class BackboneConfig:
 
     @cached_property
     def reduction_blocks(self) -> dict[int, int]:
-        """Level → index of the block it is taken from: the last at stride 2**level, if not told otherwise."""
+        """Level → index of its block: the last one of stride 2**level, unless ``endpoints`` names another."""
         last = {level: index for index, level in enumerate(self.block_levels)}
         return {**last, **dict(zip(ENDPOINT_LEVELS, self.endpoints or (), strict=False))}
 
     def ending_at(self, endpoints: tuple[int, int, int]) -> BackboneConfig:
-        """This network with P3, P4 and P5 taken from the given blocks, and nothing after the last of them."""
+        """This network with P3, P4 and P5 taken from the given blocks, and cut after the last of them."""
         stages = []
         left = endpoints[-1] + 1
         for stage in self.stages:
@@ -157,7 +157,7 @@ class BackboneConfig:
         return cut if usual == endpoints else dataclasses.replace(cut, endpoints=endpoints)
 
     def filters_at(self, level: int) -> int:
-        """Channels of the backbone's endpoint at ``level``."""
+        """Channels of the backbone's output at ``level``."""
         return self.blocks[self.reduction_blocks[level]].out_filters
 
 
@@ -172,7 +172,7 @@ class Node:
 
 @dataclass(frozen=True)
 class EfficientDetConfig:
-    """Everything that decides an EfficientDet's variables, its function, its input and its anchors.
+    """Everything that defines an EfficientDet: its variables, its function, its input and its anchors.
 
     ``image_size`` is (height, width). ``mean_rgb`` and ``stddev_rgb`` are in grey levels, 0…255.
     Raises :class:`ConfigError` on a value that cannot be built.
@@ -189,12 +189,12 @@ class EfficientDetConfig:
     max_level: int = 7
     num_scales: int = 3
     aspect_ratios: tuple[float | tuple[float, float], ...] = (1.0, 2.0, 0.5)  # or (width, height) factors
-    anchor_scale: float | tuple[float, ...] = 4.0  # or one for each level
+    anchor_scale: float | tuple[float, ...] = 4.0  # or one per level
     fpn_weight_method: str = "fastattn"
     act_type: str = "swish"
     conv_after_downsample: bool = False
     conv_bn_act_pattern: bool = False
-    survival_prob: float | None = None  # when set, heads add a residual, at inference too
+    survival_prob: float | None = None  # if set, the heads add a residual, also at inference
     mean_rgb: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
     stddev_rgb: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
@@ -212,7 +212,7 @@ class EfficientDetConfig:
 
     @property
     def aspect_factors(self) -> tuple[tuple[float, float], ...]:
-        """(width, height) factors of each aspect ratio; those of a single number keep the area."""
+        """(width, height) factors of each aspect ratio; a single number keeps the area."""
         return tuple(
             ratio if isinstance(ratio, tuple) else (math.sqrt(ratio), 1 / math.sqrt(ratio))
             for ratio in self.aspect_ratios
@@ -226,7 +226,7 @@ class EfficientDetConfig:
 
     @property
     def extra_levels(self) -> range:
-        """Levels above the backbone, each resampled from the one below."""
+        """Levels above the backbone; each is resampled from the level below."""
         return range(MAX_BACKBONE_LEVEL + 1, self.max_level + 1)
 
     @cached_property
@@ -256,13 +256,13 @@ class EfficientDetConfig:
         return tuple(nodes)
 
     def node_input_filters(self, cell: int, node_input: int) -> int:
-        """Channels that reach a node of ``cell`` from ``node_input``, before resampling."""
+        """Channels of ``node_input``, an input of a node of ``cell``, before resampling."""
         if cell == 0 and node_input < len(self.levels):
             return self.level_filters[node_input]
         return self.fpn_num_filters
 
     def feature_sizes(self, image_size: tuple[int, int] | None = None) -> dict[int, tuple[int, int]]:
-        """Level → (height, width) of its feature map; each level is ``(size - 1) // 2 + 1`` of the last."""
+        """Level → (height, width) of its feature map; each is ``(size - 1) // 2 + 1`` of the one before."""
         height, width = image_size or self.image_size
         sizes: dict[int, tuple[int, int]] = {}
         for level in range(1, self.max_level + 1):
@@ -295,7 +295,7 @@ class EfficientDetConfig:
 
 
 def _as_tuples(value: Any) -> Any:
-    """JSON's lists, and those in them, are the configuration's tuples."""
+    """``value`` with every list, also nested ones, as a tuple: JSON has no tuples."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
@@ -304,10 +304,10 @@ def _is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """``value`` for a message: cut where it is long."""
+    """``value`` for a message, shortened if it is long."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # Python does not write numbers of thousands of digits
+    except ValueError:  # Python does not print numbers of thousands of digits
         return "a number too long to show"
 
 
@@ -319,7 +319,7 @@ def _check_whole(where: str, what: str, value: Any) -> None:
 
 
 def _check_name(name: Any) -> None:
-    """Messages begin with it."""
+    """Raise :class:`ConfigError` unless ``name`` can begin a message of one line."""
     if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
         raise ConfigError(f"name is {shown(name)}, must be one line of text")
 
@@ -354,7 +354,8 @@ def _check(config: EfficientDetConfig) -> None:
     for what in ("mean_rgb", "stddev_rgb"):
         values = getattr(config, what)
         require(
-            len(values) == 3 and all(map(_is_number, values)), f"{what} must be three numbers, one a channel"
+            len(values) == 3 and all(map(_is_number, values)),
+            f"{what} must be three numbers, one per channel",
         )
     survival = config.survival_prob
     require(
@@ -461,7 +462,7 @@ def backbone_config(name: str) -> BackboneConfig:
     last = len(_BASE_STAGES) - 1
 
     def repeats(index: int, stage: Stage) -> int:
-        # Lite keeps the first and the last stage at one block whatever the depth.
+        # Lite keeps one block in the first and the last stage at every depth.
         return stage.repeats if lite and index in (0, last) else math.ceil(stage.repeats * depth)
 
     return BackboneConfig(
@@ -479,7 +480,7 @@ def backbone_config(name: str) -> BackboneConfig:
 
 @dataclass(frozen=True)
 class _Row:
-    """One line of the variant table; what is not written is AutoML's default."""
+    """One line of the table of models; other fields have AutoML's defaults."""
 
     backbone: str
     image_size: int
@@ -517,7 +518,7 @@ MODELS = tuple(_VARIANTS)
 
 
 def model_config(name: str, **overrides: Any) -> EfficientDetConfig:
-    """The configuration of a variant: ``efficientdet-d0`` as AutoML writes it, or ``efficientdet_d0``.
+    """The configuration of a model variant: ``efficientdet-d0`` as in AutoML, or ``efficientdet_d0``.
 
     ``overrides`` replace fields of :class:`EfficientDetConfig`. Raises :class:`ConfigError` on an unknown
     name or an impossible value.
@@ -539,9 +540,3 @@ def model_config(name: str, **overrides: Any) -> EfficientDetConfig:
         return EfficientDetConfig(**{**values, **overrides})
     except TypeError as error:
         raise ConfigError(f"{name}: {error}") from None
-
-
-def all_configs() -> Iterator[EfficientDetConfig]:
-    """Every variant, in the table's order."""
-    for name in MODELS:
-        yield model_config(name)

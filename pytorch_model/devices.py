@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from pytorch_model.errors import EfficientDetError
+from pytorch_model.errors import EfficientDetError, first_line
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called ``name``; ``auto`` is a GPU if there is one, of several the one numbered ``local_rank``.
+    """The device called ``name``. ``auto`` is a GPU if there is one; of several, number ``local_rank``.
 
     Raises :class:`EfficientDetError` if the device cannot be used.
     """
@@ -19,6 +19,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise EfficientDetError(f"--device {name} cannot be used: {reason}; try --device cpu") from None
+        raise EfficientDetError(
+            f"--device {name} cannot be used: {first_line(error)}; try --device cpu"
+        ) from None
     return device

@@ -1,17 +1,24 @@
-"""The whole network, reading like figure 3 of the paper: backbone → P6 and up → BiFPN → two heads."""
+"""The whole network, as in figure 3 of the paper: backbone → P6 and up → BiFPN → two heads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pytorch_model.bifpn import BiFPN, Resample
 from pytorch_model.config import MAX_BACKBONE_LEVEL, EfficientDetConfig, model_config
 from pytorch_model.efficientnet import EfficientNet
 from pytorch_model.heads import box_net, class_net
+from pytorch_model.weights.checks import check_state_dict
+from pytorch_model.weights.files import read_weights, write_folder
+
+#: The tensors whose shape depends on the number of classes: a change of it re-initialises them.
+CLASS_PREDICTOR = ("class_net.predict.pointwise.weight", "class_net.predict.pointwise.bias")
 
 
 class EfficientDet(nn.Module):
@@ -54,38 +61,65 @@ class EfficientDet(nn.Module):
         source: str = "the state dict",
         num_classes: int | None = None,
     ) -> EfficientDet:
-        """``EfficientDet(config)`` with these very tensors (they are not copied), in evaluation mode.
+        """``EfficientDet(config)`` in evaluation mode that uses these tensors; they are not copied.
 
-        ``source`` names them in errors. If ``num_classes`` differs from ``config``'s, the class predictor is
-        re-initialised and everything else kept. Raises :class:`WeightsError` unless every key, shape and type
-        fits.
+        The model has the tensors' dtype. ``source`` names them in errors. If ``num_classes`` differs from
+        ``config``'s, the class predictor is re-initialised and everything else kept. Raises
+        :class:`WeightsError` unless every key, shape and dtype fits.
         """
-        from pytorch_model.weights.files import build
-
-        return build(state_dict, config, source, num_classes)
+        state_dict = dict(state_dict)
+        with torch.device("meta"):
+            model = cls(config)
+        check_state_dict(state_dict, model.state_dict(), config.name, source)
+        if num_classes is not None and num_classes != config.num_classes:
+            model = cls(config.replace(num_classes=num_classes))
+            fresh, dtype = model.state_dict(), state_dict[CLASS_PREDICTOR[0]].dtype
+            state_dict.update({key: fresh[key].to(dtype) for key in CLASS_PREDICTOR})
+        model.load_state_dict(state_dict, assign=True)
+        # assign=True makes parameters of the given tensors, which need no gradient; they must still train.
+        return model.requires_grad_(True).eval()
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], num_classes: int | None = None) -> EfficientDet:
-        """:func:`pytorch_model.weights.files.load_model`: the model in a weight file or folder.
-
-        ``num_classes`` asks for a class predictor begun anew. Raises :class:`WeightsError`.
-        """
-        from pytorch_model.weights.files import load_model
-
-        return load_model(path, num_classes)
+        """The model in a weight file or folder, see :func:`load_model`."""
+        state_dict, config, _ = read_weights(path)
+        return cls.from_state_dict(state_dict, config, str(path), num_classes)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
     ) -> None:
-        """:func:`pytorch_model.weights.files.save_pretrained`: ``model.safetensors`` and ``config.json``."""
-        from pytorch_model.weights.files import save_pretrained
+        """Write ``model.safetensors`` and ``config.json`` into ``folder``; :func:`load_model` reads them.
 
-        save_pretrained(self, folder, metadata)
+        The folder is created; files of these names are replaced. ``metadata`` is free text about the origin
+        of the weights. Raises :class:`WeightsError` if the disk does not allow it.
+        """
+        state_dict = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
+        write_folder(Path(folder), state_dict, self.config, metadata or {})
 
 
 def create_model(name: str, **overrides: Any) -> EfficientDet:
-    """A freshly initialised variant: ``create_model("efficientdet_d0", num_classes=20)``.
+    """A model variant with initial weights: ``create_model("efficientdet_d0", num_classes=20)``.
 
     ``overrides`` are fields of :class:`EfficientDetConfig`. Raises :class:`ConfigError` on a bad one.
     """
     return EfficientDet(model_config(name, **overrides))
+
+
+def load_model(path: str | os.PathLike[str], num_classes: int | None = None) -> EfficientDet:
+    """The model in a weight file or folder (:func:`read_weights`), in evaluation mode, on the CPU.
+
+    Its dtype is the file's. If ``num_classes`` differs from the file's, the class predictor
+    (:data:`CLASS_PREDICTOR`) is re-initialised and every other tensor kept. Every key and shape is checked
+    before the model is built. Raises :class:`WeightsError` if file and model differ.
+    """
+    return EfficientDet.from_pretrained(path, num_classes)
+
+
+def check_weights(state_dict: Mapping[str, Tensor], config: EfficientDetConfig, source: str) -> None:
+    """Raise :class:`WeightsError` unless ``state_dict`` fits ``EfficientDet(config)``; nothing is built.
+
+    ``source`` names the tensors in messages.
+    """
+    with torch.device("meta"):
+        expected = EfficientDet(config).state_dict()
+    check_state_dict(state_dict, expected, config.name, source)

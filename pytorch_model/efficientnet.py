@@ -27,8 +27,8 @@ class SqueezeExcite(nn.Module):
 class MBConv(nn.Module):
     """Inverted bottleneck: expand 1×1 → depthwise → squeeze-excite → project 1×1, plus a residual.
 
-    [N, in_filters, H, W] → [N, out_filters, ⌈H/stride⌉, ⌈W/stride⌉]. ``expand`` is absent at expand ratio 1,
-    ``se`` in Lite models.
+    [N, in_filters, H, W] → [N, out_filters, ⌈H/stride⌉, ⌈W/stride⌉]. There is no
+    ``expand`` at expand ratio 1, and no ``se`` in Lite models.
     """
 
     def __init__(self, block: Block, act_type: str) -> None:
@@ -54,7 +54,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNet(nn.Module):
-    """Images float [N, 3, H, W] → features at the asked levels; level l is [N, C_l, ⌈H/2^l⌉, ⌈W/2^l⌉]."""
+    """Images float [N, 3, H, W] → features at ``levels``; level l is [N, C_l, ⌈H/2^l⌉, ⌈W/2^l⌉]."""
 
     def __init__(self, config: BackboneConfig, act_type: str, levels: range) -> None:
         super().__init__()

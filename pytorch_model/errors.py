@@ -1,15 +1,15 @@
-"""The errors a user may meet: one root, and the ones that need no TensorFlow checkpoint to happen.
+"""The errors a user may meet: the root class, and those that do not concern a TensorFlow checkpoint.
 
-Every message says what is wrong, where, and what to do. ``porting.errors`` adds the rest of the family.
+Every message says what is wrong, where, and what to do. ``porting.errors`` adds the other classes.
 """
 
 from __future__ import annotations
 
 
 class EfficientDetError(Exception):
-    """The root of the family: bad input, or a job that cannot be done.
+    """The root of all errors here: bad input, or work that cannot be done.
 
-    Command lines print the message alone and exit with status 2. The message is always one line: characters
+    Command lines print only the message and exit with status 2. The message is always one line: characters
     that are not printable, in names quoted from files, are escaped.
     """
 
@@ -17,21 +17,29 @@ class EfficientDetError(Exception):
         return one_line(super().__str__())
 
 
-#: The former name of the root, kept for callers.
+#: The former name of the root class, kept for callers.
 PortingError = EfficientDetError
 
 
 def one_line(text: str) -> str:
-    """``text``, its characters that are not printable escaped: ``\\n``, ``\\x1b``, ``\\udc80``."""
+    """``text`` with unprintable characters escaped: ``\\n``, ``\\x1b``, ``\\udc80``."""
     if text.isprintable():
         return text
     return "".join(
-        sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
     )
 
 
+def first_line(error: Exception) -> str:
+    """The first line of another library's error, for a message of one line; its type if it has no text."""
+    if isinstance(error, RecursionError):
+        return "its values are nested too deeply"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 class ConfigError(EfficientDetError):
-    """A hyper-parameter has a value no EfficientDet can have. The message names it."""
+    """A hyper-parameter has a value that is not possible. The message names it."""
 
 
 class WeightsError(EfficientDetError):

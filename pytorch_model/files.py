@@ -22,28 +22,28 @@ from pytorch_model.errors import OutputError, Reason
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
-    """Whether at ``path``, links followed, there is something that is neither a file nor a folder.
+    """Whether ``path``, links followed, is neither a file nor a folder.
 
-    That is a pipe, a device or a socket: opening it may wait for ever, reading it may never end.
+    It is then a pipe, a device or a socket: opening it may wait for ever, reading it may never end.
     """
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # nothing there, or no name that a file can have
+    except (OSError, ValueError):  # nothing there, or a name that a file cannot have
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError, its ``strerror`` the reason, where :func:`is_special`. To be called before opening."""
+    """Raise OSError, its ``strerror`` the reason, if :func:`is_special`. Call it before opening a file."""
     if is_special(path):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
 
 
 def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
-    """What the file at ``path`` holds, at most ``most`` bytes.
+    """The content of the file at ``path``, of at most ``most`` bytes.
 
-    Raises OSError, also for a larger file and for what is no file, its ``strerror`` the reason; and
-    ValueError for a name that no file can have.
+    Raises OSError, its ``strerror`` the reason, also for a larger file and for a pipe or device; and
+    ValueError for a name that a file cannot have.
     """
     check_regular(path)
     with open(path, "rb") as file:
@@ -53,7 +53,7 @@ def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's content, in hexadecimal. Raises OSError, also if it is not a file, and ValueError."""
+    """SHA-256 of a file's content, in hexadecimal. Raises OSError, also for a pipe, and ValueError."""
     check_regular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -65,7 +65,7 @@ def sha256_of_file(path: str | os.PathLike[str]) -> str:
 def parse_json(data: bytes | str) -> Any:
     """Parse JSON text. Bytes may be UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
 
-    Raises :class:`Reason`, also for what Python's own reader accepts: an object that has a key twice.
+    Raises :class:`Reason`, also for an object that has a key twice, which Python's own reader accepts.
     """
     try:
         text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
@@ -76,7 +76,7 @@ def parse_json(data: bytes | str) -> Any:
         raise Reason(f"it is not JSON: {error}") from None
     except RecursionError:
         raise Reason("it is nested too deep") from None
-    except ValueError:  # Python's advice is for programmers
+    except ValueError:  # Python's message is for programmers
         raise Reason("it holds a number of thousands of digits") from None
 
 
@@ -90,13 +90,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path``, of the same suffix; leaving without an error renames it to ``path``.
+    """A temporary path beside ``path`` with the same suffix; leaving without an error renames it to ``path``.
 
-    On any failure, Ctrl-C included, the temporary file is gone and ``path`` is as it was. Raises
-    :class:`OutputError` for what the disk refuses.
+    On any failure, Ctrl-C included, the temporary file is deleted and ``path`` is unchanged. Raises
+    :class:`OutputError` for an error of the disk.
     """
     path = Path(path)
-    _refuse_other_than_files(path)
+    _check_not_special(path)
     temporary = _temporary_beside(path, path.suffix)
     try:
         yield temporary
@@ -104,9 +104,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from None
+        raise _cannot_write(path, error, "free some space or choose another place") from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -117,7 +115,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder beside ``path``; leaving without an error renames it to ``path``.
 
     ``path`` must not exist, or be an empty folder. On any failure, Ctrl-C included, the temporary folder is
-    gone and ``path`` is as it was. Raises :class:`OutputError` for what is there or what the disk refuses.
+    deleted and ``path`` is unchanged. Raises :class:`OutputError` otherwise, and for an error of the disk.
     """
     path = Path(path)
     check_new_folder(path)
@@ -130,23 +128,21 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         os.replace(temporary, path)
-    except OutputError as error:  # from a writer who knows the temporary name alone
+    except OutputError as error:  # from a writer that knows only the temporary name
         raise OutputError(str(error).replace(str(temporary), str(path))) from None
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another place"
-        ) from None
+        raise _cannot_write(path, error, "free some space or choose another place") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new_folder(path: str | os.PathLike[str]) -> None:
-    """Fail before long work: raise :class:`OutputError` unless ``path`` is fit for :func:`new_folder`."""
+    """Fail before long work: raise :class:`OutputError` unless :func:`new_folder` can create ``path``."""
     path = Path(path)
     if os.path.isdir(path) and any(path.iterdir()):
-        raise OutputError(f"cannot write {path}: there is something in it already; choose another folder")
+        raise OutputError(f"cannot write {path}: it is not empty; choose another folder")
     if not path.name:
-        raise OutputError(f"cannot write {path}: the folder would be replaced under your feet; give a name")
+        raise OutputError(f"cannot write {path}: it is the current folder or the root; give a folder name")
     if os.path.exists(path) and not os.path.isdir(path):
         raise OutputError(f"cannot write {path}: there is a file of that name; choose another folder")
     _check_place(path)
@@ -155,14 +151,14 @@ def check_new_folder(path: str | os.PathLike[str]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Fail before long work, not after it: raise :class:`OutputError` unless ``path`` can be created."""
     path = Path(path)
-    _refuse_other_than_files(path)
+    _check_not_special(path)
     _check_place(path)
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Create a folder to write into, and those above it.
+    """Create a folder to write into, and the folders above it.
 
-    Raises :class:`OutputError` where that fails, or where nothing may be written in it.
+    Raises :class:`OutputError` if that fails, or if the folder is not writable.
     """
     path = Path(path)
     try:
@@ -174,7 +170,7 @@ def make_folder(path: str | os.PathLike[str]) -> None:
     _probe(path, path)
 
 
-def _refuse_other_than_files(path: Path) -> None:
+def _check_not_special(path: Path) -> None:
     if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         raise OutputError(f"cannot write {path}: it is a folder; give a file name")
     if is_special(path):
@@ -188,24 +184,26 @@ def _check_place(path: Path) -> None:
 
 
 def _probe(folder: Path, path: Path) -> None:
-    """Write in ``folder``. Raises :class:`OutputError`, which says so of ``path``."""
+    """Try to write in ``folder``. Raises :class:`OutputError`, which names ``path``."""
     probe = _temporary_beside(folder / "probe", "")
     try:
         with suppress(FileNotFoundError):
-            os.lstat(path)  # refuses a name that is too long; the probe's is shorter
+            os.lstat(path)  # fails on a name that is too long; the probe's is shorter
         probe.touch(exist_ok=False)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder you may write to"
-        ) from None
+        raise _cannot_write(path, error, "choose a folder you may write to") from None
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
 
 
+def _cannot_write(path: Path, error: OSError, advice: str) -> OutputError:
+    return OutputError(f"cannot write {path}: {error.strerror or error}; {advice}")
+
+
 def _temporary_beside(path: Path, suffix: str) -> Path:
-    """A name that nothing has, and that a file may have wherever one may be called as ``path`` is."""
-    start = path.name[:20]  # enough to see what it was for; in full it might exceed 255 bytes
+    """A new name beside ``path``; it is not too long for any folder that can hold ``path``."""
+    start = path.name[:20]  # enough to recognise it; the whole name might exceed 255 bytes
     return path.with_name(f".{start}.{os.getpid()}-{secrets.token_hex(4)}{suffix}")
 
 
@@ -213,8 +211,8 @@ def _temporary_beside(path: Path, suffix: str) -> Path:
 def locked(path: Path, busy: Callable[[], object]) -> Iterator[bool]:
     """Hold the lock file ``path`` against other runs; it is created, and stays.
 
-    If another run holds it, ``busy`` is called, which may raise; then this waits. Yields False if files
-    cannot be locked there. Raises ``OSError`` if ``path`` cannot be written.
+    If another run holds it, ``busy`` is called, which may raise; otherwise this waits. Yields False if the
+    file system cannot lock files. Raises ``OSError`` if ``path`` cannot be written.
     """
     from filelock import FileLock, Timeout
 

@@ -1,4 +1,4 @@
-"""Class net and box net: convolutions shared by all levels, one batch norm per level (paper section 4.1)."""
+"""Class net and box net: convolutions shared by all levels, batch norms per level (paper section 4.1)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.layers import SeparableConv, activation, batch_norm
 
-PRIOR_PROBABILITY = 0.01  # focal loss starts with every anchor at this score
+PRIOR_PROBABILITY = 0.01  # the initial score of every anchor, for the focal loss
 
 
 class Head(nn.Module):

@@ -1,7 +1,7 @@
-"""What TensorFlow does and PyTorch does not: SAME padding, AutoML's separable convolution and resizing.
+"""Layers that PyTorch lacks: TensorFlow's SAME padding, AutoML's separable convolution and resizing.
 
-All tensors are float, [N, C, H, W]. Padding is worked out from the sizes met at run time, so one model
-serves every image size.
+All tensors are float, [N, C, H, W]. Padding is computed from the input size at run time, so one model
+works for every image size.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pytorch_model.config import BN_EPSILON, BN_MOMENTUM
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "swish": nn.SiLU,
     "silu": nn.SiLU,
-    "swish_native": nn.SiLU,  # AutoML's two swishes differ in gradient memory only
+    "swish_native": nn.SiLU,  # AutoML's two swishes differ only in the memory of their gradients
     "relu": nn.ReLU,
     "relu6": nn.ReLU6,
     "hswish": nn.Hardswish,
@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation(act_type: str) -> nn.Module:
-    """The activation AutoML calls ``act_type`` (``utils.activation_fn``)."""
+    """The activation that AutoML calls ``act_type`` (``utils.activation_fn``)."""
     return _ACTIVATIONS[act_type]()
 
 
@@ -57,7 +57,7 @@ class Conv2dSame(nn.Conv2d):
         groups: int = 1,
         bias: bool = False,
     ) -> None:
-        # At stride 1 an odd kernel pads both sides alike, which the convolution does itself, and faster.
+        # At stride 1 an odd kernel pads both sides equally. nn.Conv2d can do that itself, and faster.
         self.symmetric = stride == 1 and kernel_size % 2 == 1
         padding = kernel_size // 2 if self.symmetric else 0
         super().__init__(in_filters, out_filters, kernel_size, stride, padding, groups=groups, bias=bias)
@@ -98,7 +98,7 @@ class ConvBnAct(nn.Module):
 
 
 class SeparableConv(nn.Module):
-    """3×3 depthwise, then 1×1 pointwise, which owns the bias. [N, in, H, W] → [N, out, H, W]."""
+    """3×3 depthwise, then 1×1 pointwise convolution, which has the bias. [N, in, H, W] → [N, out, H, W]."""
 
     def __init__(self, in_filters: int, out_filters: int, bias: bool) -> None:
         super().__init__()

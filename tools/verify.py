@@ -34,10 +34,10 @@ from porting.parity.weight_comparison import (
     read_weight_file,
 )
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.efficientdet import check_weights
 from pytorch_model.files import make_folder
 from pytorch_model.weights import SUFFIXES
-from pytorch_model.weights.files import check_state_dict, read_weights
+from pytorch_model.weights.files import read_weights
 
 if TYPE_CHECKING:
     from _verify import Outcome
@@ -117,8 +117,7 @@ def main() -> int:
         conversion = convert(checkpoint, config, raw=arguments.raw)
         raw_variables = read_raw(checkpoint, conversion)
         if state_dict is not None:
-            with torch.device("meta"):
-                check_state_dict(EfficientDet(config), state_dict, str(arguments.weights))
+            check_weights(state_dict, config, str(arguments.weights))
             weights = Weights(str(arguments.weights), state_dict, config)
             port = Weights(f"{checkpoint.source} ({conversion.weights})", conversion.state_dict, expected)
             same = compare_weights(weights, port)

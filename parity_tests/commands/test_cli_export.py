@@ -69,7 +69,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path: Path, weights: Pa
 def test_the_folder_one_stands_in_is_not_replaced(tmp_path: Path, weights: Path) -> None:
     done = export("--weights", weights, "--to", "tf-checkpoint", "--out", ".", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write .: the folder would be replaced under your feet")
+    assert done.stderr.startswith("error: cannot write .: it is the current folder or the root")
     assert not list(tmp_path.iterdir())
 
 

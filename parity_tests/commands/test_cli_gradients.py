@@ -20,7 +20,7 @@ from porting.parity.measure import Difference
 from porting.rules import rules
 from porting.synthetic import synthetic_variables
 from pytorch_model.bifpn import Fuse
-from pytorch_model.config import all_configs
+from pytorch_model.config import MODELS, model_config
 
 sys.path.insert(0, str(TOOLS))
 
@@ -126,6 +126,6 @@ def test_every_tensor_belongs_to_a_part(conversion: Conversion) -> None:
 
 
 def test_the_last_level_has_several_pixels() -> None:
-    for config in all_configs():
+    for config in map(model_config, MODELS):
         rows, columns = config.feature_sizes(_gradients.picture_size(config))[config.max_level]
         assert 2 * rows * columns >= 4

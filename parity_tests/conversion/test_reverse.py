@@ -366,7 +366,7 @@ def test_a_fault_in_the_reverse_port_leaves_no_file(
 
 def test_an_existing_folder_is_not_replaced(small: EfficientDetConfig, tmp_path: Path) -> None:
     (tmp_path / "model.index").write_text("a training run")
-    with pytest.raises(OutputError, match="something in it already"):
+    with pytest.raises(OutputError, match="it is not empty; choose another folder"):
         TARGETS["tf-checkpoint"].write(Weights(trained(small), small), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["model.index"]
     with pytest.raises(OutputError, match=r"ends in \.h5"):

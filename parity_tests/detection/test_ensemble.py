@@ -101,7 +101,7 @@ def test_fusion_keeps_scores_in_order_and_boxes_within(content: Any) -> None:
 
 
 @given(rows, st.integers(1, 500))
-def test_two_mirrors_are_none(content: Any, width: int) -> None:
+def test_mirroring_twice_changes_nothing(content: Any, width: int) -> None:
     run = found(*((x, y, x + w, y + h, score, label) for x, y, w, h, score, label in content))
     twice = mirrored(mirrored(run, width), width)
     torch.testing.assert_close(twice["boxes"], run["boxes"], rtol=1e-5, atol=1e-3)
@@ -110,7 +110,7 @@ def test_two_mirrors_are_none(content: Any, width: int) -> None:
 
 
 def test_the_detector_mirrors_input_and_boxes() -> None:
-    """This network sees its object at the same place of whatever it is shown, so the mirror shows another."""
+    """This network finds its object at the same place of every input, so the mirrored input gives another."""
     detector = one_object_detector(tta="flip")
     image = torch.zeros(1, 3, 64, 128, dtype=torch.uint8)  # half the network's input of 128 x 256
     (detections,) = detector(image)

@@ -1,4 +1,4 @@
-"""Detections against those of Google's code, for every configuration it was recorded with."""
+"""Detections, compared with those of Google's code, for every recorded configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from pytorch_model.detection.postprocess import (
     Candidates,
     Detections,
     non_max_suppression,
-    postprocess_global,
     postprocess_per_class,
     pre_nms,
 )
@@ -48,7 +47,7 @@ def nms_config(name: str) -> NMSConfig:
 
 
 class Heads:
-    """Head outputs and what postprocessing needs beside them."""
+    """Head outputs and the other inputs of postprocessing."""
 
     def __init__(self, classes: list[Tensor], boxes: list[Tensor], image_scales: Tensor, model: str) -> None:
         self.classes, self.boxes, self.image_scales = classes, boxes, image_scales
@@ -60,11 +59,6 @@ class Heads:
 
     def per_class(self, nms: NMSConfig) -> Detections:
         return postprocess_per_class(self.classes, self.boxes, self.anchors_yxyx, nms, self.image_scales)
-
-    def across_classes(self, nms: NMSConfig) -> Detections:
-        return postprocess_global(
-            self.classes, self.boxes, self.anchors_yxyx, self.image_size, nms, self.image_scales
-        )
 
 
 def nchw(array: np.ndarray) -> Tensor:
@@ -79,7 +73,7 @@ def synth_heads(shared: Path) -> tuple[Heads, Mapping[str, np.ndarray]]:
 
 
 def golden_heads() -> tuple[Heads, Mapping[str, np.ndarray]]:
-    """The same recording, thinned: logits that reach no candidate list are replaced by a very low one."""
+    """The same recording, smaller: a very low logit replaces those that never become candidates."""
     stored = np.load(GOLDENS / "detections.npz")
     logits = np.full((2, 3069 * 90), -30, np.float32)
     for image in range(2):
@@ -140,12 +134,6 @@ def test_per_class(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> 
     compare(heads.per_class(nms_config(name)), stored, f"synth/per_class/{name}")
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_global(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> None:
-    heads, stored = synth
-    compare(heads.across_classes(nms_config(name)), stored, f"synth/global/{name}")
-
-
 @pytest.mark.parametrize("name", GENERATED)
 def test_generate_detections(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> None:
     heads, stored = synth
@@ -155,22 +143,14 @@ def test_generate_detections(synth: tuple[Heads, Mapping[str, np.ndarray]], name
 
 def test_more_recorded_paths_of_the_same_detections(shared: Path) -> None:
     heads, stored = synth_heads(shared)
-    found = heads.across_classes(nms_config("default_gaussian"))
-    compare_rows(found, stored["synth/generate_detections/tf_global/id_box_score_class"][..., 1:])
-    expected = stored["synth/det_post_process/detections"][..., [2, 1, 4, 3, 5, 6]]
-    compare_rows(found, expected)
     for name, nms in (("tf", NMSConfig()), ("pyfunc", NMSConfig(pyfunc=True))):
         rows = stored[f"synth/det_model_fn_eval/{name}/detections"][..., 1:].copy()
         rows[..., 2:4] += rows[..., :2]  # recorded as x, y, width, height
         compare_rows(heads.per_class(nms), rows)
-    heads.image_scales = torch.ones(2)
-    compare(
-        heads.across_classes(nms_config("default_gaussian")), stored, "synth/global_noscale/default_gaussian"
-    )
 
 
 def test_tensorflow_combined_nms_over_all_pairs(shared: Path) -> None:
-    """TensorFlow's other operation takes all pairs, and clips to the image."""
+    """TensorFlow's combined operation takes all pairs and clips boxes to the image."""
     heads, stored = synth_heads(shared)
     scales, heads.image_scales = heads.image_scales, torch.ones(2)
     found = heads.per_class(NMSConfig(method="hard", max_nms_inputs=10**9))
@@ -200,7 +180,7 @@ def test_recorded_candidates(shared: Path) -> None:
 def test_suppression_of_googles_own_candidates(
     shared: Path, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every model, on random-weight outputs, whose scores crowd together far more than a trained model's."""
+    """Every model with random weights, whose scores are much closer together than a trained model's."""
     size = 256 if model == "efficientdet-d7x" else 128
     stored = np.load(shared / "oracle" / model / f"post_s{size}.npz")
     scales = torch.from_numpy(stored["image_scales"])
@@ -216,7 +196,6 @@ def test_suppression_of_googles_own_candidates(
         none: Any = None
         nms = nms_config(name)
         compare(postprocess_per_class(none, none, none, nms, scales), stored, f"per_class/{name}")
-        compare(postprocess_global(none, none, none, (size, size), nms, scales), stored, f"global/{name}")
         compared += 1
     if model == "efficientdet-d7x":
         assert compared == 0, "recorded with a stride, so there are no candidates to take"
@@ -226,7 +205,6 @@ def test_suppression_of_googles_own_candidates(
 
 @pytest.mark.parametrize("name", ["gaussian_topk5000", "default_gaussian"])
 def test_heads_of_random_weights(shared: Path, name: str) -> None:
-    """Here, unlike among clustered objects, a location's second-best classes reach the global result too."""
     with np.load(shared / "oracle/efficientdet-d0/acts_fp64_s128.npz") as recorded:
         classes, boxes = (
             [nchw(recorded[f"{kind}_outputs/{level}"].astype(np.float32)) for level in range(3, 8)]
@@ -235,12 +213,11 @@ def test_heads_of_random_weights(shared: Path, name: str) -> None:
     stored = np.load(shared / "oracle/efficientdet-d0/post_s128.npz")
     heads = Heads(classes, boxes, torch.from_numpy(stored["image_scales"]), "efficientdet-d0")
     tolerances = (FLOAT32_SCORE_TOLERANCE, FLOAT32_BOX_TOLERANCE)
-    compare(heads.across_classes(nms_config(name)), stored, f"global/{name}", *tolerances)
     compare(heads.per_class(nms_config(name)), stored, f"per_class/{name}", *tolerances)
 
 
 def test_trained_weights_on_two_photographs(shared: Path) -> None:
-    """Head outputs of the real Lite0, and what Google's code made of them."""
+    """Head outputs of the released Lite0, and Google's detections from them."""
     stored = np.load(shared / "lite0/activations_2images.npz")
     boxes = [nchw(stored[f"box_outputs/{level}"]) for level in range(3, 8)]
     classes = [nchw(stored[f"class_outputs/{level}"]) for level in range(4, 8)]
@@ -278,6 +255,11 @@ def boxes_and_scores(rows: Sequence[tuple[float, ...]]) -> tuple[Tensor, Tensor]
     return values[..., :4], values[..., 4]
 
 
+def suppress_one_class(boxes: Tensor, scores: Tensor, nms: NMSConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Suppression as TensorFlow's operation does it: every box acts on every other."""
+    return non_max_suppression(boxes, scores, torch.zeros(scores.shape, dtype=torch.int64), nms)
+
+
 QUIRK_BOXES = [
     (0.0, 0.0, 10.0, 10.0, 0.9),
     (0.0, 0.0, 9.0, 10.0, 0.8),  # overlaps the first by 0.9
@@ -289,12 +271,12 @@ QUIRK_BOXES = [
 def test_recorded_quirks() -> None:
     """``quirks.json``: soft and hard suppression of the same four boxes, padded to four."""
     boxes, scores = boxes_and_scores(QUIRK_BOXES)
-    indices, found, count = non_max_suppression(boxes, scores, NMSConfig(max_output_size=4))
+    indices, found, count = suppress_one_class(boxes, scores, NMSConfig(max_output_size=4))
     assert indices.tolist() == [[0, 2, 3, 1]]
     expected = [[0.8999999761581421, 0.699999988079071, 0.43568941950798035, 0.10664975643157959]]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
     assert count.tolist() == [4]
-    indices, found, count = non_max_suppression(boxes, scores, NMSConfig(method="hard", max_output_size=4))
+    indices, found, count = suppress_one_class(boxes, scores, NMSConfig(method="hard", max_output_size=4))
     assert (indices.tolist(), count.tolist()) == ([[0, 2, 3, 0]], [3])
     np.testing.assert_array_equal(found.numpy(), np.array([[0.9, 0.7, 0.6, 0]], np.float32))
 
@@ -302,7 +284,7 @@ def test_recorded_quirks() -> None:
 def test_a_score_equal_to_the_threshold_is_dropped() -> None:
     boxes, scores = boxes_and_scores([(0, 0, 1, 1, 0.5), (5, 5, 6, 6, 0.5), (9, 9, 10, 10, 0.5)])
     for method in ("gaussian", "hard"):
-        indices, found, count = non_max_suppression(
+        indices, found, count = suppress_one_class(
             boxes, scores, NMSConfig(method=method, score_thresh=0.5, max_output_size=5)
         )
         assert (indices.tolist(), found.tolist(), count.tolist()) == ([[0] * 5], [[0.0] * 5], [0])
@@ -310,28 +292,28 @@ def test_a_score_equal_to_the_threshold_is_dropped() -> None:
 
 def test_equal_scores_keep_the_lower_index_and_pad() -> None:
     boxes, scores = boxes_and_scores([(0, 0, 1, 1, 0.5), (5, 5, 6, 6, 0.5), (9, 9, 10, 10, 0.5)])
-    indices, found, count = non_max_suppression(boxes, scores, NMSConfig(max_output_size=5))
+    indices, found, count = suppress_one_class(boxes, scores, NMSConfig(max_output_size=5))
     assert (indices.tolist(), count.tolist()) == ([[0, 1, 2, 0, 0]], [3])
     assert found.tolist() == [[0.5, 0.5, 0.5, 0.0, 0.0]]
 
 
 def test_an_overlap_equal_to_the_threshold_keeps_both() -> None:
     boxes, scores = boxes_and_scores([(0, 0, 1, 1, 0.9), (0, 0, 0.5, 1, 0.8)])
-    indices, _, count = non_max_suppression(boxes, scores, NMSConfig(method="hard", max_output_size=2))
+    indices, _, count = suppress_one_class(boxes, scores, NMSConfig(method="hard", max_output_size=2))
     assert (indices.tolist(), count.tolist()) == ([[0, 1]], [2])
 
 
 def test_a_decayed_score_equal_to_the_threshold_is_dropped() -> None:
     boxes, scores = boxes_and_scores(QUIRK_BOXES[:2])
-    _, found, _ = non_max_suppression(boxes, scores, NMSConfig(max_output_size=2))
+    _, found, _ = suppress_one_class(boxes, scores, NMSConfig(max_output_size=2))
     decayed = float(found[0, 1])
     for threshold, expected in ((decayed, 1), (np.nextafter(np.float32(decayed), np.float32(0)), 2)):
         nms = NMSConfig(score_thresh=float(threshold), max_output_size=2)
-        assert non_max_suppression(boxes, scores, nms)[2].tolist() == [expected]
+        assert suppress_one_class(boxes, scores, nms)[2].tolist() == [expected]
 
 
 def test_equal_scores_go_to_the_lower_class(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AutoML joins the classes' lists in class order before it takes the best of all."""
+    """AutoML concatenates the lists of all classes in class order before it takes the best."""
     boxes, scores = boxes_and_scores([(i, i, i + 1, i + 1, 0.5) for i in range(0, 50, 10)])
     candidates = Candidates(boxes, scores, torch.tensor([[3, 0, 3, 1, 0]]))
     monkeypatch.setattr(postprocess, "pre_nms", lambda *_: candidates)
@@ -349,17 +331,8 @@ def test_the_numpy_variant_keeps_what_equals_the_threshold_and_the_best_of_each_
         (NMSConfig(score_thresh=0.25, max_output_size=4, pyfunc=True), [0, 1, 3]),
         (NMSConfig(score_thresh=0.25, max_output_size=4), [0]),
     ):
-        indices, _, count = non_max_suppression(boxes, scores, nms, classes)
+        indices, _, count = non_max_suppression(boxes, scores, classes, nms)
         assert indices[0, : int(count)].tolist() == expected
-
-
-def test_the_global_path_clips_each_axis_to_its_own_side() -> None:
-    heads = random_heads(1)
-    heads.image_size = (20, 40)
-    heads.image_scales = torch.tensor([2.0])
-    boxes_yxyx = heads.across_classes(NMSConfig()).boxes_yxyx[0]
-    assert boxes_yxyx.amin(dim=0).tolist() == [0.0, 0.0, 0.0, 0.0]
-    assert boxes_yxyx.amax(dim=0).tolist() == [40.0, 80.0, 40.0, 80.0]
 
 
 # A coarse grid makes equal scores, equal boxes, touching boxes, empty boxes and overlaps of exactly 1/2.
@@ -401,7 +374,7 @@ def test_hard_suppression_is_tensorflows(
 ) -> None:
     nms = NMSConfig(method="hard", iou_thresh=iou, score_thresh=threshold, max_output_size=12)
     expected_indices, expected_scores, expected_count = tensorflow_nms(tensorflow, rows, nms)
-    indices, scores, count = non_max_suppression(*boxes_and_scores(rows), nms)
+    indices, scores, count = suppress_one_class(*boxes_and_scores(rows), nms)
     assert int(count) == expected_count
     np.testing.assert_array_equal(indices[0].numpy(), expected_indices)
     np.testing.assert_array_equal(scores[0].numpy(), expected_scores)
@@ -412,13 +385,13 @@ def test_hard_suppression_is_tensorflows(
 def test_soft_suppression_is_tensorflows(
     tensorflow: Any, rows: list[tuple[float, ...]], sigma: float
 ) -> None:
-    """Scores always; indices where no other score is so near that the last bit decides the order.
+    """Scores always; indices only if no other score is so close that the last bit decides the order.
 
     TensorFlow multiplies the weights of several selected boxes in another order than we do.
     """
     nms = NMSConfig(sigma=sigma, max_output_size=15)
     expected_indices, expected_scores, expected_count = tensorflow_nms(tensorflow, rows, nms)
-    indices, scores, count = non_max_suppression(*boxes_and_scores(rows), nms)
+    indices, scores, count = suppress_one_class(*boxes_and_scores(rows), nms)
     near_threshold = np.abs(expected_scores - 0.001).min() < 1e-7
     if not near_threshold:
         assert int(count) == expected_count
@@ -483,7 +456,7 @@ ALL_METHODS = [
 def test_one_loop_over_all_classes_is_one_loop_per_class(
     nms: NMSConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against a naive float64 reference, for a batch, through the public function."""
+    """The public function on a batch, compared with a naive float64 reference."""
     rng = np.random.default_rng(5)
     corners = rng.uniform(0, 60, (3, 200, 2))
     boxes = np.concatenate((corners, corners + rng.uniform(1, 40, (3, 200, 2))), axis=2).astype(np.float32)
@@ -516,7 +489,7 @@ def test_one_loop_over_all_classes_is_one_loop_per_class(
 def test_candidates_are_the_best_pairs_in_order(
     locations: int, num_classes: int, count: int, seed: int, half: bool, data: st.DataObject
 ) -> None:
-    """Two small selections against one stable sort of everything, with many equal logits."""
+    """Two small selections, compared with one stable sort of everything, with many equal logits."""
     anchors = data.draw(st.integers(1, 3))
     rng = np.random.default_rng(seed)
     # Two levels of one row each; a few values only make ties, and -0.0 must equal 0.0.
@@ -553,7 +526,6 @@ EVERY_PATH = [
     pytest.param(lambda heads: heads.per_class(NMSConfig()), id="per class"),
     pytest.param(lambda heads: heads.per_class(NMSConfig(max_nms_inputs=0, method="hard")), id="hard"),
     pytest.param(lambda heads: heads.per_class(NMSConfig(pyfunc=True)), id="pyfunc"),
-    pytest.param(lambda heads: heads.across_classes(NMSConfig()), id="global"),
 ]
 
 
@@ -581,7 +553,7 @@ def test_memory_layout_does_not_matter(path: Any) -> None:
 
 
 class EverythingOn(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Fails on any operation that makes a tensor anywhere else."""
+    """Fails on any operation that makes a tensor on another device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -597,7 +569,7 @@ class EverythingOn(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.parametrize("path", EVERY_PATH)
 def test_everything_stays_on_the_device(path: Any) -> None:
-    """On PyTorch's device of shapes without values: reading a value back raises."""
+    """On PyTorch's meta device, which has no values: reading a value raises an error."""
     heads = random_heads(2)
     heads.classes, heads.boxes = [x.to("meta") for x in heads.classes], [x.to("meta") for x in heads.boxes]
     heads.anchors_yxyx, heads.image_scales = heads.anchors_yxyx.to("meta"), heads.image_scales.to("meta")
@@ -617,18 +589,18 @@ def test_a_gpu_finds_the_same(path: Any) -> None:
         torch.testing.assert_close(after.cpu(), before, rtol=1e-5, atol=1e-4)
 
 
-def test_boxes_without_size_or_without_end_are_never_numbers_gone_wrong() -> None:
+def test_boxes_of_zero_or_infinite_size_give_no_nan() -> None:
     """exp() of a wild regression gives a box of zero or infinite size: finite scores, no NaN."""
     boxes, scores = boxes_and_scores(
         [(5, 5, 5, 5, 0.9), (5, 5, 5, 5, 0.8), (-np.inf, 0, np.inf, 9, 0.7), (0, 0, 9, 9, 0.6)]
     )
     for nms in ALL_METHODS:
-        _, found, count = non_max_suppression(boxes, scores, nms)
+        _, found, count = suppress_one_class(boxes, scores, nms)
         assert found.isfinite().all()
         assert int(count) >= 2
 
 
-# --- refusals -----------------------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------------------
 
 
 BAD_CONFIGS = [
@@ -642,17 +614,12 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(("values", "named"), BAD_CONFIGS)
-def test_bad_configurations_are_refused(values: dict[str, Any], named: str) -> None:
+def test_bad_configurations_are_rejected(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         NMSConfig(**values)
 
 
-def test_the_numpy_variant_has_no_global_path() -> None:
-    with pytest.raises(ConfigError, match="pyfunc"):
-        random_heads(1).across_classes(NMSConfig(pyfunc=True))
-
-
-def test_anchors_of_another_size_are_refused() -> None:
+def test_anchors_of_another_size_are_rejected() -> None:
     heads = random_heads(1)
     heads.anchors_yxyx = generate_anchors(heads.config, (128, 128))
     with pytest.raises(ValueError, match="anchors for the image size"):

@@ -1,4 +1,4 @@
-"""Preprocessing against Google's recordings and TensorFlow's own operations, bit for bit."""
+"""Preprocessing, compared bit for bit with Google's recordings and TensorFlow's operations."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_recorded_arrays_bit_for_bit(shared: Path, name: str, key: str) -> None:
 
 
 def test_the_default_decode_of_tensorflow_bit_for_bit(shared: Path) -> None:
-    """The recorded input of the real Lite0, which TensorFlow decoded with its fast DCT."""
+    """The recorded input of the released Lite0, which TensorFlow decoded with its fast DCT."""
     needs("fast-dct")
     with np.load(shared / "lite0/activations_2images.npz") as stored:
         files = [shared / f"coco/val2017/{number:012d}.jpg" for number in stored["image_ids"]]
@@ -112,7 +112,7 @@ def test_golden_decoding_bit_for_bit(kind: str, decoder: str, tmp_path: Path) ->
     assert found.decoder == decoder
 
 
-def test_the_goldens_tell_the_decoders_apart() -> None:
+def test_the_goldens_distinguish_the_decoders() -> None:
     for kind in JPEG_KINDS:
         assert not np.array_equal(golden(f"{kind}/fast"), golden(f"{kind}/accurate"))
 
@@ -179,7 +179,7 @@ def test_resizing_is_tensorflows(
 @given(
     st.integers(8, 80), st.integers(8, 80), st.integers(16, 96), st.integers(16, 96), st.integers(0, 2**31)
 )
-def test_the_whole_of_it_is_tensorflows(
+def test_the_whole_preprocessing_is_tensorflows(
     tensorflow: Any, height: int, width: int, target_height: int, target_width: int, seed: int
 ) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -278,7 +278,7 @@ def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
     assert load_image(tmp_path / "rotated.jpg").pixels.shape == (3, 20, 40)
 
 
-# --- refusals -----------------------------------------------------------------------------------------
+# --- rejections -----------------------------------------------------------------------------------------
 
 BAD_IMAGES = [
     pytest.param("missing.jpg", "missing.jpg: cannot read the file: No such file", id="missing"),
@@ -289,19 +289,19 @@ BAD_IMAGES = [
     pytest.param(torch.zeros(4, 4, 3, dtype=torch.uint8), r"tensor must be uint8 \[3, h, w\]", id="nhwc"),
     pytest.param(torch.zeros(3, 4, 4), "not float32", id="float tensor"),
     pytest.param(np.zeros((1, 4000, 3), np.uint8), "number 1: 4000 x 1 pixels is too long", id="thin"),
-    pytest.param(7, "int is no image", id="number"),
+    pytest.param(7, "int is not an image", id="number"),
 ]
 
 
 @pytest.mark.parametrize(("image", "message"), BAD_IMAGES)
-def test_bad_images_are_refused_by_name(image: Any, message: str) -> None:
+def test_bad_images_are_rejected_by_name(image: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
         preprocess([picture(), image], D0, (64, 64))
     assert "\n" not in str(caught.value)
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that claims so many pixels and holds few."""
+    """A PNG file whose header claims this many pixels, and which holds few."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -323,9 +323,9 @@ def jpeg_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("header", [png_header, jpeg_header])
 @pytest.mark.parametrize(
     "side", [11_586, 13_000, 65_500]
-)  # Pillow warns of the first two, and refuses the third
+)  # Pillow warns about the first two, and rejects the third
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_decompression_bombs_are_refused(
+def test_decompression_bombs_are_rejected(
     decoder: str, side: int, header: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     """A small file whose header claims up to 65,500 × 65,500 pixels, 12.9 GB once decoded."""
@@ -336,7 +336,7 @@ def test_decompression_bombs_are_refused(
     assert not recwarn.list
 
 
-def test_a_large_file_is_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_large_file_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.fromarray(picture()).save(tmp_path / "a.png")
     monkeypatch.setattr("pytorch_model.detection.preprocess.MOST_BYTES", 100)
     with pytest.raises(ImageError, match="more than 100 bytes"):
@@ -352,10 +352,10 @@ def test_a_panorama_is_read(kind: str, decoder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_telephones_108_million_pixels_are_read(
+def test_a_phones_108_million_pixels_are_read(
     decoder: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """More than Pillow warns of; in grey, which takes the least memory here."""
+    """More than Pillow's warning limit; in grey, which takes the least memory here."""
     needs(decoder)
     Image.new("L", (12_000, 9_000), 99).save(tmp_path / "large.jpg")
     read = load_image(tmp_path / "large.jpg", decoder)
@@ -365,7 +365,7 @@ def test_a_telephones_108_million_pixels_are_read(
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_damaged_files_are_refused(decoder: str, tmp_path: Path) -> None:
+def test_damaged_files_are_rejected(decoder: str, tmp_path: Path) -> None:
     needs(decoder)
     jpeg = io.BytesIO()
     Image.fromarray(picture(64, 64)).save(jpeg, "JPEG")
@@ -380,7 +380,7 @@ def test_damaged_files_are_refused(decoder: str, tmp_path: Path) -> None:
         with pytest.raises(ImageError, match=name) as caught:
             preprocess([file], D0, decoder=decoder)
         assert "\n" not in str(caught.value)
-    # A list of pictures may hold any text: also names that no file can have.
+    # A list of images may hold any text, also names that a file cannot have.
     for path in (tmp_path, tmp_path / "nul\0.jpg", tmp_path / "\ud800.jpg"):
         with pytest.raises(ImageError, match="cannot read the file"):
             load_image(path, decoder)
@@ -409,8 +409,8 @@ def test_every_format_is_read(kind: str, decoder: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_other_formats_are_refused(decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what Pillow reads: some of it by starting another program."""
+def test_other_formats_are_rejected(decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also formats that Pillow reads; it reads some of them by starting another program."""
     needs(decoder)
     (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     (tmp_path / "gs").chmod(0o755)
@@ -423,7 +423,7 @@ def test_other_formats_are_refused(decoder: str, tmp_path: Path, monkeypatch: py
             continue
         tried += 1
         (tmp_path / "a.jpg").write_bytes(content)
-        message = r"not a picture in a format that is read \(JPEG, PNG, .*\); convert it to JPEG or PNG"
+        message = r"not an image in a supported format \(JPEG, PNG, .*\); convert it to JPEG or PNG"
         with pytest.raises(ImageError, match=message):
             load_image(tmp_path / "a.jpg", decoder, upright=True)
     assert tried > 8
@@ -435,7 +435,7 @@ def test_other_formats_are_refused(decoder: str, tmp_path: Path, monkeypatch: py
 )
 @pytest.mark.parametrize("place", ["PIL.ImageFile.ImageFile.load", "PIL.Image.Image.getexif"])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_whatever_pillow_raises_is_of_the_picture(
+def test_every_error_of_pillow_names_the_image(
     error: Exception, place: str, decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -444,13 +444,13 @@ def test_whatever_pillow_raises_is_of_the_picture(
     needs(decoder)
     (tmp_path / "a.jpg").write_bytes(saved("JPEG" if place.endswith("getexif") else "PNG"))
     monkeypatch.setattr(place, fail)
-    message = r"not a readable image: (BC8|avif failed|TypeError|3); fetch the file again, or save it anew"
+    message = r"not a readable image: (BC8|avif failed|TypeError|3); fetch the file again, or save it again"
     with pytest.raises(ImageError, match=message):
         load_image(tmp_path / "a.jpg", decoder, upright=True)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_lack_of_memory_is_not_the_pictures_fault(
+def test_a_lack_of_memory_does_not_blame_the_image(
     decoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -466,7 +466,7 @@ def test_a_lack_of_memory_is_not_the_pictures_fault(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("turbo"), TypeError("turbo")])
-def test_whatever_the_fast_decoder_raises_is_of_the_picture(
+def test_every_error_of_the_fast_decoder_names_the_image(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -479,7 +479,7 @@ def test_whatever_the_fast_decoder_raises_is_of_the_picture(
         load_image(tmp_path / "a.jpg", "fast-dct")
 
 
-def test_a_tiff_files_orientation_is_its_formats(tmp_path: Path) -> None:
+def test_the_orientation_of_a_tiff_file_is_always_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x112] = 6
     (tmp_path / "a.tif").write_bytes(saved("TIFF", exif=exif))
@@ -488,7 +488,7 @@ def test_a_tiff_files_orientation_is_its_formats(tmp_path: Path) -> None:
         assert (found.pixels.shape, found.orientation) == ((3, 56, 40), 1)
 
 
-def test_wrong_calls_are_refused() -> None:
+def test_wrong_calls_are_rejected() -> None:
     with pytest.raises(ImageError, match="no images"):
         preprocess([], D0)
     with pytest.raises(ImageError, match="no images"):
@@ -516,7 +516,7 @@ def test_a_missing_decoder_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone_on_request(tmp_path: Path, orientation: int) -> None:
-    """As Pillow undoes it, by either decoder; ignored unless asked for."""
+    """Like Pillow, with either decoder; ignored by default."""
     from PIL import ImageOps
 
     exif = Image.Exif()

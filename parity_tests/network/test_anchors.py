@@ -1,4 +1,4 @@
-"""Anchors against every anchor array Google's code recorded, and the arithmetic of decoding."""
+"""Anchors, compared with every anchor array recorded from Google's code; decoding of boxes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pytorch_model.anchors import decode_boxes, generate_anchors
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.errors import ConfigError
 
-# What the recordings call the sizes that are not square: (height, width).
+# The recordings' names of the sizes that are not square: (height, width).
 NAMED_SIZES = {"640x384(WxH)": (384, 640), "100x130_hw": (100, 130)}
 
 
@@ -60,7 +60,7 @@ def test_the_configured_size_is_the_default() -> None:
 
 
 def test_pairs_are_factors_of_width_and_height() -> None:
-    """How AutoML's first year wrote its ratios, and k-means anchors are written; in rounded numbers."""
+    """The form of AutoML's first year, and of k-means anchors; in rounded numbers."""
     config = model_config("efficientdet-d0", aspect_ratios=((1.0, 1.0), (1.4, 0.7), 0.25), num_scales=1)
     boxes_yxyx = generate_anchors(config, (128, 128))[:3].double()
     heights, widths = (boxes_yxyx[:, 2:] - boxes_yxyx[:, :2]).T
@@ -116,7 +116,7 @@ places = st.floats(-300, 900)
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(places, places, sides, sides, places, places, sides, sides), min_size=1))
 def test_decoding_inverts_encoding(rows: list[tuple[float, ...]]) -> None:
-    """Encode as the paper's box target does, decode, and be back."""
+    """Encoding as in the paper's box targets, then decoding, gives the same boxes."""
     anchor_y, anchor_x, anchor_h, anchor_w, y, x, h, w = torch.tensor(rows, dtype=torch.float64).unbind(1)
     targets = torch.stack(
         ((y - anchor_y) / anchor_h, (x - anchor_x) / anchor_w, (h / anchor_h).log(), (w / anchor_w).log()), 1

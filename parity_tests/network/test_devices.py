@@ -1,6 +1,6 @@
-"""Work on a GPU stays there. Shown without one: tensors that have a device, a shape and a type but no values.
+"""Work on a GPU stays there. No GPU is needed: PyTorch's fake tensors have a device, shape and dtype only.
 
-Whatever mixes devices, or asks for a value (which makes the program wait for the GPU), fails on them.
+Code that mixes devices, or reads a value (a GPU synchronisation), fails on them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from pytorch_model import create_model
 from pytorch_model.anchors import generate_anchors
-from pytorch_model.detection.postprocess import postprocess_global, postprocess_per_class
+from pytorch_model.detection.postprocess import postprocess_per_class
 from pytorch_model.detection.preprocess import preprocess
 from pytorch_model.detection.settings import PYFUNC_METHODS, TF_METHODS, NMSConfig
 
-DEVICE = "lazy:0"  # any that is not the CPU; PyTorch knows this one in every build
+DEVICE = "lazy:0"  # any device except the CPU; PyTorch knows this one in every build
 SIZE = (128, 192)
 MODEL = create_model("efficientdet-lite0", image_size=SIZE).eval()
 CONFIGS = [
@@ -38,7 +38,7 @@ def no_values() -> Iterator[None]:
 
 
 class Staying(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it lasts, every tensor that is made must be on the GPU."""
+    """A mode in which every new tensor must be on the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -56,7 +56,7 @@ def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def head_outputs(batch: int = 2) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """On the GPU, of the network itself."""
+    """Head outputs of the network and the anchors, on the GPU."""
     own = itertools.chain(MODEL.named_parameters(), MODEL.named_buffers())
     tensors = {name: on_gpu(*tensor.shape, dtype=tensor.dtype) for name, tensor in own}
     with torch.no_grad(), staying():
@@ -78,16 +78,6 @@ def test_suppression_within_classes(nms: NMSConfig) -> None:
     assert found.boxes_yxyx.shape == (2, 100, 4)
 
 
-@pytest.mark.parametrize(
-    "nms", [c for c in CONFIGS if not c.pyfunc], ids=lambda c: f"{c.method}-{c.max_nms_inputs}"
-)
-def test_suppression_across_classes(nms: NMSConfig) -> None:
-    outputs = head_outputs()
-    with staying():
-        found = postprocess_global(*outputs, SIZE, nms, on_gpu(2))
-    assert {str(tensor.device) for tensor in found} == {DEVICE}
-
-
 def test_preprocessing() -> None:
     pictures = [on_gpu(3, 90, 70, dtype=torch.uint8), on_gpu(3, 300, 300, dtype=torch.uint8)]
     for images in (pictures, on_gpu(2, 3, 80, 60, dtype=torch.uint8)):
@@ -96,7 +86,7 @@ def test_preprocessing() -> None:
         assert batch.images.shape == (2, 3, *SIZE)
 
 
-def test_what_leaves_the_gpu_fails() -> None:
+def test_leaving_the_gpu_fails() -> None:
     class_outputs, box_outputs, anchors_yxyx = head_outputs()
     with pytest.raises(DataDependentOutputException):
         class_outputs[0].max().item()

@@ -37,7 +37,8 @@ from pytorch_model import ConfigError, WeightsError
 from pytorch_model.config import backbone_config, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import check_new_folder, check_writable, new_folder, replacing
-from pytorch_model.weights.files import load_variant, read_weights, write_weights
+from pytorch_model.hub import load_variant
+from pytorch_model.weights.files import read_weights, write_weights
 from tf_reference.variables import variable_shapes
 
 

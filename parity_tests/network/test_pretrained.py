@@ -1,4 +1,4 @@
-"""Loading weights in one line: folders, both formats, torch.hub, another number of classes; and mistakes."""
+"""Loading weights in one line: folders, both formats, torch.hub, another number of classes; bad files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from parity_tests.helpers.paths import ROOT
 from porting.parity.weight_comparison import read_weight_file
 from pytorch_model import ConfigError, EfficientDet, WeightsError, create_model, load_model
 from pytorch_model.config import MODELS, model_config
-from pytorch_model.weights.files import CLASS_PREDICTOR, read_weights, save_pretrained, write_weights
+from pytorch_model.efficientdet import CLASS_PREDICTOR
+from pytorch_model.weights.files import read_weights, write_weights
 
 MODEL = "efficientdet_lite0"
 
@@ -68,7 +70,7 @@ def test_files_of_both_formats_load(tmp_path: Path, network: EfficientDet, name:
     assert same(EfficientDet.from_pretrained(tmp_path / name), network)
 
 
-def test_tensors_alone_take_the_configuration_beside_them(tmp_path: Path, network: EfficientDet) -> None:
+def test_a_file_of_tensors_gets_the_configuration_beside_it(tmp_path: Path, network: EfficientDet) -> None:
     network.save_pretrained(tmp_path)
     torch.save(network.state_dict(), tmp_path / "bare.pth")
     assert same(load_model(tmp_path / "bare.pth"), network)
@@ -83,7 +85,7 @@ def test_saving_again_replaces(tmp_path: Path, network: EfficientDet, full: Effi
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, network: EfficientDet) -> None:
+def test_an_error_of_the_disk_leaves_the_folder_unchanged(tmp_path: Path, network: EfficientDet) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WeightsError, match="cannot write"):
         network.save_pretrained(tmp_path / "file")
@@ -93,7 +95,7 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path: Path, network: Effi
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["model.safetensors"]
 
 
-def edit(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         content = json.loads((folder / "config.json").read_text())
         change(content)
@@ -107,23 +109,27 @@ def two_files(folder: Path) -> None:
     (folder / "b.pth").touch()
 
 
+def no_classes(content: dict[str, Any]) -> None:
+    content["config"]["num_classes"] = 0
+
+
 def other_config(content: dict[str, object]) -> None:
     content["config"] = model_config("efficientdet-lite1").to_dict()
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no config": (lambda f: (f / "config.json").unlink(), "no folder of weights: it needs config.json"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no folder of weights"),
+    "no config": (lambda f: (f / "config.json").unlink(), "is not a folder of weights: it needs config.json"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "is not a folder of weights"),
     "two to choose from": (
         two_files,
-        "no folder of weights",
+        "is not a folder of weights",
     ),
-    "other configuration": (edit(other_config), "written for another configuration"),
-    "not JSON": (lambda f: (f / "config.json").write_text("{"), "is no EfficientDet configuration"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "is no EfficientDet configuration"),
-    "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff"), "is no EfficientDet configuration"),
-    "no metadata": (edit(lambda c: c.pop("metadata")), "is no EfficientDet configuration"),
-    "bad field": (edit(lambda c: c["config"].update(num_classes=0)), "num_classes is 0"),  # type: ignore[attr-defined]
+    "other configuration": (edit(other_config), "does not have the configuration in .*config.json"),
+    "not JSON": (lambda f: (f / "config.json").write_text("{"), "is not an EfficientDet configuration"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "is not an EfficientDet configuration"),
+    "not UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff"), "is not an EfficientDet configuration"),
+    "no metadata": (edit(lambda c: c.pop("metadata")), "is not an EfficientDet configuration"),
+    "bad field": (edit(no_classes), "num_classes is 0"),
     "damaged weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
         "damaged",
@@ -132,7 +138,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_folder_is_refused(fault: str, tmp_path: Path, network: EfficientDet) -> None:
+def test_a_broken_folder_is_rejected(fault: str, tmp_path: Path, network: EfficientDet) -> None:
     network.save_pretrained(tmp_path)
     spoil, message = BROKEN[fault]
     spoil(tmp_path)
@@ -140,7 +146,7 @@ def test_a_broken_folder_is_refused(fault: str, tmp_path: Path, network: Efficie
         load_model(tmp_path)
 
 
-def test_tensors_without_any_configuration_are_refused(tmp_path: Path, network: EfficientDet) -> None:
+def test_tensors_without_any_configuration_are_rejected(tmp_path: Path, network: EfficientDet) -> None:
     torch.save(network.state_dict(), tmp_path / "bare.pth")
     with pytest.raises(WeightsError, match=r"no EfficientDet configuration, and there is no config.json"):
         load_model(tmp_path / "bare.pth")
@@ -157,7 +163,7 @@ def test_metadata_that_is_not_text_becomes_text(tmp_path: Path, network: Efficie
 
 
 def named_by_hash(folder: Path, network: EfficientDet) -> Path:
-    """Tensors alone in a file called as a release calls them, ``config.json`` beside it."""
+    """A file of tensors, named like a release file, with ``config.json`` beside it."""
     network.save_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(network.state_dict(), folder / "bare.pth")
@@ -165,7 +171,7 @@ def named_by_hash(folder: Path, network: EfficientDet) -> Path:
     return (folder / "bare.pth").rename(folder / f"lite0-{digest[:8]}.pth")
 
 
-def test_a_release_is_held_against_the_hash_in_its_name(tmp_path: Path, network: EfficientDet) -> None:
+def test_a_release_is_compared_with_the_hash_in_its_name(tmp_path: Path, network: EfficientDet) -> None:
     path = named_by_hash(tmp_path, network)
     assert same(load_model(path), network)
     data = bytearray(path.read_bytes())
@@ -182,12 +188,10 @@ def test_a_release_is_held_against_the_hash_in_its_name(tmp_path: Path, network:
             read(tmp_path if read is load_model else path)
     with refused:
         hub(MODEL, weights=path)
-    assert not same(
-        load_model(path.rename(tmp_path / "mine.pth")), network
-    )  # no digits, nothing to hold it to
+    assert not same(load_model(path.rename(tmp_path / "mine.pth")), network)  # no digits to compare with
 
 
-def test_digits_of_ones_own_are_in_the_way_only_of_tensors_alone(
+def test_only_a_file_of_tensors_is_compared_with_digits_in_its_name(
     tmp_path: Path, network: EfficientDet
 ) -> None:
     path = named_by_hash(tmp_path, network).rename(tmp_path / "lite0-20240131.pth")
@@ -197,13 +201,27 @@ def test_digits_of_ones_own_are_in_the_way_only_of_tensors_alone(
         assert same(load_model(path.rename(tmp_path / name)), network)
         path = tmp_path / name
     write_weights(tmp_path / "ours-20240131.pth", network.state_dict(), network.config, {})
-    assert same(load_model(tmp_path / "ours-20240131.pth"), network)  # its own digest vouches for it
+    assert same(load_model(tmp_path / "ours-20240131.pth"), network)  # it has its own digest
+
+
+def test_a_model_from_a_state_dict_shares_its_tensors_and_dtype(network: EfficientDet) -> None:
+    state_dict = {
+        key: tensor.double() if tensor.is_floating_point() else tensor
+        for key, tensor in network.state_dict().items()
+    }
+    model = EfficientDet.from_state_dict(state_dict, network.config)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert all(t.data_ptr() == state_dict[key].data_ptr() for key, t in model.state_dict().items())
+    assert not model.training
+    assert model(torch.zeros(1, 3, 128, 128, dtype=torch.float64))[0][0].dtype == torch.float64
+    with pytest.raises(WeightsError, match=r"the state dict lacks tensor backbone.*it does not fit"):
+        EfficientDet.from_state_dict({}, network.config)
 
 
 # --- another number of classes ------------------------------------------------------------------------
 
 
-def test_other_classes_start_the_predictor_anew_and_keep_the_rest(
+def test_other_classes_reinitialise_the_predictor_and_keep_the_rest(
     tmp_path: Path, network: EfficientDet
 ) -> None:
     network.save_pretrained(tmp_path)
@@ -219,7 +237,7 @@ def test_other_classes_start_the_predictor_anew_and_keep_the_rest(
     assert loaded.class_net.predict.pointwise.weight.grad is not None
 
 
-def test_the_tensors_begun_anew_are_those_that_depend_on_the_classes() -> None:
+def test_the_reinitialised_tensors_are_those_that_depend_on_the_classes() -> None:
     with torch.device("meta"):
         states = [EfficientDet(model_config(MODEL, num_classes=n)).state_dict() for n in (7, 8)]
     assert tuple(k for k in states[0] if states[0][k].shape != states[1][k].shape) == CLASS_PREDICTOR
@@ -230,7 +248,7 @@ def test_the_same_number_of_classes_keeps_everything(tmp_path: Path, network: Ef
     assert same(load_model(tmp_path, num_classes=7), network)
 
 
-def test_an_impossible_number_of_classes_is_refused(tmp_path: Path, network: EfficientDet) -> None:
+def test_an_impossible_number_of_classes_is_rejected(tmp_path: Path, network: EfficientDet) -> None:
     network.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="num_classes is 0"):
         load_model(tmp_path, num_classes=0)
@@ -240,7 +258,7 @@ def test_an_impossible_number_of_classes_is_refused(tmp_path: Path, network: Eff
 
 def test_half_precision_stays_half_with_other_classes(tmp_path: Path, network: EfficientDet) -> None:
     half = load_of(network).half()
-    save_pretrained(half, tmp_path)
+    half.save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path, num_classes=3).parameters()} == {torch.float16}
 
 
@@ -278,7 +296,7 @@ def test_hub_builds_untrained_and_loads_every_kind_of_file(tmp_path: Path, full:
     assert changed.config.num_classes == 2
 
 
-def test_hub_refuses_another_models_weights(tmp_path: Path, full: EfficientDet) -> None:
+def test_hub_rejects_another_models_weights(tmp_path: Path, full: EfficientDet) -> None:
     full.save_pretrained(tmp_path / "folder")
     torch.save(full.state_dict(), tmp_path / "bare.pth")
     with pytest.raises(WeightsError, match="holds efficientdet-lite0, not efficientdet-lite1"):
@@ -299,7 +317,7 @@ def test_hub_fetches_an_address_and_checks_its_hash(
     shutil.copy(tmp_path / "bare.pth", good)
     assert same(hub(MODEL, weights=good.as_uri()), full)
     good.unlink()
-    assert same(hub(MODEL, weights=good.as_uri()), full)  # kept from the first time
+    assert same(hub(MODEL, weights=good.as_uri()), full)  # kept from the first download
     (kept,) = (tmp_path / "home/hub/checkpoints").iterdir()
     data = bytearray(kept.read_bytes())
     data[bytes(data).index(full.state_dict()[CLASS_PREDICTOR[0]].numpy().tobytes()) + 5] ^= 1
@@ -334,7 +352,7 @@ class Code:
     ],
     ids=["code", "giant", "sparse"],
 )
-def test_hub_refuses_what_is_no_plain_state_dict(
+def test_hub_rejects_files_that_are_not_plain_state_dicts(
     content: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))

@@ -1,4 +1,4 @@
-"""The network by itself: bias-free, flexible, and at home in PyTorch's own machinery."""
+"""The network: bias-free, any input size, torch.export and torch.compile, configurations, weight files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_output_shapes(height: int, width: int) -> None:
     assert [tuple(x.shape) for x in boxes] == [(2, 36, *size) for size in sizes]
 
 
-def test_an_image_too_thin_to_resample_is_refused() -> None:
+def test_an_image_too_thin_to_resample_is_rejected() -> None:
     network = create_model("efficientdet_d0").eval()
     with pytest.raises(ConfigError, match="short side is larger"), torch.no_grad():
         network(torch.zeros(1, 3, 60, 512))
@@ -141,7 +141,7 @@ HUGE: dict[str, Any] = {
 
 
 def described(field: str, value: Any) -> dict[str, Any]:
-    """D0's configuration as a file says it, with one other value."""
+    """D0's configuration as a file stores it, with one changed value."""
     data: dict[str, Any] = json.loads(json.dumps(model_config("efficientdet-d0").to_dict()))
     part, _, name = field.rpartition(".")
     {"": data, "backbone": data["backbone"], "stage": data["backbone"]["stages"][1]}[part][name] = value
@@ -149,13 +149,13 @@ def described(field: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", HUGE)
-def test_a_network_larger_than_any_is_refused_unbuilt(field: str) -> None:
+def test_a_network_beyond_the_bounds_is_rejected_before_it_is_built(field: str) -> None:
     with pytest.raises(ConfigError, match=rf"{field.rpartition('.')[2]} (is|must be) ") as caught:
         EfficientDetConfig.from_dict(described(field, HUGE[field]))
     assert len(str(caught.value)) < 200
 
 
-def test_too_many_blocks_and_ratios_are_refused() -> None:
+def test_too_many_blocks_and_ratios_are_rejected() -> None:
     data = described("num_classes", 90)
     data["backbone"]["stages"] *= 200
     with pytest.raises(ConfigError, match="it has 3200 blocks, must have at most 1000"):
@@ -164,13 +164,13 @@ def test_too_many_blocks_and_ratios_are_refused() -> None:
         EfficientDetConfig.from_dict(described("aspect_ratios", [1.0] * 101))
 
 
-def test_numbers_too_long_to_write_are_refused() -> None:
+def test_numbers_too_long_to_write_are_rejected() -> None:
     with pytest.raises(ConfigError, match="num_classes is a number too long to show"):
         model_config("efficientdet-d0", num_classes=10**5000)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_weight_file_that_asks_for_a_giant_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_a_weight_file_that_asks_for_a_giant_is_rejected(tmp_path: Path, suffix: str) -> None:
     """At the bounds themselves nothing is allocated: the shapes are compared first."""
     network, path = tiny(), tmp_path / f"w{suffix}"
     giant = network.config.replace(num_classes=100_000, fpn_num_filters=10_000)
@@ -180,12 +180,12 @@ def test_a_weight_file_that_asks_for_a_giant_is_refused(tmp_path: Path, suffix: 
 
 
 @pytest.mark.parametrize("data", [[], None, 7, {}, {"backbone": "x"}, {"backbone": {"stages": [1]}}], ids=str)
-def test_a_configuration_from_nonsense_is_refused(data: Any) -> None:
+def test_a_configuration_from_nonsense_is_rejected(data: Any) -> None:
     with pytest.raises(ConfigError, match="not an EfficientDet configuration"):
         EfficientDetConfig.from_dict(data)
 
 
-def test_replacing_an_unknown_field_is_refused() -> None:
+def test_replacing_an_unknown_field_is_rejected() -> None:
     with pytest.raises(ConfigError, match="foo"):
         model_config("efficientdet-d0").replace(foo=1)
 
@@ -217,7 +217,7 @@ def test_weight_files_round_trip(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_changed_tensor_is_noticed(tmp_path: Path, suffix: str) -> None:
-    """The formats themselves do not: safetensors has no checksum."""
+    """The formats alone do not detect it: safetensors has no checksum."""
     network, path = tiny(), tmp_path / f"weights{suffix}"
     write_weights(path, network.state_dict(), network.config, {"source": "a test"})
     data = bytearray(path.read_bytes())
@@ -236,7 +236,7 @@ def test_changed_metadata_is_noticed(tmp_path: Path) -> None:
         read_weights(path)
 
 
-def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
+def test_bad_weight_files_are_rejected(tmp_path: Path) -> None:
     network = tiny()
     for suffix in (".safetensors", ".pth"):
         path = tmp_path / f"w{suffix}"
@@ -262,7 +262,7 @@ def test_bad_weight_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("config", ["[]", "null", "7", "{", None, 7], ids=str)
-def test_a_weight_file_with_a_nonsense_configuration_is_refused(tmp_path: Path, config: Any) -> None:
+def test_a_weight_file_with_a_nonsense_configuration_is_rejected(tmp_path: Path, config: Any) -> None:
     path = tmp_path / "w.pth"
     torch.save({"state_dict": {}, "config": config}, path)
     with pytest.raises(WeightsError, match="configuration"):
@@ -274,12 +274,12 @@ def test_a_weight_file_with_a_nonsense_configuration_is_refused(tmp_path: Path, 
     [
         (7, "is not a tensor"),
         (torch.zeros(32, dtype=torch.int8), "is int8"),
-        (torch.zeros(32, dtype=torch.float64), "is float64 where other tensors are float32"),
+        (torch.zeros(32, dtype=torch.float64), "is float64 but other tensors are float32"),
         (torch.full((32,), torch.nan), "NaN or infinite"),
     ],
     ids=str,
 )
-def test_tensors_that_no_network_can_use_are_refused(tmp_path: Path, value: Any, message: str) -> None:
+def test_tensors_that_no_network_can_use_are_rejected(tmp_path: Path, value: Any, message: str) -> None:
     network = tiny()
     path = tmp_path / "w.pth"
     write_weights(path, {**network.state_dict(), "backbone.stem.bn.bias": value}, network.config, {})
@@ -288,7 +288,7 @@ def test_tensors_that_no_network_can_use_are_refused(tmp_path: Path, value: Any,
 
 
 class Code:
-    """Unpickled, it makes a file called ``ran`` where the program runs."""
+    """Unpickling it creates a file called ``ran`` in the working folder."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("open('ran', 'w')",))
@@ -341,12 +341,12 @@ def test_only_plain_tensors_are_read(kind: str, tmp_path: Path) -> None:
     for read in (load_model, read_weight_file):
         with pytest.raises(WeightsError, match=rf"w\.pth: {STEM} is {shown}, which cannot be used here"):
             read(path)
-    torch.save({"x": tensor}, path.with_suffix(".pt"))  # no configuration: for comparisons alone
+    torch.save({"x": tensor}, path.with_suffix(".pt"))  # no configuration: only for comparisons
     with pytest.raises(WeightsError, match=rf"w\.pt: x is {shown}, which cannot be used here"):
         read_weight_file(path.with_suffix(".pt"))
 
 
-def test_a_float8_safetensors_file_is_refused(tmp_path: Path) -> None:
+def test_a_float8_safetensors_file_is_rejected(tmp_path: Path) -> None:
     network = tiny()
     state = {**network.state_dict(), STEM: torch.zeros(32).to(torch.float8_e4m3fn)}
     write_weights(tmp_path / "w.safetensors", state, network.config, {})
@@ -357,7 +357,7 @@ def test_a_float8_safetensors_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "metadata", [{}, {"content_sha256": "0" * 64}], ids=["without digest", "with digest"]
 )
-def test_tensors_larger_than_the_file_are_not_laid_out(tmp_path: Path, metadata: dict[str, str]) -> None:
+def test_tensors_larger_than_the_file_are_not_copied(tmp_path: Path, metadata: dict[str, str]) -> None:
     """One stored value and a stride of 0 describe 8 GB."""
     state = {**tiny().state_dict(), "zz": torch.zeros(1).expand(2_000_000_000)}
     content = {"state_dict": state, "config": "{}", "metadata": metadata}
@@ -366,19 +366,19 @@ def test_tensors_larger_than_the_file_are_not_laid_out(tmp_path: Path, metadata:
         read_weights(tmp_path / "w.pth")
 
 
-def test_overlapping_views_larger_than_the_file_are_refused(tmp_path: Path) -> None:
+def test_overlapping_views_larger_than_the_file_are_rejected(tmp_path: Path) -> None:
     base = torch.zeros(100_000)
     views = {f"x{i}": base[i : i + 90_000] for i in range(9)}
     torch.save({"state_dict": views}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="describes 3240000 bytes of tensors"):
         read_weights(tmp_path / "w.pth")
-    named = {f"x{i}": base for i in range(9)}  # a digest would go over each of them
+    named = {f"x{i}": base for i in range(9)}  # a digest would read each of them
     torch.save({"state_dict": named, "metadata": {"content_sha256": "0" * 64}}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="describes 3600000 bytes of tensors"):
         read_weights(tmp_path / "w.pth")
 
 
-def test_a_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_unpacks_to_more_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save({"x": torch.zeros(100_000)}, path)
     with zipfile.ZipFile(path) as archive:
@@ -387,20 +387,20 @@ def test_a_file_that_unpacks_to_more_is_refused(tmp_path: Path) -> None:
         for name, data in members.items():
             archive.writestr(name, data)
     assert torch.load(path, weights_only=True)["x"].shape == (100_000,)  # PyTorch itself unpacks it
-    with pytest.raises(WeightsError, match="unpacks to more than it is"):
+    with pytest.raises(WeightsError, match="unpacks to more than its size"):
         read_weights(path)
 
 
 @pytest.mark.parametrize("name", [3, "two\nlines", "\ud800", "x" * 1000], ids=ascii)
-def test_a_tensor_without_a_name_to_print_is_refused(name: object, tmp_path: Path) -> None:
+def test_a_tensor_without_a_name_to_print_is_rejected(name: object, tmp_path: Path) -> None:
     torch.save({"state_dict": {name: torch.zeros(1), "x": torch.zeros(1)}}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"calls a tensor .*, which is no name of one") as caught:
+    with pytest.raises(WeightsError, match=r"calls a tensor .*, which is not a valid name") as caught:
         read_weights(tmp_path / "w.pth")
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_what_people_save_stays_readable(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_common_ways_to_save_stay_readable(dtype: torch.dtype, tmp_path: Path) -> None:
     """Any type, tensors out of order in memory, parts of larger ones, one tensor under two names."""
     network = tiny().to(dtype)
     state = dict(network.state_dict())
@@ -424,20 +424,20 @@ def test_what_people_save_stays_readable(dtype: torch.dtype, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("depth", [900, 100_000])
-def test_a_deeply_nested_configuration_is_refused(depth: int, tmp_path: Path) -> None:
+def test_a_deeply_nested_configuration_is_rejected(depth: int, tmp_path: Path) -> None:
     text = '{"name": ' + "[" * depth + "]" * depth + "}"
     torch.save({"state_dict": {}, "config": text}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"w\.pth carries an unusable configuration"):
         read_weights(tmp_path / "w.pth")
     torch.save({"x": torch.zeros(1)}, tmp_path / "bare.pth")
     (tmp_path / "config.json").write_text(f'{{"metadata": {{}}, "config": {text}}}')
-    with pytest.raises(WeightsError, match=r"config\.json is no EfficientDet configuration"):
+    with pytest.raises(WeightsError, match=r"config\.json is not an EfficientDet configuration"):
         read_weights(tmp_path / "bare.pth")
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=300), st.sampled_from([".safetensors", ".pth"]))
-def test_garbage_is_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
+def test_garbage_is_rejected(tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
     path = tmp_path_factory.mktemp("garbage") / f"w{suffix}"
     path.write_bytes(data)
     with pytest.raises(WeightsError):

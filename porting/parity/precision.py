@@ -75,10 +75,7 @@ def measure_variants(
     ``images``: float32 [N, H, W, 3], normalised. ``device``: where all but the GPU's own rows run. Beside
     what a run of the network takes, holds the outputs of the float64 network and a copy of the weights.
     """
-    with torch.device("meta"):
-        model = EfficientDet(config)
-    model.load_state_dict(dict(state_dict), assign=True)
-    model.eval()
+    model = EfficientDet.from_state_dict(state_dict, config)
     x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     exact = _outputs(copy.deepcopy(model).double(), x.double())
     for name in (name for name in NAMES if name in names):

@@ -37,7 +37,9 @@ from porting.scopes import STATISTICS
 from pytorch_model.bifpn import FASTATTN_EPSILON
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig
 from pytorch_model.errors import WeightsError
-from pytorch_model.weights.files import load_pth, plain_tensors, read_weights
+from pytorch_model.weights.checks import plain_tensors
+from pytorch_model.weights.files import read_weights
+from pytorch_model.weights.pickles import load_pth
 
 #: How many roundings of a stored number may lie between two files of one function: folding a bias or moving a
 #: factor takes up to four float32 operations (add ε, root, divide, multiply).

@@ -37,11 +37,10 @@ from porting.publish.model_card import FIGURES, model_card
 from porting.rules import taps
 from porting.sources.google_releases import GoogleRelease
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.efficientdet import check_weights
 from pytorch_model.files import sha256_of_file
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE
 from pytorch_model.weights.files import (
-    check_state_dict,
     config_text,
     read_tensors,
     read_weights,
@@ -237,8 +236,7 @@ def _tensors_problem(folder: Path) -> str | None:
     if sha256_of_file(path)[:8] != path.stem.rpartition("-")[2]:
         return f"{path.name} has another SHA-256 than its name says"
     state_dict, config, _ = read_weights(folder)
-    with torch.device("meta"):
-        check_state_dict(EfficientDet(config), state_dict, MODEL_FILE)
+    check_weights(state_dict, config, MODEL_FILE)
     return _difference(state_dict, read_tensors(path)[0], MODEL_FILE, path.name)
 
 

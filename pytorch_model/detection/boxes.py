@@ -1,4 +1,4 @@
-"""Boxes as NumPy arrays: how far they overlap."""
+"""Overlap of boxes, as NumPy arrays."""
 
 from __future__ import annotations
 

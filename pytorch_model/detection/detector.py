@@ -1,4 +1,4 @@
-"""Images in, detections out: preprocessing, the network and postprocessing as AutoML evaluates them."""
+"""Images in, detections out: preprocessing, network and postprocessing, as in AutoML's evaluation."""
 
 from __future__ import annotations
 
@@ -34,13 +34,12 @@ class Detector:
         for detections in detector(["street.jpg"]):
             print(detections["boxes"], detections["scores"], detections["labels"])
 
-    ``model`` is put into evaluation mode and used where it is; move it before. ``image_size`` (height, width)
-    is the network's input, ``config.image_size`` unless given. ``nms`` defaults to AutoML's evaluation.
-    Detections whose score does not exceed ``score_threshold`` are left out. ``decoder`` is described at
-    :func:`~pytorch_model.detection.preprocess.load_image`: ``"fast-dct"`` sees the pixels that AutoML's
-    evaluation sees.
-    ``tta="flip"`` also looks at each image's mirror image and fuses what is found, see :func:`detect`.
-    Raises :class:`ConfigError` for a ``score_threshold`` that is not a score, or another ``tta``.
+    ``model`` is put into evaluation mode and stays on its device; move it before. ``image_size`` (height,
+    width) of the network's input defaults to ``config.image_size``. ``nms`` defaults to AutoML's evaluation.
+    Only detections with a score above ``score_threshold`` are returned. ``decoder`` is described at
+    :func:`~pytorch_model.detection.preprocess.load_image`: ``"fast-dct"`` gives the pixels of AutoML's
+    evaluation. ``tta="flip"`` also detects in each mirrored image and fuses both results, see :func:`detect`.
+    Raises :class:`ConfigError` for a ``score_threshold`` outside 0…1, or an unknown ``tta``.
     """
 
     def __init__(
@@ -65,15 +64,15 @@ class Detector:
         self.tta = tta
         self.anchors_yxyx = generate_anchors(model.config, self.image_size)
 
-    @torch.no_grad()  # not inference_mode: its tensors refuse in-place changes, and callers scale boxes
+    @torch.no_grad()  # not inference_mode: its tensors forbid in-place changes, and callers scale boxes
     def __call__(self, images: Sequence[ImageSource] | Tensor) -> list[dict[str, Tensor]]:
-        """Detect in one batch of images, given as for :func:`pytorch_model.detection.preprocess.preprocess`.
+        """Detect in one batch of images, see :func:`pytorch_model.detection.preprocess.preprocess`.
 
         Returns one dict per image, as torchvision's detectors do: ``boxes`` float32 [n, 4], order xyxy, in
-        pixels of the image given and not clipped to it; ``scores`` float32 [n], descending; ``labels`` int64
+        pixels of the given image, not clipped to it; ``scores`` float32 [n], descending; ``labels`` int64
         [n], class ids from 1 (COCO's own ids for COCO weights). All on the model's device.
         Raises :class:`~pytorch_model.detection.preprocess.ImageError` on a bad image and
-        :class:`WeightsError` when the network's output is not finite.
+        :class:`WeightsError` if the network's output is not finite.
         """
         return [
             {
@@ -93,15 +92,15 @@ class Detector:
         return decoded
 
     def preprocess(self, images: Sequence[ImageSource] | Tensor) -> NetworkInput:
-        """``images``, as above, as the network's input, on the model's device."""
+        """The network's input made of ``images``, on the model's device."""
         device = next(self.model.parameters()).device
         return preprocess(images, self.model.config, self.image_size, self.decoder, device)
 
     @torch.no_grad()
     def detect(self, batch: NetworkInput, network: Network | None = None) -> list[dict[str, Tensor]]:
-        """Every detection in a preprocessed batch, with another ``network`` in the model's place if given.
+        """Every detection in a preprocessed batch, whatever its score, see :func:`detect`.
 
-        As :func:`detect`, whatever the score.
+        ``network``, if given, is used instead of the model.
         """
         self.anchors_yxyx = self.anchors_yxyx.to(batch.images.device)
         return detect(network or self._network, batch, self.anchors_yxyx, self.nms, self.tta)
@@ -115,11 +114,12 @@ class Detector:
 def detect(
     network: Network, batch: NetworkInput, anchors_yxyx: Tensor, nms: NMSConfig, tta: str = "none"
 ) -> list[dict[str, Tensor]]:
-    """From the network's input to detections: one dict per image as :class:`Detector` returns them.
+    """The detections in a network's input: one dict per image, as :class:`Detector` returns them.
 
-    Padding is left out. ``tta="flip"``, after AutoML's evaluation with test-time augmentation: the input is
-    mirrored, padding and all, and goes through network and suppression as the plain one does; boxes are
-    mirrored back; :func:`weighted_boxes_fusion` makes one list of both, up to 2 · ``max_output_size`` long.
+    Padding is removed. ``tta="flip"`` is AutoML's
+    test-time augmentation: the input, with its padding, is mirrored and goes through network and suppression
+    too; its boxes are mirrored back; :func:`weighted_boxes_fusion` makes one list of both, of at most
+    2 · ``max_output_size`` detections.
     """
     found = _detect_once(network, batch.images, batch.image_scales, anchors_yxyx, nms)
     if tta == "none":
@@ -138,7 +138,7 @@ def _detect_once(
     class_outputs, box_outputs = network(images)
     found = postprocess_per_class(class_outputs, box_outputs, anchors_yxyx, nms, image_scales)
     boxes_xyxy = found.boxes_yxyx[..., [1, 0, 3, 2]]
-    # Scores descend and padding has score 0, so what is kept comes first.
+    # Scores descend and padding has score 0, so the detections come first.
     counts = (found.scores > 0).sum(dim=1).tolist()
     return [
         {"boxes": boxes[:count], "scores": scores[:count], "labels": labels[:count]}
@@ -147,7 +147,7 @@ def _detect_once(
 
 
 def _check_finite(outputs: Sequence[Tensor]) -> None:
-    # One NaN or infinity makes the sum one, and a sum is cheaper than looking at every element.
+    # One NaN or infinity makes the sum NaN or infinite, and a sum is cheaper than a check of every element.
     sums = torch.stack([output.sum(dtype=torch.float32) for output in outputs])
     if not sums.isfinite().all():
         raise WeightsError(

@@ -1,4 +1,4 @@
-"""Detections of one image, found several times, made into one list: weighted boxes fusion.
+"""Weighted boxes fusion: the detections of several runs on one image become one list.
 
 Sources: Weighted Boxes Fusion (Solovyev et al., 2021); AutoML ``wbf.py`` and the flipped branch of its
 ``postprocess.py``, which its evaluation used for test-time augmentation.
@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-IOU_THRESHOLD = 0.55  # AutoML's: a detection joins a cluster that it overlaps by at least this
+from pytorch_model.detection.boxes import iou
+
+IOU_THRESHOLD = 0.55  # AutoML's: a detection joins a cluster if their overlap is at least this
 
 
 def mirrored(detections: dict[str, Tensor], width: float) -> dict[str, Tensor]:
-    """``detections`` as seen in a mirror: the left edge becomes the right one of an image ``width`` wide."""
+    """``detections`` in the mirrored image, which is ``width`` wide: left and right are exchanged."""
     left, top, right, bottom = detections["boxes"].unbind(1)
     return {**detections, "boxes": torch.stack((width - right, top, width - left, bottom), dim=1)}
 
@@ -25,12 +27,13 @@ def weighted_boxes_fusion(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor
     """Fuse the detections of ``runs``, each a dict of ``boxes`` [n, 4] xyxy, ``scores`` [n] above 0,
     ``labels`` [n].
 
-    One detection after the other, the runs in turn, joins the cluster of its class whose box it overlaps
-    most, by 0.55 or more, or starts one. A cluster's box is the mean of its members weighted by score; its
-    score is the sum of theirs over the number of runs, or over the number of members where that is larger:
-    what one run alone has seen counts less. Returns the clusters as one such dict, best score first.
+    The detections are taken one by one, run after run. Each joins the cluster of its class that it overlaps
+    most, if by at least 0.55, or starts a cluster. A cluster's box is the mean of its members' boxes weighted
+    by score. Its score is the sum of their scores divided by the number of runs, or of members if there are
+    more: an object that only one run found counts less. Returns the clusters as one such dict, best score
+    first.
 
-    AutoML's own loop over class ids ends before the last class and drops it; here it is kept.
+    AutoML's loop over class ids ends before the last class and drops it; here it is kept.
     """
     boxes, scores, labels = (
         torch.cat([run[key] for run in runs]).cpu().numpy() for key in ("boxes", "scores", "labels")
@@ -41,7 +44,7 @@ def weighted_boxes_fusion(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor
     fused_labels = np.zeros_like(labels)
     for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         count = len(members)
-        overlaps = np.where(fused_labels[:count] == label, _iou(fused_boxes[:count], box), -1)
+        overlaps = np.where(fused_labels[:count] == label, iou(fused_boxes[:count], box[None])[:, 0], -1)
         place = int(overlaps.argmax()) if count else 0
         if not count or not overlaps[place] >= IOU_THRESHOLD:
             place = count
@@ -55,12 +58,3 @@ def weighted_boxes_fusion(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor
     order = np.argsort(-fused_scores[: len(members)], kind="stable")
     fused = {"boxes": fused_boxes[order], "scores": fused_scores[order], "labels": fused_labels[order]}
     return {key: torch.from_numpy(values).to(runs[0][key].device) for key, values in fused.items()}
-
-
-def _iou(boxes_xyxy: np.ndarray, box_xyxy: np.ndarray) -> np.ndarray:
-    """Intersection over union of [n, 4] with one box → [n]; two boxes without area overlap by 0."""
-    sides = np.minimum(boxes_xyxy[:, 2:], box_xyxy[2:]) - np.maximum(boxes_xyxy[:, :2], box_xyxy[:2])
-    intersection = sides.clip(min=0).prod(axis=1)
-    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
-    union = areas + (box_xyxy[2:] - box_xyxy[:2]).prod() - intersection
-    return intersection / np.maximum(union, np.finfo(boxes_xyxy.dtype).tiny)

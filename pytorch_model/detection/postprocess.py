@@ -2,7 +2,7 @@
 
 Sources: AutoML ``tf2/postprocess.py`` and ``nms_np.py``; TensorFlow's ``NonMaxSuppressionV5``; Soft-NMS
 (Bodla et al., ICCV 2017). Everything is batched tensor work on the device of the head outputs: the only
-loop runs over output slots, and no value is read back, so a GPU is never waited for.
+loop runs over output slots, and nothing forces a GPU synchronisation (tested with PyTorch's fake tensors).
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from pytorch_model.anchors import decode_boxes
 from pytorch_model.detection.settings import NMSConfig
-from pytorch_model.errors import ConfigError
 
 CLASS_OFFSET = 1  # AutoML's class ids start at 1; 0 stands for background
 
 
 class Candidates(NamedTuple):
-    """What enters non-maximum suppression, K per image, best first or in anchor order."""
+    """The input of non-maximum suppression: K boxes per image, best first or in anchor order."""
 
     boxes_yxyx: Tensor  # float32 [N, K, 4], pixels of the network's input
     scores: Tensor  # float32 [N, K], 0…1
@@ -30,7 +29,10 @@ class Candidates(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """AutoML's detections, M = ``max_output_size`` per image, scores descending; rows past valid_len pad."""
+    """AutoML's detections, M = ``max_output_size`` per image, scores descending.
+
+    Rows from ``valid_len`` on are padding.
+    """
 
     boxes_yxyx: Tensor  # float32 [N, M, 4], pixels of the original image
     scores: Tensor  # float32 [N, M], 0…1
@@ -45,12 +47,12 @@ def postprocess_per_class(
     nms: NMSConfig | None = None,
     image_scales: Tensor | None = None,
 ) -> Detections:
-    """Detections by suppression within each class: what AutoML's COCO evaluation reports.
+    """Detections by suppression within each class, as in AutoML's COCO evaluation.
 
     ``class_outputs``, ``box_outputs``: per level, logits [N, anchors · classes, H, W] and regressions
     [N, anchors · 4, H, W]. ``anchors_yxyx``: float32 [A, 4] from :func:`generate_anchors`, on their device.
     ``image_scales``: float32 [N], original pixels per network pixel. Boxes are not clipped to the image.
-    Padding is all zero. Raises ValueError when outputs and anchors do not fit each other.
+    Padding is zero. Raises ValueError if outputs and anchors do not fit each other.
     """
     nms = nms or NMSConfig()
     candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
@@ -58,44 +60,17 @@ def postprocess_per_class(
 
 
 def per_class_nms(candidates: Candidates, nms: NMSConfig, image_scales: Tensor | None = None) -> Detections:
-    """What :func:`postprocess_per_class` does once the candidates are chosen: suppress and scale back."""
-    # Equal scores go to the lower class, then to the lower candidate: the order AutoML concatenates in.
+    """The second half of :func:`postprocess_per_class`: suppress candidates, scale boxes back."""
+    # Equal scores: the lower class first, then the lower candidate. AutoML concatenates in this order.
     places = torch.arange(candidates.classes.shape[1], device=candidates.classes.device)
     order = (candidates.classes * len(places) + places).argsort(dim=1)
     candidates = Candidates(*(_pick(values, order) for values in candidates))
     selected, scores, valid_len = non_max_suppression(
-        candidates.boxes_yxyx, candidates.scores, nms, candidates.classes
+        candidates.boxes_yxyx, candidates.scores, candidates.classes, nms
     )
     valid = torch.arange(selected.shape[1], device=selected.device) < valid_len[:, None]
     boxes_yxyx = _pick(candidates.boxes_yxyx, selected) * valid[..., None]
     classes = (_pick(candidates.classes, selected) + CLASS_OFFSET) * valid
-    return Detections(_to_original(boxes_yxyx, image_scales), scores, classes, valid_len)
-
-
-def postprocess_global(
-    class_outputs: Sequence[Tensor],
-    box_outputs: Sequence[Tensor],
-    anchors_yxyx: Tensor,
-    image_size: tuple[int, int],
-    nms: NMSConfig | None = None,
-    image_scales: Tensor | None = None,
-) -> Detections:
-    """Detections by suppression across classes: a box acts on every other, whatever their classes.
-
-    As :func:`postprocess_per_class`, but boxes are clipped to ``image_size`` (height, width, of the network's
-    input) after suppression, and padding repeats candidate 0 with score 0, as TensorFlow's padded operation
-    does. AutoML's exported models do this, with ``max_nms_inputs=0``.
-    Raises :class:`ConfigError` for ``pyfunc``, which has no such path.
-    """
-    nms = nms or NMSConfig()
-    if nms.pyfunc:
-        raise ConfigError("nms_configs.pyfunc suppresses per class; it cannot be used with global NMS")
-    candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
-    selected, scores, valid_len = non_max_suppression(candidates.boxes_yxyx, candidates.scores, nms)
-    boxes_yxyx = _pick(candidates.boxes_yxyx, selected)
-    boxes_yxyx[..., 0::2].clamp_(0, image_size[0])
-    boxes_yxyx[..., 1::2].clamp_(0, image_size[1])
-    classes = _pick(candidates.classes, selected) + CLASS_OFFSET
     return Detections(_to_original(boxes_yxyx, image_scales), scores, classes, valid_len)
 
 
@@ -121,9 +96,9 @@ def pre_nms(
 ) -> Candidates:
     """Choose the candidates, decode their boxes, turn their logits into scores.
 
-    With ``max_nms_inputs`` above 0: that many (anchor, class) pairs per image, or all where there are fewer,
-    best first, equal logits in index order. With 0: every anchor in order, with its best class, the lowest
-    of equals. Arguments as in :func:`postprocess_per_class`; raises ValueError when they do not fit.
+    With ``max_nms_inputs`` above 0: that many (anchor, class) pairs per image, or all if there are fewer,
+    best first; equal logits stay in index order. With 0: every anchor in order, with its best class; of equal
+    classes, the lowest. Arguments as in :func:`postprocess_per_class`; raises ValueError if they do not fit.
     """
     num_anchors, num_classes = _check_shapes(class_outputs, box_outputs, anchors_yxyx)
     box_regressions = torch.cat([_by_anchor(level, num_anchors) for level in box_outputs], dim=1).float()
@@ -141,7 +116,7 @@ def pre_nms(
 def _check_shapes(
     class_outputs: Sequence[Tensor], box_outputs: Sequence[Tensor], anchors_yxyx: Tensor
 ) -> tuple[int, int]:
-    """Anchors per location and number of classes; raises ValueError when the shapes contradict each other."""
+    """Anchors per location and number of classes; raises ValueError if the shapes contradict each other."""
     num_anchors = box_outputs[0].shape[1] // 4
     num_classes = class_outputs[0].shape[1] // max(num_anchors, 1)
     for level, (class_output, box_output) in enumerate(zip(class_outputs, box_outputs, strict=True)):
@@ -183,8 +158,8 @@ def _top_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The ``count`` highest logits per image: (anchor index, class index, logit), each [N, count].
 
-    Sorting all pairs would be slow and is not needed. An anchor outside the ``count`` anchors with the
-    highest best logit is beaten, in all of its pairs, by the best pair of each of those; so two small
+    Sorting all pairs would be slow and is not needed. First the ``count`` anchors with the highest best logit
+    are chosen. Every pair of any other anchor is lower than the best pair of each of these, so two small
     selections find the same pairs as one large one.
     """
     best_by_level = [_split_channels(level, num_anchors).amax(dim=2) for level in class_outputs]
@@ -199,11 +174,11 @@ def _top_pairs(
 def _top_indices(values: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest of ``values`` float32 [N, K], descending, lower index first on ties.
 
-    ``torch.topk`` leaves the order of equal values open. Integer keys that hold the value above the index
-    have no equals.
+    ``torch.topk`` does not define the order of equal values. An integer key holds the value in its high bits
+    and the index in its low bits, so no two keys are equal.
     """
     if torch.onnx.is_in_onnx_export():
-        return values.topk(count, dim=1).indices  # ONNX's TopK takes the lower index of equals, says its text
+        return values.topk(count, dim=1).indices  # ONNX defines that TopK takes the lower of equal indices
     bits = (values + 0.0).contiguous().view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # negative floats order backwards as integers
     last = 0xFFFFFFFF
@@ -214,11 +189,14 @@ def _top_indices(values: Tensor, count: int) -> Tensor:
 def _logits_of_anchors(class_outputs: Sequence[Tensor], anchors: Tensor, num_anchors: int) -> Tensor:
     """All class logits of chosen anchors: float32 [N, K, classes] for ``anchors`` int64 [N, K].
 
-    Each level is asked for every anchor and answers for its own: cheaper than bringing all levels into the
-    anchors' order first, which would move every logit.
+    Every level is read at every anchor, and only its own anchors are kept. This is cheaper than first putting
+    all levels into the anchors' order, which would move every logit.
     """
     image = torch.arange(anchors.shape[0], device=anchors.device)[:, None]
-    location, anchor = anchors // num_anchors, anchors % num_anchors  # location counts from this level's
+    location, anchor = (
+        anchors // num_anchors,
+        anchors % num_anchors,
+    )  # location counts from this level's first
     logits = class_outputs[0].new_zeros(())
     for level in class_outputs:
         size = level.shape[2] * level.shape[3]
@@ -236,14 +214,14 @@ def _logits_of_anchors(class_outputs: Sequence[Tensor], anchors: Tensor, num_anc
 
 
 def non_max_suppression(
-    boxes_yxyx: Tensor, scores: Tensor, nms: NMSConfig, classes: Tensor | None = None
+    boxes_yxyx: Tensor, scores: Tensor, classes: Tensor, nms: NMSConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select up to M = ``nms.max_output_size`` boxes per image, greedily, best score first.
 
-    ``boxes_yxyx`` float32 [N, K, 4], ``scores`` float32 [N, K]; K at least 1. With ``classes`` [N, K] a box
-    only acts on its own class, and the result is the M best of what each class alone would select: within
-    a class scores fall from one selection to the next, so the best over all classes is always next in its
-    own. Returns (indices int64 [N, M], scores float32 [N, M], valid_len int64 [N]); past valid_len index
+    ``boxes_yxyx`` float32 [N, K, 4], ``scores`` float32 [N, K], ``classes`` [N, K]; K at least 1. A box acts
+    only on boxes of its own class. The result is the M best of the selections of all classes: within a class,
+    scores fall from one selection to the next, so the best box over all classes is always the next one of its
+    class. Returns (indices int64 [N, M], scores float32 [N, M], valid_len int64 [N]); past valid_len, index
     and score are 0. Equal scores: the lower index first.
     """
     alive = scores.clone()
@@ -258,11 +236,10 @@ def non_max_suppression(
         picked_scores.append(score)
         picked = boxes.gather(2, index.expand(len(boxes), -1, -1))
         decayed = _suppress(alive, _overlap(boxes, picked, nms), nms)
-        # NaN compares false, so a box of no size or of infinite size is dropped rather than selected.
+        # NaN compares false, so a box of zero or infinite size is dropped, not selected.
         kept = decayed >= threshold if nms.pyfunc else decayed > threshold
         decayed = decayed.masked_fill_(~kept, -math.inf)
-        if classes is not None:
-            decayed = torch.where(classes == classes.gather(1, index), decayed, alive)
+        decayed = torch.where(classes == classes.gather(1, index), decayed, alive)
         alive = decayed.scatter_(1, index, -math.inf)
     indices, out_scores = torch.cat(picked_indices, dim=1), torch.cat(picked_scores, dim=1)
     valid = out_scores > -math.inf
@@ -280,7 +257,7 @@ def _boxes_by_side(boxes_yxyx: Tensor, pyfunc: bool) -> Tensor:
 def _overlap(boxes: Tensor, picked: Tensor, nms: NMSConfig) -> Tensor:
     """Intersection over union of ``boxes`` [5, N, K] with one box per image, ``picked`` [5, N, 1] → [N, K].
 
-    For ``diou`` less the squared distance of the centres over the squared diagonal of the enclosing box.
+    For ``diou``, minus the squared distance of the centres over the squared diagonal of the enclosing box.
     """
     sides = torch.minimum(boxes[2:4], picked[2:4]) - torch.maximum(boxes[:2], picked[:2])
     sides = (sides + 1 if nms.pyfunc else sides).clamp_(min=0)
@@ -296,7 +273,7 @@ def _overlap(boxes: Tensor, picked: Tensor, nms: NMSConfig) -> Tensor:
 
 
 def _suppress(scores: Tensor, overlap: Tensor, nms: NMSConfig) -> Tensor:
-    """``scores`` [N, K] after a box that overlaps the others by ``overlap`` [N, K] has been selected."""
+    """``scores`` [N, K] after the selection of a box that overlaps the others by ``overlap`` [N, K]."""
     if nms.method == "gaussian":
         return (overlap * overlap).mul_(-1 / nms.effective_sigma).exp_().mul_(scores)
     beyond = overlap > nms.effective_iou_thresh

@@ -1,8 +1,8 @@
-"""Images in, network input out, as AutoML evaluates: decode, normalise, resize, pad. Equal to it bit for bit.
+"""Images in, network input out, as in AutoML's evaluation, bit for bit: decode, normalise, resize, pad.
 
 Sources: AutoML ``dataloader.py`` (``DetectionInputProcessor``); TensorFlow's ``ResizeBilinear`` kernel with
-half-pixel centres; ``tf.io.decode_jpeg``. The order matters and is AutoML's: normalise before resizing,
-pad with zeros after both, so padding is the mean colour.
+half-pixel centres; ``tf.io.decode_jpeg``. The order is AutoML's and matters: normalise, resize, then pad
+with zeros, so that the padding has the mean colour.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
-# Of a picture in a file. Reading and normalising take some 27 bytes a pixel: 3.6 GB. Panoramas of 20,000 x
-# 2,000 and the 108 million pixels of a telephone's camera are fewer; more show no more once resized. Pillow's
-# own limits are a warning beyond 89 million, which is kept quiet, and a refusal beyond 179 million.
+# Of an image in a file. Reading and normalising take about 27 bytes per pixel: 3.6 GB. Panoramas of 20,000 x
+# 2,000 and the 108 million pixels of a phone's camera are below; more pixels add nothing after resizing.
+# Pillow itself warns above 89 million pixels (silenced here) and rejects images above 179 million.
 MOST_PIXELS = 1 << 27
-MOST_BYTES = 8 * MOST_PIXELS  # of such a file: four channels of 16 bits, uncompressed
+MOST_BYTES = 8 * MOST_PIXELS  # of a file: four channels of 16 bits, uncompressed
 
 
 class ImageError(EfficientDetError):
-    """An image cannot be read, or is not one the network can be given."""
+    """An image cannot be read, or the network cannot use it."""
 
 
 class DecodedImage(NamedTuple):
     pixels: Tensor  # uint8 [3, h, w], RGB
-    decoder: str  # what decoded it: "pillow", "fast-dct", or "none" for an image given as pixels
+    decoder: str  # its decoder: "pillow", "fast-dct", or "none" for an image given as pixels
     orientation: int = 1  # the EXIF orientation that was undone; 1: none
 
 
@@ -61,13 +61,14 @@ def preprocess(
     decoder: str = "pillow",
     device: torch.device | str | None = None,
 ) -> NetworkInput:
-    """Read images and make of them one batch, ready for ``EfficientDet``.
+    """Read images into one batch, ready for ``EfficientDet``.
 
     ``images``: any mix of files, PIL images, uint8 RGB arrays [h, w, 3] and uint8 RGB tensors [3, h, w], of
     any sizes; or one uint8 tensor [N, 3, h, w]. ``image_size`` (height, width) defaults to
-    ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is where the work is
-    done and the result lies; unless given, that of the first image, which is the CPU unless it is a tensor.
-    Raises :class:`ImageError` with the image's name or number.
+    ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is the device of the
+    work and of the result; by default the device of the first image: the CPU unless it is a tensor. Nothing
+    forces a GPU synchronisation (tested with PyTorch's fake tensors). Raises :class:`ImageError` with the
+    image's name or number.
     """
     target = image_size or config.image_size
     batches, decoders = _load(images, decoder)
@@ -84,7 +85,7 @@ def preprocess(
 
 
 def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Batches of equal-sized pixels, uint8 [n, 3, h, w]: one per image, or the one that was given."""
+    """Batches of equal-sized pixels, uint8 [n, 3, h, w]: one per image, or the given batch."""
     _check_decoder(decoder)
     is_batch = isinstance(images, Tensor) and images.ndim == 4
     if not is_batch and (isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)):
@@ -121,7 +122,7 @@ def scale_to_fit(size: tuple[int, int], target: tuple[int, int]) -> tuple[np.flo
     """The scale that makes ``size`` fit ``target``, and the scaled size, both sizes (height, width).
 
     In float32 with the scaled size truncated, as AutoML computes it: 1080 x 1920 becomes 288 x 512.
-    Raises :class:`ImageError` when a side would vanish.
+    Raises :class:`ImageError` if a side would become 0.
     """
     height, width = np.float32(size[0]), np.float32(size[1])
     scale = np.minimum(np.float32(target[0]) / height, np.float32(target[1]) / width)
@@ -144,7 +145,7 @@ def normalise(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
 
 
 def normalise_array(pixels: np.ndarray, config: EfficientDetConfig) -> np.ndarray:
-    """uint8 [..., h, w, 3] → float32 of the same shape: :func:`normalise` for NumPy, as TensorFlow lays it out."""
+    """uint8 [..., h, w, 3] → float32 of the same shape: :func:`normalise` for NumPy arrays."""
     mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
     return (pixels.astype(np.float32) - mean) / stddev
 
@@ -152,8 +153,8 @@ def normalise_array(pixels: np.ndarray, config: EfficientDetConfig) -> np.ndarra
 def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize float32 [..., h, w] to ``size`` (height, width) as TensorFlow does, without antialiasing.
 
-    ``torch.nn.functional.interpolate`` weighs the four neighbours in another order and differs in the last
-    bits. TensorFlow steps from the left neighbour towards the right one, then from the top to the bottom.
+    ``torch.nn.functional.interpolate`` adds the four neighbours in another order and differs in the last
+    bits. TensorFlow interpolates from the left neighbour to the right one, then from top to bottom.
     """
     left, right, step_x = _neighbours(images.shape[-1], size[1], images.device)
     top, bottom, step_y = _neighbours(images.shape[-2], size[0], images.device)
@@ -164,13 +165,13 @@ def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _neighbours(size: int, new_size: int, device: torch.device) -> list[Tensor]:
-    """Per output position: the input positions around its centre, and how far it is from the first."""
+    """Per output position: the two input positions around its centre, and its distance from the first."""
     ratio = np.float32(size) / np.float32(new_size)
     centres = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * ratio - np.float32(0.5)
     below = np.floor(centres)
     first = np.maximum(below, 0).astype(np.int64)
     second = np.minimum(np.ceil(centres), size - 1).astype(np.int64)
-    # The step is taken from the unclamped position: at an edge both neighbours are the same, so it is idle.
+    # The step uses the unclamped position. At an edge both neighbours are the same, so it has no effect.
     step = centres - below
     return [torch.from_numpy(array).to(device) for array in (first, second, step)]
 
@@ -183,15 +184,16 @@ def _neighbours(size: int, new_size: int, device: torch.device) -> list[Tensor]:
 def load_image(image: ImageSource, decoder: str = "pillow", upright: bool = False) -> DecodedImage:
     """Read one image. As with ``tf.io.decode_image``, EXIF orientation and alpha are ignored.
 
-    ``upright`` turns the picture of a file or of Pillow as its EXIF orientation says it should be looked at.
-    The orientation of a TIFF file belongs to the format: Pillow always undoes it, and 1 is what remains.
+    ``upright`` applies the EXIF orientation of a file or a PIL image. The orientation of a TIFF file is part
+    of the format: Pillow always applies it, and 1 remains.
 
-    A file must be in one of :data:`FORMATS`, whatever its name; of several pictures in it the first is taken.
+    A file must be in one of :data:`FORMATS`, whatever its name; of several images in it the first is used.
     ``decoder="pillow"`` reads all of them with Pillow, whose JPEG arithmetic is accurate and equals
     TensorFlow's ``dct_method="INTEGER_ACCURATE"``. ``decoder="fast-dct"`` reads JPEG files with the fast DCT
-    of libjpeg-turbo (package ``simplejpeg``), which equals the default of ``tf.io.decode_jpeg`` and so what
-    AutoML's evaluation sees; other formats go to Pillow. Greyscale becomes three equal channels.
-    Raises :class:`ImageError` when the file is missing, damaged or no image, or the pixels are not uint8 RGB.
+    of libjpeg-turbo (package ``simplejpeg``), which equals the default of ``tf.io.decode_jpeg`` and so
+    AutoML's evaluation; other formats go to Pillow. Greyscale becomes three equal channels.
+    Raises :class:`ImageError` if the file is missing, damaged or not an image, or the pixels are not uint8
+    RGB.
     """
     _check_decoder(decoder)
     if isinstance(image, (str, os.PathLike)):
@@ -207,7 +209,9 @@ def load_image(image: ImageSource, decoder: str = "pillow", upright: bool = Fals
     if type(image).__module__.startswith("PIL."):
         pixels = _channels_first(_pillow_array(image))
         return _turned(pixels, "pillow", _orientation(image) if upright else 1)
-    raise ImageError(f"{type(image).__name__} is no image; give a path, a PIL image, an array or a tensor")
+    raise ImageError(
+        f"{type(image).__name__} is not an image; give a path, a PIL image, an array or a tensor"
+    )
 
 
 def _check_decoder(decoder: str) -> None:
@@ -239,31 +243,31 @@ def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
 
 
 def _pillow_decoded(data: bytes, upright: bool) -> tuple[np.ndarray, int]:
-    """(uint8 [h, w, 3], EXIF orientation). On return Pillow's own pixels, four bytes each, are gone."""
+    """(uint8 [h, w, 3], EXIF orientation). On return Pillow's own pixels, four bytes each, are freed."""
     with _opened(data) as image:
         return _pillow_array(image), _orientation(image) if upright else 1
 
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """``data`` as Pillow opens it. Errors inside become :class:`ImageError`, except for a lack of memory.
+    """``data`` opened by Pillow. Errors inside become :class:`ImageError`, except MemoryError.
 
-    Only what Pillow does belongs inside: on damaged files its decoders raise anything.
+    Use only Pillow inside: its decoders raise any type of error on damaged files.
     """
     pillow = _require("PIL.Image", "Pillow")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of metadata, and of more pixels than are taken here
+            warnings.simplefilter("ignore")  # about metadata, and about many pixels, which _check_size limits
             with pillow.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
                 _check_size(*image.size)
                 yield image
     except (ImageError, MemoryError):
         raise
-    except pillow.DecompressionBombError:  # beyond twice its own limit Pillow does not say the size
+    except pillow.DecompressionBombError:  # above twice its limit Pillow does not give the size
         raise _too_large("far") from None
     except pillow.UnidentifiedImageError:
         raise ImageError(
-            f"not a picture in a format that is read ({', '.join(FORMATS)}); convert it to JPEG or PNG"
+            f"not an image in a supported format ({', '.join(FORMATS)}); convert it to JPEG or PNG"
         ) from None
     except Exception as error:
         raise _unreadable("image", error) from None
@@ -271,25 +275,29 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 def _unreadable(what: str, error: Exception) -> ImageError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return ImageError(f"not a readable {what}: {reason}; fetch the file again, or save it anew from a viewer")
+    return ImageError(
+        f"not a readable {what}: {reason}; fetch the file again, or save it again from a viewer"
+    )
 
 
 def _read_file(path: Path) -> bytes:
     try:
         status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # it might never end
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(
+            status.st_mode
+        ):  # reading it might never end
             raise ImageError("cannot read the file: it is a pipe or a device, not a file")
         if status.st_size > MOST_BYTES:
-            raise ImageError(f"the file has more than {MOST_BYTES:,} bytes; is it a picture?")
+            raise ImageError(f"the file has more than {MOST_BYTES:,} bytes; is it an image?")
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read the file: {error.strerror or error}") from None
-    except ValueError as error:  # a name that no file can have
+    except ValueError as error:  # a name that a file cannot have
         raise ImageError(f"cannot read the file: {error}") from None
 
 
 def _check_size(width: int, height: int) -> None:
-    """Before anything is decoded: a few kilobytes may claim gigabytes of pixels."""
+    """Call this before decoding: a few kilobytes may claim gigabytes of pixels."""
     if width * height > MOST_PIXELS:
         raise _too_large(f"{width} x {height},")
 
@@ -312,13 +320,13 @@ _EXIF_ORIENTATION = 0x0112
 
 
 def _orientation(header: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where there is none or another value."""
+    """The EXIF orientation, 1 to 8; 1 if there is none or another value."""
     orientation = header.getexif().get(_EXIF_ORIENTATION)
     return int(orientation) if orientation in _ORIENTATIONS else 1
 
 
 def _turned(pixels: Tensor, decoder: str, orientation: int) -> DecodedImage:
-    """``pixels`` turned as the EXIF ``orientation`` says."""
+    """``pixels`` with the EXIF ``orientation`` applied."""
     if orientation == 1:
         return DecodedImage(pixels, decoder)
     swapped, flipped = _ORIENTATIONS[orientation]
@@ -354,9 +362,9 @@ def _fast_dct_pixels(jpeg: bytes) -> Tensor:
 
 def _pillow_array(image: Image.Image) -> np.ndarray:
     """A Pillow image of any 8- or 16-bit mode → uint8 [h, w, 3]."""
-    image.load()  # errors of decoding here: not every NumPy lets those out that it meets
+    image.load()  # raises errors of decoding here: some versions of NumPy hide those that they meet
     if image.mode == "CMYK":
-        # Pillow inverts the inks of every CMYK JPEG; only files with an Adobe marker store them inverted.
+        # Pillow inverts the inks of every CMYK JPEG, but only files with an Adobe marker store them inverted.
         inverted = image.format in ("JPEG", "MPO") and "adobe" not in image.info
         return _cmyk_to_rgb(np.asarray(image), inverted)
     if image.mode.startswith("I;16"):
@@ -368,11 +376,11 @@ def _pillow_array(image: Image.Image) -> np.ndarray:
 
 
 def _cmyk_to_rgb(inks: np.ndarray, inverted: bool) -> np.ndarray:
-    """uint8 [h, w, 4] → uint8 [h, w, 3]. ``inverted``: 255 stands for no ink, as Adobe writes it."""
+    """uint8 [h, w, 4] → uint8 [h, w, 3]. ``inverted``: 255 means no ink, as Adobe writes it."""
     light = (inks if inverted else 255 - inks).astype(np.uint16)
     return (light[..., :3] * light[..., 3:] // 255).astype(np.uint8)
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:
-    # Copied first: Pillow's arrays are read-only, a caller's may have negative strides, tensors have neither.
+    # Copied first: tensors allow neither Pillow's read-only arrays nor a caller's negative strides.
     return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))

@@ -1,4 +1,4 @@
-"""What a detection can be asked for: suppression, decoders of images, test-time augmentation. No torch is loaded.
+"""The settings of a detection: suppression, image decoder, test-time augmentation. It does not load torch.
 
 Source: AutoML ``hparams_config.py`` (``nms_configs``) and ``tf2/postprocess.py``.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pytorch_model.errors import ConfigError
 
 DECODERS = ("pillow", "fast-dct")
-# Pillow's names of the formats that are read, and the suffixes of such files: what cameras, phones and
-# browsers write, and what tests and fuzzing cover. Pillow knows three dozen more; one of them (EPS) starts
-# another program, others fail in ways of their own. JPEG includes MPO, several pictures in a file.
+# Pillow's names of the formats that are read, and their file suffixes: the formats that cameras, phones and
+# browsers write, and that tests and fuzzing cover. Pillow knows three dozen more: one of them (EPS) starts
+# another program, and others fail in many ways. JPEG includes MPO, which has several images in one file.
 FORMATS: dict[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png",),
@@ -30,19 +30,19 @@ PYFUNC_METHODS = ("gaussian", "hard", "linear", "diou")
 
 @dataclass(frozen=True)
 class NMSConfig:
-    """AutoML's ``nms_configs``. The defaults are what AutoML evaluates COCO with.
+    """AutoML's ``nms_configs``. The defaults are those of AutoML's COCO evaluation.
 
     ``method``: ``gaussian`` (soft), ``hard``, and for ``pyfunc`` also ``linear`` (soft) and ``diou``.
-    ``iou_thresh``: None is the method's own, 0.3 for ``linear`` and 0.5 otherwise; ``gaussian`` has none.
-    ``score_thresh``: 0 is the method's own, 0.001 for the soft ones and no threshold for the hard ones
-    (``pyfunc``'s hard ones can have none).
-    ``sigma``: None is 0.5; only for ``gaussian``, whose weights are exp(-iou² / sigma).
-    ``pyfunc``: AutoML's NumPy variant, whose boxes are one pixel larger, whose score threshold keeps
-    scores that equal it, and which always keeps the best box of every class.
-    ``max_nms_inputs``: how many (anchor, class) pairs enter; 0 lets every anchor enter with its best class.
+    ``iou_thresh``: None is the method's default, 0.3 for ``linear`` and 0.5 otherwise; ``gaussian`` has none.
+    ``score_thresh``: 0 is the method's default, 0.001 for the soft methods and no threshold for the hard ones
+    (``pyfunc``'s hard methods cannot have one).
+    ``sigma``: None is 0.5. Used by ``gaussian`` only, whose weights are exp(-iou² / sigma).
+    ``pyfunc``: AutoML's NumPy implementation. Its boxes are one pixel larger, it keeps scores equal to the
+    threshold, and it always keeps the best box of every class.
+    ``max_nms_inputs``: the number of (anchor, class) pairs that enter; 0: every anchor with its best class.
     ``max_output_size``: detections per image.
 
-    Raises :class:`ConfigError` on a value that means nothing.
+    Raises :class:`ConfigError` on a value that is not possible.
     """
 
     method: str = "gaussian"
@@ -70,7 +70,7 @@ class NMSConfig:
 
     @property
     def is_soft(self) -> bool:
-        """Whether an overlapping box is kept with a lower score rather than dropped."""
+        """Whether an overlapping box is kept with a lower score instead of being dropped."""
         return self.method in ("gaussian", "linear")
 
     @property

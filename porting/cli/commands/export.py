@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,8 +13,8 @@ from porting.cli.commands.source import describe
 from porting.cli.process import print_json
 from porting.errors import OutputError
 from porting.export import TARGETS, Weights
-from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.weights.files import check_state_dict, read_weights, weight_file
+from pytorch_model.efficientdet import check_weights
+from pytorch_model.weights.files import read_weights, weight_file
 
 
 def run(options: ExportOptions) -> int:
@@ -23,8 +22,7 @@ def run(options: ExportOptions) -> int:
     state_dict, config, metadata = read_weights(options.weights)
     if os.path.exists(options.out) and os.path.samefile(options.out, weight_file(options.weights)):
         raise OutputError(f"--out {options.out} is the file that --weights reads; choose another name")
-    with torch.device("meta"):
-        check_state_dict(EfficientDet(config), state_dict, str(options.weights))
+    check_weights(state_dict, config, str(options.weights))
     with console.status(f"writing {options.target} …"):
         written = TARGETS[options.target].write(Weights(state_dict, config, metadata), options.out)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
