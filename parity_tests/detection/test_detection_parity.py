@@ -23,9 +23,9 @@ from porting.synthetic import (
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.detection.boxes import iou
 from pytorch_model.detection.detector import Detector
+from pytorch_model.detection.results import Result, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.evaluation.coco import Result, to_results
 from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections, pair
 
 pytest.importorskip("pycocotools", reason="needs pycocotools")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from parity_tests.helpers.paths import TOOLS
 from parity_tests.helpers.recordings import seeded_value
 from porting.checkpoint import open_checkpoint
+from porting.cli import process
+from porting.cli.main import execute
 from porting.convert import apply_rules, convert
 from porting.rules import rules
 from pytorch_model import create_model, load_model
@@ -28,16 +30,12 @@ from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES, load_names
 from pytorch_model.detection.postprocess import postprocess_global
 from pytorch_model.detection.preprocess import ImageError, preprocess
+from pytorch_model.detection.run import list_images
 from pytorch_model.detection.settings import FORMATS, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, EfficientDetError, WeightsError
 from pytorch_model.weights.files import write_weights
 from tf_reference.variables import variable_shapes
-
-sys.path.insert(0, str(TOOLS))
-
-import _cli
-import detect
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
@@ -333,10 +331,8 @@ def album(tmp_path: Path) -> Path:
 def run_detect(weights: Path, images: Path, out: Path, *more: str) -> int:
     """The command's exit status."""
     arguments = ["--weights", str(weights), "--images", str(images), "--out", str(out), *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["detect.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            _cli.run(detect.main)
+    with pytest.raises(SystemExit) as caught:
+        process.run(lambda: execute("detect", arguments))
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
@@ -465,7 +461,7 @@ def test_detect_takes_the_suffixes_of_the_formats(tmp_path: Path) -> None:
         for suffix in suffixes:
             (tmp_path / f"{suffix[1:]}{suffix.upper()}").touch()
     (tmp_path / "a.eps").touch()
-    listed = [file.suffix.lower() for file in detect.list_images(tmp_path)]
+    listed = [file.suffix.lower() for file in list_images(tmp_path)]
     assert sorted(listed) == sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
@@ -526,7 +522,7 @@ def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path,
         ({"weights": "none.pth"}, "none.pth"),
         ({"images": "nowhere"}, "nowhere does not exist"),
         ({"images": "/dev/zero"}, "/dev/zero is a pipe or a device"),
-        ({"images": "empty"}, "holds no picture"),
+        ({"images": "empty"}, "holds no image"),
         ({"images": "twins"}, "image_id 7"),
         ({"images": "shadow"}, "a.bmp and a.bmp.png"),
         ({"out": "album"}, "would overwrite them"),
@@ -683,7 +679,7 @@ def test_cocos_names_are_cocos(shared: Path) -> None:
 
 def test_detect_runs_as_a_command() -> None:
     result = subprocess.run(
-        [sys.executable, detect.__file__, "--help"], capture_output=True, text=True, check=False
+        [sys.executable, str(TOOLS / "detect.py"), "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0
     assert "examples:" in result.stdout

@@ -21,35 +21,29 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from parity_tests.helpers.paths import GOLDENS, TOOLS
+from porting.cli import process
+from porting.cli.commands.evaluation import print_parity
+from porting.cli.main import execute
 from porting.errors import EfficientDetError, OutputError
 from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
 from pytorch_model.config import model_config
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES
+from pytorch_model.detection.results import server_file_name, server_results, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.errors import ConfigError
-from pytorch_model.evaluation import coco as coco_module
-from pytorch_model.evaluation.coco import (
-    FIGURES,
-    DatasetError,
-    class_to_category,
-    evaluate,
-    read_dataset,
-    server_file_name,
-    server_results,
-    to_results,
-)
+from pytorch_model.evaluation import dataset as dataset_module
+from pytorch_model.evaluation.classes import class_to_category
+from pytorch_model.evaluation.dataset import DatasetError, read_dataset
 from pytorch_model.evaluation.detection_parity import compare_detections
+from pytorch_model.evaluation.figures import FIGURES, evaluate
 from pytorch_model.evaluation.processes import Processes, joined
-from pytorch_model.evaluation.run import settings as settings_of
 from pytorch_model.evaluation.shards import ShardError, Shards
+from pytorch_model.evaluation.streams import settings as settings_of
 from pytorch_model.weights.files import write_weights
 
-sys.path.insert(0, str(TOOLS))
-
-import _cli
-import eval_coco
+EVAL_COCO = str(TOOLS / "eval_coco.py")
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 pytest.importorskip("pycocotools", reason="needs pycocotools")
@@ -104,12 +98,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 def run(weights: Path, coco: Path, out: Path, *more: str) -> int:
     """The command's exit status."""
     arguments = ["--weights", weights, "--coco", coco, "--out", out, "--batch-size", "2", *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["eval_coco.py", *map(str, arguments)])
-        try:
-            _cli.run(eval_coco.main)
-        except SystemExit as end:
-            status = end.code
+    try:
+        process.run(lambda: execute("eval", [str(argument) for argument in arguments]))
+    except SystemExit as end:
+        status = end.code
     assert isinstance(status, int)
     return status
 
@@ -477,7 +469,7 @@ def test_results_take_the_categories_ids() -> None:
 def test_test_dev_files() -> None:
     assert server_file_name("efficientdet-d7") == "detections_test-dev2017_efficientdet-d7_results.json"
     for name in ("", "a_b", "a/b", "a b"):
-        with pytest.raises(DatasetError, match=r"--test-dev .*; give letters"):
+        with pytest.raises(EfficientDetError, match=r"--test-dev .*; give letters"):
             server_file_name(name)
     (row,) = server_results([box(0.123456, 7.0, score=0.98765)])
     assert (row["bbox"][0], row["score"]) == (0.12, 0.988)
@@ -506,8 +498,8 @@ def test_hparams_of_another_network(text: str) -> None:
 
 def test_shards_are_read_by_whoever_comes_next(tmp_path: Path) -> None:
     settings_ = {"decoder": "pillow", "size": (1, 2)}
-    for process, batch in ((0, 0), (1, 1), (0, 2)):
-        Shards(tmp_path / "s", "ours", settings_).append(process, batch, {"n": batch})
+    for rank, batch in ((0, 0), (1, 1), (0, 2)):
+        Shards(tmp_path / "s", "ours", settings_).append(rank, batch, {"n": batch})
     assert Shards(tmp_path / "s", "ours", settings_).read() == {n: {"n": n} for n in range(3)}
     assert Shards(tmp_path / "s", "reference", settings_).read() == {}
 
@@ -828,7 +820,7 @@ def test_annotations_are_a_file(coco: Path, pipe: Path, monkeypatch: pytest.Monk
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(DatasetError, match="it is a pipe or a device, not a file"):
             read_dataset(coco, path)
-    monkeypatch.setattr(coco_module, "MOST_BYTES", 100)
+    monkeypatch.setattr(dataset_module, "MOST_BYTES", 100)
     with pytest.raises(DatasetError, match=r"cannot read the annotations .* more than 100 bytes"):
         read_dataset(coco)
 
@@ -864,7 +856,7 @@ def test_restart_forgets_all_of_an_earlier_run(
 
 
 def test_a_reference_that_found_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    eval_coco.draw_parity(Console(width=100), compare_detections([], []), exact=True)
+    print_parity(Console(width=100), compare_detections([], []), exact=True)
     printed = capsys.readouterr().out
     assert "FAILED detection parity: the reference found nothing" in printed
     assert "must be" not in printed
@@ -880,7 +872,7 @@ def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: 
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         arguments = ["--weights", small_weights, "--coco", coco, "--out", tmp_path / out, "--batch-size", "2"]
         done = subprocess.run(
-            [*command, eval_coco.__file__, *map(str, arguments)],
+            [*command, EVAL_COCO, *map(str, arguments)],
             capture_output=True,
             text=True,
             check=False,
@@ -918,9 +910,7 @@ def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) 
 def test_a_mistake_with_two_processes_is_said_once(small_weights: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["--weights", str(small_weights), "--coco", str(tmp_path / "nowhere")]
-    done = subprocess.run(
-        [*command, eval_coco.__file__, *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, EVAL_COCO, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.count("nowhere is no folder") == 1
     assert "RuntimeError" not in done.stderr
@@ -941,9 +931,9 @@ def test_bad_pictures_are_passed_over_and_counted(
     assert metrics["pictures"] == COUNT - 3
     assert list(metrics["skipped"]) == ["10", "20", "30"]
     assert metrics["size_differs"] == [40]
-    assert "3 pictures skipped" in printed
+    assert "3 images skipped" in printed
     assert "too long and thin" in printed
-    assert "1 pictures have another size" in printed
+    assert "1 images differ in size" in printed
 
 
 def test_without_annotations_there_are_no_figures(
@@ -1030,7 +1020,7 @@ def test_a_tflite_reference(
     assert "passed detection parity" in capsys.readouterr().out
     more = ["--reference", "tflite", "--ckpt", str(file), "--hparams", "image_size=64"]
     assert run(path, coco, tmp_path / "other", *more) == 2
-    assert "takes pictures of 96×72; give --hparams image_size=72x96" in capsys.readouterr().err
+    assert "takes images of 96×72; give --hparams image_size=72x96" in capsys.readouterr().err
 
 
 def test_a_saved_model_as_reference(
@@ -1107,9 +1097,7 @@ def test_out_of_memory_is_one_sentence(
 
 
 def test_help_has_examples() -> None:
-    done = subprocess.run(
-        [sys.executable, eval_coco.__file__, "--help"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, EVAL_COCO, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "torchrun --nproc-per-node=8" in done.stdout
 
@@ -1131,5 +1119,5 @@ def test_no_picture_at_all(
     for file in (coco / "val2017").iterdir():
         file.write_bytes(b"no picture")
     assert run(small_weights, coco, tmp_path / "out") == 1
-    assert "7 pictures skipped" in capsys.readouterr().out
+    assert "7 images skipped" in capsys.readouterr().out
     assert read(tmp_path / "out/metrics.json")["pictures"] == 0

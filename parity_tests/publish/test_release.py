@@ -27,6 +27,7 @@ from porting.convert import Conversion, convert
 from porting.errors import EfficientDetError, OutputError
 from porting.infer import infer_config
 from porting.parity.report.html import _embeddable
+from porting.publish.release_checks import verify_release
 from porting.publish.release_folder import (
     CARD,
     METRICS,
@@ -37,20 +38,16 @@ from porting.publish.release_folder import (
     check_name,
     origin,
     sums_of,
-    verify_release,
 )
 from porting.sources.google_releases import RELEASES
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
 from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage
+from pytorch_model.evaluation import metrics as metrics_module
+from pytorch_model.evaluation.metrics import Metrics, read_metrics
 from pytorch_model.files import new_folder, sha256_of_file
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE
 from pytorch_model.weights.files import read_weights, write_weights
-
-sys.path.insert(0, str(TOOLS))
-
-import release as release_tool
-from release import read_metrics
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
@@ -79,7 +76,9 @@ def run(
     *arguments: object, cwd: Path, before: str = "", limit_bytes: int | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the tool, ``before`` ahead of it in the same process; ``limit_bytes`` caps any file it writes."""
-    code = f"import sys, runpy; sys.path[0] = {str(TOOL.parent)!r}; import _one_thread, _cli\n{before}\n"
+    code = (
+        f"import sys, runpy; sys.path[:1] = {[str(TOOLS), str(ROOT)]}; import porting.cli.process\n{before}\n"
+    )
     code += f"sys.argv[0] = {str(TOOL)!r}; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
 
     def limit() -> None:
@@ -572,7 +571,7 @@ FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no AP": (lambda m: m["ours"].pop("AP"), "it lacks 'AP'"),
     "figures in a list": (
         lambda m: m.update(ours=["AP"]),
-        "its figures, pictures or settings are no objects",
+        "its figures, pictures or settings are not objects",
     ),
     "AP in percent": (lambda m: m["ours"].update(AP=31.59), "its AP is 31.59, neither between 0.0 and 1.0"),
     "AP of NaN": (lambda m: m["ours"].update(AP=float("nan")), "its AP is nan, neither"),
@@ -592,11 +591,14 @@ def test_metrics_are_of_the_form_that_an_evaluation_writes(fault: str, tmp_path:
     metrics = metrics_of(tmp_path / "weights")
     (tmp_path / "m.json").write_text(json.dumps(metrics))
     assert read_metrics(tmp_path / "m.json") == (tmp_path / "m.json").read_bytes()
+    assert Metrics.parse(read_metrics(tmp_path / "m.json")).weights_sha256 == sha256_of_file(
+        tmp_path / "weights"
+    )
     change, reason = FORMS[fault]
     change(metrics)
     (tmp_path / "m.json").write_text(json.dumps(metrics))
     with pytest.raises(
-        EfficientDetError, match=rf"m\.json is no metrics\.json: .*{reason}.*; give the one that"
+        EfficientDetError, match=rf"m\.json is not a metrics\.json: .*{reason}.*; give the one that"
     ):
         read_metrics(tmp_path / "m.json")
 
@@ -604,10 +606,10 @@ def test_metrics_are_of_the_form_that_an_evaluation_writes(fault: str, tmp_path:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"{", "is no metrics.json: it is not JSON"),
-        (b'{"ours": {}, "ours": {}}', "is no metrics.json: an object in it has the key 'ours' twice"),
-        (b"\xef\xbb\xbf{}", "is no metrics.json: it is not JSON: Unexpected UTF-8 BOM"),
-        (b'{"\xff": 1}', "cannot read .*m.json: 'utf-8' codec"),
+        (b"{", "is not a metrics.json: it is not JSON"),
+        (b'{"ours": {}, "ours": {}}', "is not a metrics.json: an object in it has the key 'ours' twice"),
+        (b"\xef\xbb\xbf{}", "is not a metrics.json: it is not JSON: Unexpected UTF-8 BOM"),
+        (b'{"\xff": 1}', "is not a metrics.json: byte 2 is not UTF-8 text"),
     ],
 )
 def test_metrics_are_json(data: bytes, reason: str, tmp_path: Path) -> None:
@@ -617,14 +619,13 @@ def test_metrics_are_json(data: bytes, reason: str, tmp_path: Path) -> None:
 
 
 def test_metrics_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_metrics(None) is None
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(
-            EfficientDetError, match=r"it is a pipe or a device, not a file; give metrics\.json of"
+            EfficientDetError, match=r"it is a pipe or a device, not a file; give the metrics\.json that"
         ):
             read_metrics(path)
     (tmp_path / "m.json").write_bytes(b" " * 101)
-    monkeypatch.setattr(release_tool, "MOST_METRICS", 100)
+    monkeypatch.setattr(metrics_module, "MOST_BYTES", 100)
     with pytest.raises(EfficientDetError, match="it has more than 100 bytes"):
         read_metrics(tmp_path / "m.json")
 
@@ -672,7 +673,7 @@ def test_bad_usage_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "a-b", "../x", "ä"])
 def test_names_that_torch_hub_would_misread_are_refused(name: str) -> None:
-    with pytest.raises(EfficientDetError, match="no name for a release"):
+    with pytest.raises(EfficientDetError, match="not a valid name for a release"):
         check_name(name)
 
 

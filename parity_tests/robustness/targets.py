@@ -27,8 +27,8 @@ from pytorch_model.config import EfficientDetConfig
 
 if TYPE_CHECKING:
     from pytorch_model.detection.detector import Detector
-    from pytorch_model.evaluation.run import Outcome
     from pytorch_model.evaluation.shards import Shards
+    from pytorch_model.evaluation.streams import Outcome
 
 sys.path.insert(0, str(TOOLS))
 
@@ -110,7 +110,9 @@ def read_pipeline(path: Path) -> str:
 
 
 def read_coco(path: Path) -> str:
-    from pytorch_model.evaluation.coco import class_to_category, evaluate, read_dataset
+    from pytorch_model.evaluation.classes import class_to_category
+    from pytorch_model.evaluation.dataset import read_dataset
+    from pytorch_model.evaluation.figures import evaluate
 
     dataset = read_dataset(path)
     mapping = class_to_category(dataset, 90, None)
@@ -147,14 +149,10 @@ def read_labels(path: Path) -> str:
 
 def read_metrics(path: Path) -> str:
     """To the card of the release that they belong to."""
-    from release import read_metrics
+    from pytorch_model.evaluation.metrics import Metrics, read_metrics
 
-    from porting.publish.model_card import FIGURES
-
-    metrics = json.loads(read_metrics(path) or b"")
-    return repr(
-        ([metrics["ours"].get(name) for name in FIGURES], metrics["pictures"], metrics["settings"]["ours"])
-    )
+    metrics = Metrics.parse(read_metrics(path))
+    return repr((metrics.figures, metrics.pictures, metrics.settings))
 
 
 def resume(path: Path) -> str:
@@ -166,10 +164,10 @@ def resume(path: Path) -> str:
 
 def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
     """As tools/eval_coco.py does, a picture a batch."""
-    from pytorch_model.evaluation.coco import read_dataset
+    from pytorch_model.evaluation.dataset import read_dataset
     from pytorch_model.evaluation.processes import Processes
-    from pytorch_model.evaluation.run import Stream, detect_dataset, settings
     from pytorch_model.evaluation.shards import Shards
+    from pytorch_model.evaluation.streams import Stream, detect_dataset, settings
 
     dataset, detector, categories = read_dataset(pictures), small_detector(), {1: 1, 2: 18}
     shards = Shards(folder, "ours", settings(detector, dataset, 1, categories, "of a sample"))
@@ -224,7 +222,7 @@ def _upright(path: Path, decoder: str) -> str:
 
 def read_video(path: Path) -> str:
     """Its frames and their times."""
-    from _video import VideoReader
+    from pytorch_model.detection.video import VideoReader
 
     frames = hashlib.sha256()
     with VideoReader(path) as reader:

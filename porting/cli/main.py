@@ -34,7 +34,17 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     command.name: command
-    for command in (Command("export", "write PyTorch weights in the format of another program", "export"),)
+    for command in (
+        Command("eval", "COCO's figures of a weight file, next to those of a TensorFlow reference", "eval"),
+        Command("detect", "detect objects in images or a video", "detect"),
+        Command("export", "write PyTorch weights in the format of another program", "export"),
+        Command(
+            "release",
+            "put weights and their evidence into one folder that can be checked",
+            "release",
+            one_thread=True,
+        ),
+    )
 }
 
 _THREAD_COUNTS = (

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from pytorch_model.detection.boxes import iou
-from pytorch_model.evaluation.coco import ImageId, Result, evaluate
+from pytorch_model.detection.results import ImageId, Result
+from pytorch_model.evaluation.figures import evaluate
 
 MATCHED_IOU = 0.5  # what overlaps less is another object
 PASSING_AP = 0.9995  # 1.000 to three decimals

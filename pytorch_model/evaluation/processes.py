@@ -1,4 +1,4 @@
-"""Several processes at one piece of work, as ``torchrun`` starts them; or one, where it did not."""
+"""Several processes that share one piece of work, as ``torchrun`` starts them; or a single process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from pytorch_model.errors import EfficientDetError
 
-_PATIENCE = timedelta(days=7)  # how long one process may wait for the others: as long as they work
+_PATIENCE = timedelta(days=7)  # how long one process waits for the others, which may work for days
 
 
 @dataclass(frozen=True)
 class Processes:
-    """``rank`` of ``count`` processes; ``local_rank`` among those of this machine, which is its GPU."""
+    """This process: ``rank`` of ``count``; ``local_rank`` on this machine, which selects the GPU."""
 
     rank: int = 0
     count: int = 1
@@ -29,7 +29,7 @@ class Processes:
         return self.rank == 0
 
     def from_first(self, value: Any) -> Any:
-        """What the first process calls this with, in every process."""
+        """Send ``value`` of the first process to all; returns it in each."""
         if self.count == 1:
             return value
         carrier = [value]
@@ -38,13 +38,22 @@ class Processes:
         return carrier[0]
 
     def to_first(self, value: Any) -> list[Any]:
-        """What each process calls this with, by rank, in the first process; nothing in the others."""
+        """Send ``value`` of each process to the first; returns them by rank there, an empty list elsewhere."""
         if self.count == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.count if self.is_first else None
         with _others_present():
             dist.gather_object(value, gathered, dst=0)
         return gathered or []
+
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """The first process runs the block, then the others do; so a mistake is reported once, by the first."""
+        if not self.is_first:
+            self.from_first(None)
+        yield
+        if self.is_first:
+            self.from_first(None)
 
 
 @contextmanager
@@ -56,7 +65,7 @@ def _others_present() -> Iterator[None]:
 
 
 def has_others() -> bool:
-    """Whether ``torchrun`` started this process: :func:`joined` and what is sent wait for the others."""
+    """Whether ``torchrun`` started this process, so that :func:`joined` and every exchange wait for others."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -64,8 +73,8 @@ def has_others() -> bool:
 def joined() -> Iterator[Processes]:
     """Join the other processes of ``torchrun``, if there are any.
 
-    Objects travel over gloo, whatever the devices of the work. Raises :class:`EfficientDetError` when the
-    processes do not find each other.
+    Objects are sent over gloo, whatever device computes. Raises :class:`EfficientDetError` if the processes
+    cannot connect.
     """
     if not has_others():
         yield Processes()

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from porting.errors import OutputError
 from pytorch_model.detection.preprocess import MOST_PIXELS, ImageError
+from pytorch_model.errors import OutputError
 from pytorch_model.files import check_regular
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")

@@ -1,39 +1,27 @@
-"""COCO's formats and figures: annotations in, results out, average precision by pycocotools.
+"""A data set in COCO's format: read, checked, repaired where custom annotations leave something out.
 
-Sources: COCO's data and results formats (cocodataset.org); AutoML ``coco_metric.py`` for the names of the
-figures and the rounding of test-dev files.
+Source: COCO's data format (cocodataset.org).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from pytorch_model.detection.labels import given_names
+from pytorch_model.detection.results import ImageId
 from pytorch_model.errors import EfficientDetError, Reason
 from pytorch_model.files import parse_json, read_bounded, sha256_of_file
 
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARmax100", "ARs", "ARm", "ARl")
-
 #: Of an annotation file. COCO's largest have 0.5 GB, and parsed they take ten times as much memory.
 MOST_BYTES = 4 << 30
-
-ImageId: TypeAlias = "int | str"
-#: One line of a COCO results file: image_id, category_id, bbox (x, y, width, height in pixels), score.
-Result: TypeAlias = "dict[str, Any]"
 
 
 class DatasetError(EfficientDetError):
@@ -64,11 +52,6 @@ class Dataset:
     def has_ground_truth(self) -> bool:
         """False for lists of pictures alone, such as COCO's ``image_info_test-dev2017.json``."""
         return "annotations" in self.content
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading a data set
-# ---------------------------------------------------------------------------------------------------
 
 
 def read_dataset(
@@ -273,158 +256,3 @@ def _content_digest(path: Path) -> str | None:
         ValueError,
     ):  # a ValueError: no name that a file can have
         return None  # it will be passed over, and counted
-
-
-# ---------------------------------------------------------------------------------------------------
-# Classes
-# ---------------------------------------------------------------------------------------------------
-
-
-def class_to_category(dataset: Dataset, num_classes: int, labels: Path | None) -> dict[int, int]:
-    """The category id that each of the model's class ids, from 1, stands for; some may stand for none.
-
-    Without ``labels`` a class id is the category id: COCO's 90-id space, and custom data sets whose ids run
-    from 1. With ``labels``, the names of the model's classes, classes and categories of one name go together.
-    Raises :class:`DatasetError` where a category has no class, or another class has its id, or two
-    categories to be told apart by name have the same.
-    """
-    names = given_names(labels, num_classes)
-    categories, file = dataset.categories, dataset.annotations.name
-    if labels is not None:
-        twice = [name for name, count in Counter(categories.values()).items() if count > 1]
-        if twice:
-            raise DatasetError(
-                f"{file} has two categories {twice[0]!r}, so names do not tell which is meant; rename one"
-            )
-        by_name = {name: index for index, name in names.items()}
-        missing = [name for name in categories.values() if name not in by_name]
-        if missing or len(by_name) < len(names):
-            what = f"does not name {missing[0]!r}" if missing else "names two classes alike"
-            raise DatasetError(f"--labels {labels} {what}; have it name each category of {file}, once")
-        return {by_name[name]: category for category, name in categories.items()}
-    outside = [category for category in categories if not 1 <= category <= num_classes]
-    if outside:
-        raise DatasetError(
-            f"{file} has category id {outside[0]} ({categories[outside[0]]}), but the model has classes 1 to "
-            f"{num_classes}; if its classes go by name, give them with --labels"
-        )
-    for category, name in categories.items():
-        if names and names.get(category) != name:
-            raise DatasetError(
-                f"category {category} of {file} is {name!r}, but class {category} of a model with "
-                f"{num_classes} classes is COCO's {names.get(category, 'nothing')!r}; give the names of the "
-                "model's classes with --labels"
-            )
-    return {category: category for category in categories}
-
-
-# ---------------------------------------------------------------------------------------------------
-# Results
-# ---------------------------------------------------------------------------------------------------
-
-
-def to_results(
-    image_id: ImageId, detections: Mapping[str, Tensor], categories: Mapping[int, int] | None = None
-) -> list[Result]:
-    """One picture's detections (``boxes`` xyxy, ``scores``, ``labels``) as lines of a COCO results file.
-
-    ``categories``: class id → category id; detections of classes without one are left out, and boxes that
-    are not finite (a network gone wild), which JSON cannot hold.
-    """
-    left, top, right, bottom = detections["boxes"].unbind(1)
-    boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1)
-    finite = boxes_xywh.isfinite().all(dim=1)
-    parts = (boxes_xywh, detections["scores"], detections["labels"])
-    rows = zip(*(part[finite].tolist() for part in parts), strict=True)
-    return [
-        {
-            "image_id": image_id,
-            "category_id": categories[label] if categories is not None else label,
-            "bbox": box_xywh,
-            "score": score,
-        }
-        for box_xywh, score, label in rows
-        if categories is None or label in categories
-    ]
-
-
-def server_file_name(algorithm: str) -> str:
-    """The file name COCO's evaluation server asks for. Raises :class:`DatasetError` on an unusable name."""
-    if not algorithm or not all(sign.isalnum() or sign in "-." for sign in algorithm):
-        raise DatasetError(
-            f"--test-dev {algorithm!r} cannot be in a file name there; give letters, digits, - and . only"
-        )
-    return f"detections_test-dev2017_{algorithm}_results.json"
-
-
-def server_results(results: Sequence[Result]) -> list[Result]:
-    """``results`` as AutoML hands them in: boxes with 2 decimals, scores with 3."""
-    return [
-        {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 3)}
-        for row in results
-    ]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Figures
-# ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """``figures``: the twelve by name, -1 where nothing is annotated. ``per_class``: category id → AP."""
-
-    figures: dict[str, float]
-    per_class: dict[int, float]
-
-
-def evaluate(
-    content: Mapping[str, Any], results: Sequence[Result], image_ids: Collection[ImageId]
-) -> Evaluation:
-    """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format, annotated).
-
-    By pycocotools. Raises :class:`EfficientDetError` where it is not installed.
-    """
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise EfficientDetError(
-            "COCO's figures need the package pycocotools: pip install pycocotools"
-        ) from None
-
-    # pycocotools sorts ids in one array: numbers beside names become text, large ones lose their last digits.
-    in_order = sorted(set(image_ids), key=lambda id_: (isinstance(id_, str), id_))
-    numbers = {id_: number for number, id_ in enumerate(in_order)}
-    ours = _renumbered(results, numbers)
-    dataset = {
-        "images": [{"id": number} for number in numbers.values()],
-        "categories": list(content["categories"]),
-        "annotations": _renumbered(content["annotations"], numbers),
-    }
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
-        truth = COCO()
-        truth.dataset = dataset
-        truth.createIndex()
-        if ours:
-            found = truth.loadRes(ours)
-        else:
-            found = COCO()
-            found.dataset = {**dataset, "annotations": []}
-            found.createIndex()
-        run = COCOeval(truth, found, "bbox")
-        run.evaluate()
-        run.accumulate()
-        run.summarize()
-    figures = {name: float(value) for name, value in zip(FIGURES, run.stats, strict=True)}
-    precision = run.eval["precision"][:, :, :, 0, -1]  # IoU, recall, category; all areas, 100 detections
-    per_class = {
-        int(category): float(known.mean()) if (known := values[values > -1]).size else -1.0
-        for category, values in zip(run.params.catIds, precision.transpose(2, 0, 1), strict=True)
-    }
-    return Evaluation(figures, per_class)
-
-
-def _renumbered(rows: Sequence[Mapping[str, Any]], numbers: Mapping[ImageId, int]) -> list[dict[str, Any]]:
-    """Copies of the ``rows`` of the pictures in ``numbers``, with these in place of their ids."""
-    return [{**row, "image_id": numbers[row["image_id"]]} for row in rows if row["image_id"] in numbers]

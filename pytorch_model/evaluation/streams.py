@@ -1,0 +1,201 @@
+"""One pass over a data set: every image through one or two networks, results kept batch by batch.
+
+A reference gets the same input as our network, and its outputs go through the same postprocessing, so any
+difference comes from the networks. The batches, and so the results, do not depend on the number of processes
+or on how often the run was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pytorch_model.detection.detector import Detector, Network
+from pytorch_model.detection.preprocess import DecodedImage, ImageError
+from pytorch_model.detection.results import ImageId, Result, to_results
+from pytorch_model.evaluation.dataset import Dataset, Picture, dataset_digest
+from pytorch_model.evaluation.processes import Processes
+from pytorch_model.evaluation.shards import Shards, damaged
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One network under evaluation. ``network`` None: the detector's own model.
+
+    ``exact``: it computes in float32, so its detections must equal ours.
+    """
+
+    name: str
+    network: Network | None
+    shards: Shards
+    exact: bool = True
+
+
+@dataclass
+class Outcome:
+    """The detections: stream name → lines in COCO's results format, in the data set's order.
+
+    ``evaluated``: the images that were read. ``unreadable``: image → why it was skipped. ``decoders``: decoder
+    → how many images it read. ``resized``: images whose size differs from the annotations'.
+    """
+
+    results: dict[str, list[Result]]
+    evaluated: list[ImageId] = field(default_factory=list)
+    unreadable: dict[ImageId, str] = field(default_factory=dict)
+    decoders: Counter[str] = field(default_factory=Counter)
+    resized: list[ImageId] = field(default_factory=list)
+
+
+def settings(
+    detector: Detector, dataset: Dataset, batch_size: int, categories: Mapping[int, int], weights: str
+) -> dict[str, Any]:
+    """Everything that detections depend on. ``weights``: a digest of the network's weights."""
+    return {
+        "weights": weights,
+        "model": detector.model.config.name,
+        "config": _digest(detector.model.config.to_dict()),
+        "image_size": list(detector.image_size),
+        "decoder": detector.decoder,
+        "tta": detector.tta,
+        "nms_configs": asdict(detector.nms),
+        "batch_size": batch_size,
+        "device": next(detector.model.parameters()).device.type,
+        "categories": {str(label): category for label, category in categories.items()},
+        "pictures": dataset_digest(dataset),
+    }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def detect_dataset(
+    detector: Detector,
+    dataset: Dataset,
+    streams: Sequence[Stream],
+    categories: Mapping[int, int],
+    batch_size: int,
+    processes: Processes,
+    progress: Callable[[int, int], None],
+) -> Outcome | None:
+    """Detect in every image with every stream. Batches that are kept already are not computed again.
+
+    ``progress`` gets (images done, images of this process). Returns the outcome in the first process
+    and None in the others. Raises :class:`EfficientDetError`.
+    """
+    batches = _batches(dataset, batch_size)
+    kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []
+    done = processes.from_first([set(batches_kept) for batches_kept in kept])
+    todo = []
+    for number, pictures in enumerate(batches):
+        missing = [stream for stream, numbers in zip(streams, done, strict=True) if number not in numbers]
+        if missing:
+            todo.append((number, pictures, missing))
+    todo = todo[processes.rank :: processes.count]
+    finished, total = 0, sum(len(pictures) for _, pictures, _ in todo)
+    progress(finished, total)
+    own: dict[str, dict[int, Any]] = {stream.name: {} for stream in streams}
+    for number, pictures, missing in todo:
+        for stream, content in _detect_batch(detector, pictures, missing, categories):
+            stream.shards.append(processes.rank, number, content)
+            own[stream.name][number] = json.loads(json.dumps(content))  # as if read from the file
+        finished += len(pictures)
+        progress(finished, total)
+    gathered = processes.to_first(own)
+    if not processes.is_first:
+        return None
+    for stream, batches_kept in zip(streams, kept, strict=True):
+        for found in gathered:
+            batches_kept.update(found[stream.name])
+    return _merge({stream.name: numbers for stream, numbers in zip(streams, kept, strict=True)})
+
+
+def kept_batches(stream: Stream, dataset: Dataset, batch_size: int) -> dict[int, Any]:
+    """Batch number → the content that an earlier run kept.
+
+    Raises :class:`ShardError` if it belongs to another evaluation or is damaged.
+    """
+    kept, batches = stream.shards.read(), _batches(dataset, batch_size)
+    for number, content in kept.items():
+        try:
+            sound = 0 <= number < len(batches) and _is_of(content, batches[number])
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise damaged(stream.shards.folder)
+    return kept
+
+
+def _batches(dataset: Dataset, batch_size: int) -> list[tuple[Picture, ...]]:
+    starts = range(0, len(dataset.pictures), batch_size)
+    return [dataset.pictures[start : start + batch_size] for start in starts]
+
+
+def _is_of(content: Any, pictures: Collection[Picture]) -> bool:
+    """Whether :func:`_detect_batch` can have yielded ``content`` for these images. May raise if it cannot."""
+    ids = [picture["id"] for picture in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
+    rows = [row for picture in content["pictures"] for row in picture["detections"]]
+    return (
+        sorted(map(repr, ids)) == sorted(repr(picture.id) for picture in pictures)
+        and all(isinstance(reason, str) for _, reason in content["unreadable"])
+        and all(isinstance(picture["decoder"], str) for picture in content["pictures"])
+        and all(isinstance(picture["size_differs"], bool) for picture in content["pictures"])
+        and {len(row) for row in rows} <= {6}
+        and {type(value) for row in rows for value in row} <= {int, float}
+    )
+
+
+def _detect_batch(
+    detector: Detector,
+    pictures: Collection[Picture],
+    streams: Sequence[Stream],
+    categories: Mapping[int, int],
+) -> Iterator[tuple[Stream, dict[str, Any]]]:
+    images: dict[Picture, DecodedImage] = {}
+    unreadable: list[tuple[ImageId, str]] = []
+    for picture in pictures:
+        try:
+            images[picture] = detector.load(picture.path)
+        except ImageError as error:
+            unreadable.append((picture.id, f"{picture.path}: {error}"))
+    batch = detector.preprocess([image.pixels for image in images.values()]) if images else None
+    for stream in streams:
+        found = detector.detect(batch, stream.network) if batch else []
+        content = [
+            {
+                "id": picture.id,
+                "decoder": image.decoder,
+                "size_differs": picture.size not in (None, tuple(image.pixels.shape[1:])),
+                "detections": [_compact(row) for row in to_results(picture.id, detections, categories)],
+            }
+            for (picture, image), detections in zip(images.items(), found, strict=True)
+        ]
+        yield stream, {"pictures": content, "unreadable": unreadable}
+
+
+def _compact(row: Result) -> list[Any]:
+    return [row["category_id"], *row["bbox"], row["score"]]
+
+
+def _merge(kept: Mapping[str, Mapping[int, Any]]) -> Outcome:
+    """Join all batches in order. Facts about images are the same in every stream; the first one's are used."""
+    outcome = Outcome(results={name: [] for name in kept})
+    for name, batches in kept.items():
+        for _, content in sorted(batches.items()):
+            for picture in content["pictures"]:
+                outcome.results[name] += [
+                    {"image_id": picture["id"], "category_id": category, "bbox": bbox, "score": score}
+                    for category, *bbox, score in picture["detections"]
+                ]
+    for _, content in sorted(next(iter(kept.values())).items()):
+        outcome.unreadable.update(content["unreadable"])
+        for picture in content["pictures"]:
+            outcome.evaluated.append(picture["id"])
+            outcome.decoders[picture["decoder"]] += 1
+            if picture["size_differs"]:
+                outcome.resized.append(picture["id"])
+    return outcome
