@@ -324,7 +324,7 @@ def album(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, pixels in zip(("000000000139.jpg", "b.png", "c.bmp"), pictures(), strict=True):
         Image.fromarray(pixels).save(folder / name)
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -386,7 +386,7 @@ def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "fast-dct"])
-def test_detect_turns_pictures_as_exif_says(
+def test_detect_turns_images_by_exif(
     weights: Path, tmp_path: Path, decoder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if decoder == "fast-dct":
@@ -402,7 +402,7 @@ def test_detect_turns_pictures_as_exif_says(
     assert "turned upright" in capsys.readouterr().out
 
 
-def test_detect_passes_over_what_is_too_thin(weights: Path, album: Path, tmp_path: Path) -> None:
+def test_detect_skips_an_image_that_is_too_thin(weights: Path, album: Path, tmp_path: Path) -> None:
     Image.new("RGB", (20_000, 1)).save(album / "line.png")
     assert run_detect(weights, album, tmp_path / "out") == 1
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -432,7 +432,7 @@ def test_detect_results_are_coco_results(weights: Path, album: Path, tmp_path: P
     assert len(loaded.anns) == 100
 
 
-def test_detect_passes_over_unreadable_pictures(
+def test_detect_skips_unreadable_images(
     weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (album / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
@@ -446,8 +446,8 @@ def test_detect_passes_over_unreadable_pictures(
     assert "broken.jpg" in capsys.readouterr().out
 
 
-def test_detect_goes_on_after_a_format_that_is_not_read(weights: Path, album: Path, tmp_path: Path) -> None:
-    """EPS content, by which Pillow would start Ghostscript, under a picture's name."""
+def test_detect_continues_after_a_format_that_is_not_read(weights: Path, album: Path, tmp_path: Path) -> None:
+    """EPS content, for which Pillow would start Ghostscript, in a file named like an image."""
     Image.new("RGB", (64, 48)).save(album / "a.eps")
     (album / "a.eps").rename(album / "a.jpg")
     assert run_detect(weights, album, tmp_path / "out") == 1
@@ -456,7 +456,7 @@ def test_detect_goes_on_after_a_format_that_is_not_read(weights: Path, album: Pa
     assert "convert it to JPEG or PNG" in summary["unreadable"][str(album / "a.jpg")]
 
 
-def test_detect_takes_the_suffixes_of_the_formats(tmp_path: Path) -> None:
+def test_detect_reads_the_suffixes_of_the_formats(tmp_path: Path) -> None:
     for suffixes in FORMATS.values():
         for suffix in suffixes:
             (tmp_path / f"{suffix[1:]}{suffix.upper()}").touch()
@@ -485,7 +485,7 @@ def test_detect_does_not_overwrite_through_a_link(
     status = run_detect(weights, tmp_path / "links", album)
     after = (album / "b.png").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    # Under another name, a second name of the file's is not in the way.
+    # A hard link under another name is not in the way.
     if make is hard_link and name == "other.png":
         assert status == 1  # for the loop
         return
@@ -494,22 +494,22 @@ def test_detect_does_not_overwrite_through_a_link(
     assert {file.name for file in album.iterdir()} == {"000000000139.jpg", "b.png", "c.bmp", "notes.txt"}
 
 
-def test_detect_does_not_write_among_links(
+def test_detect_does_not_write_into_a_folder_of_links(
     weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Even where the drawing would be called otherwise: c.bmp.png."""
+    """Even if the drawing would have another name: c.bmp.png."""
     (tmp_path / "links").mkdir()
     link(album / "c.bmp", tmp_path / "links/c.bmp")
     assert run_detect(weights, tmp_path / "links", tmp_path / "links") == 2
     assert "would overwrite them; choose another folder" in capsys.readouterr().err
 
 
-def test_detect_writes_over_its_own_results(weights: Path, album: Path, tmp_path: Path) -> None:
+def test_detect_overwrites_its_own_results(weights: Path, album: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run_detect(weights, album, tmp_path / "out") == 0
 
 
-def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path, tmp_path: Path) -> None:
+def test_detect_notes_the_decoder_of_each_image(weights: Path, album: Path, tmp_path: Path) -> None:
     pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
     assert run_detect(weights, album, tmp_path / "out", "--decoder", "fast-dct") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -533,7 +533,7 @@ def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path,
         ({"more": ["--labels", "many.json"]}, "names class 91"),
     ],
 )
-def test_detect_refuses_in_one_sentence(
+def test_detect_rejects_bad_options_with_one_sentence(
     weights: Path,
     album: Path,
     tmp_path: Path,
@@ -614,14 +614,14 @@ BAD_LABEL_FILES = [
     ("null", "'null' is JSON of another form"),
     ("5", "'5' is JSON of another form"),
     ('"x"\n', ".* is JSON of another form"),
-    ('{"a": "b"}', "'a' is no class id"),
-    ('{"1_0": "b"}', "'1_0' is no class id"),
-    ("9" * 6000 + ": cat", "'9+.*9+' is no class id"),
+    ('{"a": "b"}', "'a' is not a class id"),
+    ('{"1_0": "b"}', "'1_0' is not a class id"),
+    ("9" * 6000 + ": cat", "'9+.*9+' is not a class id"),
     ("[" + "9" * 6000 + "]", "it holds a number of thousands of digits"),
     ('{"categories": [{"id": 1}]}', "a category lacks 'name'"),
-    ('{"categories": {"1": "x"}}', "its categories are no list of objects with id and name"),
-    ('{"categories": 1}', "its categories are no list of objects with id and name"),
-    ('{"categories": [{"id": 1.5, "name": "x"}]}', "the category id 1.5 is no whole number"),
+    ('{"categories": {"1": "x"}}', "its categories are not a list of objects with id and name"),
+    ('{"categories": 1}', "its categories are not a list of objects with id and name"),
+    ('{"categories": [{"id": 1.5, "name": "x"}]}', "the category id 1.5 is not a whole number"),
     ("[1, 2", "it is not JSON: Expecting"),
     ("[" * 100_000, "it is nested too deep"),
     ("1: cat\ndog\n", "some lines begin with an id ..1.:., others do not"),
@@ -639,7 +639,7 @@ BAD_LABEL_FILES = [
 def test_bad_label_files(tmp_path: Path, text: str | bytes, reason: str) -> None:
     (tmp_path / "labels").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(
-        EfficientDetError, match=rf"labels is not a label file: {reason}.*; give one name a line"
+        EfficientDetError, match=rf"labels is not a label file: {reason}.*; give one name per line"
     ):
         load_names(tmp_path / "labels", 5)
 
@@ -653,7 +653,7 @@ def test_labels_of_another_model(tmp_path: Path) -> None:
             load_names(tmp_path / "labels", 1)
 
 
-def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_a_bounded_file(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(
             EfficientDetError, match="it is a pipe or a device, not a file; give a file of class"
@@ -668,7 +668,7 @@ def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch:
         load_names(tmp_path / "labels", 5)
 
 
-def test_cocos_names_are_cocos(shared: Path) -> None:
+def test_coco_names_are_those_of_coco(shared: Path) -> None:
     content = json.loads((shared / "coco/instances_val2017_158.json").read_text())
     official = {category["id"]: category["name"] for category in content["categories"]}
     assert {index: name for index, name in enumerate(COCO_NAMES, start=1) if name} == official

@@ -69,7 +69,7 @@ def test_every_frame_in_order_at_its_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rotation", "corner"), [(0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (-90, (0, 1))])
 def test_frames_are_upright(tmp_path: Path, rotation: int, corner: tuple[int, int]) -> None:
-    """Turned counterclockwise by ``rotation``, the white corner comes to lie elsewhere."""
+    """A rotation by ``rotation`` degrees counterclockwise moves the white corner."""
     path = tmp_path / "clip.mp4"
     try:
         write_clip(path, rotation=rotation)
@@ -131,7 +131,7 @@ def test_times_need_not_be_even(tmp_path: Path) -> None:
 def test_a_video_that_breaks_off(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was readable is done; exit status 1 and a note say what was not."""
+    """The readable frames are processed; exit status 1 and a note report the rest."""
     whole = video_module.VideoReader.__iter__
 
     def broken(self: video_module.VideoReader):  # type: ignore[no-untyped-def]
@@ -177,7 +177,7 @@ def test_frames_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         next(iter(reader))
 
 
-def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+def test_sound_is_not_a_video(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -226,10 +226,10 @@ def test_every_container_and_suffix_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", ["12:30.mp4", "concat:clip.mp4", "a%03d.mp4"])
-def test_a_name_is_no_address(
+def test_a_name_is_not_an_address(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Read from and written into the working folder, where nothing before the name says it is one."""
+    """Read from and written to the working folder, so no folder precedes the name."""
     (tmp_path / "in").mkdir()
     (tmp_path / "12:30").mkdir()
     write_clip(tmp_path / "in/clip.mp4").rename(tmp_path / "in" / name)
@@ -249,42 +249,41 @@ PLAYLISTS = [
 
 
 @pytest.mark.parametrize("content", PLAYLISTS)
-def test_no_playlist_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+def test_playlists_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     write_clip(tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     Path("list.mp4").write_text(content)
-    with pytest.raises(ImageError, match=r"list\.mp4 is no.* video.*; fetch the file again"):
+    with pytest.raises(ImageError, match=r"list\.mp4 is not a.* video.*; fetch the file again"):
         video_module.VideoReader(Path("list.mp4"))
-    # Were play lists among the containers, what they name would still not be opened.
+    # Even if playlists were among the containers, the files they name would not be opened.
     monkeypatch.setattr(video_module, "CONTAINERS", (*video_module.CONTAINERS, "concat", "hls"))
-    with pytest.raises(ImageError, match=r"list\.mp4 is no.* video.*; fetch the file again"):
+    with pytest.raises(ImageError, match=r"list\.mp4 is not a.* video.*; fetch the file again"):
         video_module.VideoReader(Path("list.mp4"))
 
 
-def test_other_formats_are_no_video(tmp_path: Path) -> None:
-    """FFmpeg knows hundreds, moving GIFs among them."""
+def test_other_formats_are_not_videos(tmp_path: Path) -> None:
+    """FFmpeg knows hundreds, animated GIFs among them."""
     from PIL import Image
 
     frames = [Image.fromarray(synthetic_image(40, 50)), Image.new("RGB", (50, 40))]
     frames[0].save(tmp_path / "a.mp4", "GIF", save_all=True, append_images=frames[1:])
-    message = (
-        r"a\.mp4 is no video in an MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF file; fetch the file again"
-    )
+    containers = "MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF"
+    message = rf"a\.mp4 is not a video in an {containers} file; fetch the file again"
     with pytest.raises(ImageError, match=message):
         video_module.VideoReader(tmp_path / "a.mp4")
 
 
-def test_a_pipe_or_a_folder_is_no_video(small_weights: Path, tmp_path: Path, pipe: Path) -> None:
+def test_a_pipe_or_a_folder_is_not_a_video(small_weights: Path, tmp_path: Path, pipe: Path) -> None:
     (tmp_path / "link.mp4").symlink_to(pipe)
     with pytest.raises(ImageError, match=r"link\.mp4 is not a readable video: it is a pipe or a device"):
         video_module.VideoReader(tmp_path / "link.mp4")
     (tmp_path / "clips.mp4").mkdir()
-    write_picture(tmp_path / "clips.mp4/1.png")
+    write_image(tmp_path / "clips.mp4/1.png")
     assert run(small_weights, tmp_path / "clips.mp4", tmp_path / "out") == 0
     assert (tmp_path / "out/1.png").exists()
 
 
-def write_picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(synthetic_image(40, 50)).save(path)
@@ -292,7 +291,7 @@ def write_picture(path: Path) -> None:
 
 @pytest.mark.parametrize("readable", [0, 3])
 def test_a_disk_that_fails(tmp_path: Path, readable: int) -> None:
-    """What cannot be read of the file is told as what cannot be decoded is."""
+    """A read error is reported like a decoding error."""
 
     class Failing:
         def decode(self, stream: Any) -> Any:
@@ -315,7 +314,7 @@ def write_to(path: Path) -> None:
         writer.close()
 
 
-def test_no_frame_is_no_video(
+def test_a_video_without_frames(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(video_module.VideoReader, "__iter__", lambda self: iter(()))
@@ -358,7 +357,7 @@ def test_a_codec_that_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_no_video_and_no_pyav(
+def test_noise_is_not_a_video_and_a_missing_pyav_is_named(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)

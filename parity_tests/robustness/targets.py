@@ -118,11 +118,11 @@ def read_coco(path: Path) -> str:
     mapping = class_to_category(dataset, 90, None)
     detections = [
         {"image_id": picture.id, "category_id": min(dataset.categories), "bbox": [1, 1, 9, 9], "score": 0.5}
-        for picture in dataset.pictures
+        for picture in dataset.images
     ]
     evaluation = None
     if dataset.has_ground_truth:
-        evaluation = evaluate(dataset.content, detections, [picture.id for picture in dataset.pictures])
+        evaluation = evaluate(dataset.content, detections, [image.id for image in dataset.images])
     return repr((sorted(mapping.items()), evaluation))
 
 
@@ -152,7 +152,7 @@ def read_metrics(path: Path) -> str:
     from pytorch_model.evaluation.metrics import Metrics, read_metrics
 
     metrics = Metrics.parse(read_metrics(path))
-    return repr((metrics.figures, metrics.pictures, metrics.settings))
+    return repr((metrics.figures, metrics.images, metrics.settings))
 
 
 def resume(path: Path) -> str:

@@ -22,8 +22,8 @@ def model_card(
 ) -> str:
     """The whole text.
 
-    ``about``, ``parity``, ``metrics``: the content of ``config.json``, ``parity.json``, ``coco_metrics.json``;
-    ``files``: name → (bytes, SHA-256). Every number comes from one of them.
+    ``about``, ``parity``, ``metrics``: the content of ``config.json``, ``parity.json`` and
+    ``coco_metrics.json``; ``files``: name → (bytes, SHA-256). Every number comes from one of them.
     """
     sections = (
         _front_matter(name, about["metadata"], metrics),
@@ -45,7 +45,7 @@ def _front_matter(name: str, origin: Mapping[str, Any], metrics: Metrics | None)
     }
     if metrics:
         results = [{"type": figure, "value": value} for figure, value in _measured(metrics).items()]
-        dataset = {"name": f"COCO annotations, {metrics.pictures} pictures", "type": "coco"}
+        dataset = {"name": f"COCO annotations, {metrics.images} pictures", "type": "coco"}
         task = {"type": "object-detection"}
         front["model-index"] = [
             {"name": name, "results": [{"task": task, "dataset": dataset, "metrics": results}]}
@@ -122,7 +122,7 @@ def _figures(origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str
         yield "These weights were not evaluated here."
         return
     ours = _measured(metrics)
-    yield f"Measured with these weights, on {metrics.pictures} pictures (`coco_metrics.json`):\n"
+    yield f"Measured with these weights, on {metrics.images} pictures (`coco_metrics.json`):\n"
     yield f"| {' | '.join(ours)} |"
     yield "|---" * len(ours) + "|"
     yield f"| {' | '.join(f'{value:.4f}' for value in ours.values())} |"

@@ -26,7 +26,7 @@ from porting.sources.google_releases import Release
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import check_new_folder, new_folder
 
-#: Runs the proof of a conversion on images (float32 [N, H, W, 3], normalised) and shows an observer every tap.
+#: Proves a conversion on images, float32 [N, H, W, 3], normalised; an observer gets every activation.
 Prove: TypeAlias = Callable[[Conversion, np.ndarray, Observer], Sequence[ParityResult]]
 
 
@@ -35,8 +35,9 @@ class ReleaseRequest:
     """What to release.
 
     ``out``: where to put the folder ``name`` (default: the name of Google's release, or the model's).
-    ``published``: Google's release, if the checkpoint is one. ``spec``: what the checkpoint was opened by; of a
-    path only the last two parts are noted. ``license``: of the weights (default: Google's, else "unknown").
+    ``published``: Google's release, if the checkpoint is one. ``spec``: the path or name that was opened;
+    of a path only the last two parts are noted. ``license``: of the weights (default: Google's for its
+    releases, else "unknown").
     ``metrics``: the content of a metrics.json, see :func:`pytorch_model.evaluation.metrics.read_metrics`.
     Raises :class:`EfficientDetError` for a ``name`` that torch.hub would misread.
     """
@@ -73,8 +74,8 @@ def make_release(
     """Convert ``checkpoint``, prove the port and write the release folder; ``listener`` hears each check.
 
     ``inference``: the checkpoint's configuration. ``images_for``: the input of the proof. Imports TensorFlow.
-    Raises :class:`CheckFailedError` if the port or the folder fails a check, and :class:`EfficientDetError` for
-    other reasons; then no folder is left.
+    Raises :class:`CheckFailedError` if the port or the folder fails a check, and another
+    :class:`EfficientDetError` for other problems; then no folder is left.
     """
     published = request.published
     name = request.name or check_name(

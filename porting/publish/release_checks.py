@@ -1,4 +1,4 @@
-"""Check a release folder from its bytes up: files, checksums, tensors, configuration, parity, figures, card."""
+"""Check a release folder: files, checksums, tensors, configuration, parity, figures, model card."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _sums_problem(folder: Path) -> str | None:
 def _tensors_problem(folder: Path) -> str | None:
     path = pth_of(folder)
     if sha256_of_file(path)[:8] != path.stem.rpartition("-")[2]:
-        return f"{path.name} has another SHA-256 than its name says"
+        return f"{path.name} has a SHA-256 different from the one in its name"
     state_dict, config, _ = read_weights(folder)
     with torch.device("meta"):
         check_state_dict(EfficientDet(config), state_dict, MODEL_FILE)

@@ -1,6 +1,6 @@
 """A release folder: weights and their evidence in one folder, which can be checked on its own, byte for byte.
 
-``NAME-xxxxxxxx.pth``        the state dict, nothing else; the digits are of its SHA-256, as torch.hub checks them
+``NAME-xxxxxxxx.pth``        the state dict only; the digits are of its SHA-256, which torch.hub checks
 ``model.safetensors``        the same tensors
 ``config.json``              configuration, and the origin of the weights as far as it is known
 ``parity.json``, ``.html``   every layer compared with the TensorFlow reference
@@ -42,7 +42,7 @@ NAME = re.compile(r"[A-Za-z0-9_]{1,80}")
 
 
 def check_name(name: str) -> str:
-    """Return ``name``. Raises :class:`EfficientDetError` unless torch.hub can find the hash that follows it."""
+    """Return ``name``. Raises :class:`EfficientDetError` if torch.hub could not find the hash after it."""
     if not NAME.fullmatch(name):
         raise EfficientDetError(f"{name!r} is not a valid name for a release; use only letters, digits and _")
     return name
@@ -122,7 +122,7 @@ def card_of(folder: Path) -> str:
 
 
 def metrics_problem(folder: Path) -> str | None:
-    """Why METRICS does not belong to the weights there. An evaluation notes the SHA-256 of its weight file."""
+    """Why METRICS does not belong to the weights there: it states the SHA-256 of the evaluated file."""
     try:
         digest = _metrics_of(folder).weights_sha256
     except Reason as reason:

@@ -1,6 +1,6 @@
 """COCO's results format: detections as the lines of a results file, and the file that COCO's server takes.
 
-Sources: COCO's results format (cocodataset.org); AutoML ``coco_metric.py`` for the rounding of test-dev files.
+Sources: COCO's results format (cocodataset.org); AutoML ``coco_metric.py`` for the rounding.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Result: TypeAlias = "dict[str, Any]"
 def to_results(
     image_id: ImageId, detections: Mapping[str, Tensor], categories: Mapping[int, int] | None = None
 ) -> list[Result]:
-    """One picture's detections (``boxes`` xyxy, ``scores``, ``labels``) as lines of a COCO results file.
+    """The detections of one image (``boxes`` xyxy, ``scores``, ``labels``) as lines of a COCO results file.
 
-    ``categories``: class id → category id; detections of classes without one are left out, and boxes that
-    are not finite (a network gone wild), which JSON cannot hold.
+    ``categories``: class id → category id; detections of classes without a category are left out. Boxes
+    that are not finite are left out too: JSON cannot hold them.
     """
     left, top, right, bottom = detections["boxes"].unbind(1)
     boxes_xywh = torch.stack((left, top, right - left, bottom - top), dim=1)
@@ -44,16 +44,16 @@ def to_results(
 
 
 def server_file_name(algorithm: str) -> str:
-    """The file name COCO's evaluation server asks for. Raises :class:`EfficientDetError` on an unusable name."""
-    if not algorithm or not all(sign.isalnum() or sign in "-." for sign in algorithm):
+    """The file name that COCO's server requires. Raises :class:`EfficientDetError` for an unusable name."""
+    if not algorithm or not all(character.isalnum() or character in "-." for character in algorithm):
         raise EfficientDetError(
-            f"--test-dev {algorithm!r} cannot be in a file name there; give letters, digits, - and . only"
+            f"--test-dev {algorithm!r} cannot be part of a file name; give letters, digits, - and . only"
         )
     return f"detections_test-dev2017_{algorithm}_results.json"
 
 
 def server_results(results: Sequence[Result]) -> list[Result]:
-    """``results`` as AutoML hands them in: boxes with 2 decimals, scores with 3."""
+    """``results`` rounded like AutoML's submissions: boxes to 2 decimals, scores to 3."""
     return [
         {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 3)}
         for row in results

@@ -151,7 +151,7 @@ def drawn_name(file: Path) -> str:
 
 
 def prepare_folder(out: Path, files: Sequence[Path]) -> None:
-    """Create ``out``. Raises :class:`OutputError` if that fails, or if writing there would overwrite ``files``."""
+    """Create ``out``. Raises :class:`OutputError` if that fails or results would overwrite ``files``."""
     make_folder(out)
     folder = os.path.realpath(out)
     identities = {identity for file in files if (identity := _identity(file))}

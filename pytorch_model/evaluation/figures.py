@@ -19,7 +19,7 @@ FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "ARmax1", "ARmax10", "ARma
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``figures``: the twelve by name, -1 where nothing is annotated. ``per_class``: category id → AP."""
+    """``figures``: name → value, -1 if nothing of that kind is annotated. ``per_class``: category id → AP."""
 
     figures: dict[str, float]
     per_class: dict[int, float]
@@ -28,9 +28,9 @@ class Evaluation:
 def evaluate(
     content: Mapping[str, Any], results: Sequence[Result], image_ids: Collection[ImageId]
 ) -> Evaluation:
-    """COCO's figures of ``results`` on the pictures ``image_ids`` of ``content`` (COCO's format, annotated).
+    """COCO's figures of ``results`` on the images ``image_ids`` of ``content`` (COCO's format, annotated).
 
-    By pycocotools. Raises :class:`EfficientDetError` where it is not installed.
+    Raises :class:`EfficientDetError` if pycocotools is not installed.
     """
     try:
         from pycocotools.coco import COCO
@@ -40,7 +40,7 @@ def evaluate(
             "COCO's figures need the package pycocotools: pip install pycocotools"
         ) from None
 
-    # pycocotools sorts ids in one array: numbers beside names become text, large ones lose their last digits.
+    # pycocotools sorts ids in one array: mixed with names, numbers become text; large ones lose digits.
     in_order = sorted(set(image_ids), key=lambda id_: (isinstance(id_, str), id_))
     numbers = {id_: number for number, id_ in enumerate(in_order)}
     ours = _renumbered(results, numbers)
@@ -49,7 +49,7 @@ def evaluate(
         "categories": list(content["categories"]),
         "annotations": _renumbered(content["annotations"], numbers),
     }
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools talks
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth = COCO()
         truth.dataset = dataset
         truth.createIndex()
@@ -73,5 +73,5 @@ def evaluate(
 
 
 def _renumbered(rows: Sequence[Mapping[str, Any]], numbers: Mapping[ImageId, int]) -> list[dict[str, Any]]:
-    """Copies of the ``rows`` of the pictures in ``numbers``, with these in place of their ids."""
+    """Copies of the ``rows`` of the images in ``numbers``, with their numbers instead of their ids."""
     return [{**row, "image_id": numbers[row["image_id"]]} for row in rows if row["image_id"] in numbers]

@@ -29,14 +29,14 @@ class Metrics:
     """The content of a ``metrics.json``. ``ours`` is the evaluated model, ``reference`` another network.
 
     ``figures``: ours, reference → COCO's figures by name, 0…1, -1 if nothing of that kind is annotated; empty
-    without annotations. ``pictures``: how many images were evaluated. ``settings``: ours, reference → all that
+    without annotations. ``images``: how many were evaluated. ``settings``: ours, reference → all that
     the detections depend on. ``per_class``: ours, reference → category id → AP. ``detection_parity``: the
     comparison with the reference. ``skipped``: image id → why it could not be read. ``size_differs``: images
     whose size differs from the annotations'. ``decoders``: decoder → how many images it read.
     """
 
     figures: Mapping[str, Mapping[str, float]]
-    pictures: int
+    images: int
     settings: Mapping[str, Mapping[str, Any]]
     per_class: Mapping[str, Mapping[Any, float]] | None = None
     detection_parity: Mapping[str, Any] | None = None
@@ -60,7 +60,7 @@ class Metrics:
         return {
             **content,
             "detection_parity": self.detection_parity,
-            "pictures": self.pictures,
+            "pictures": self.images,
             "skipped": self.skipped,
             "size_differs": self.size_differs,
             "decoders": self.decoders,
@@ -69,7 +69,7 @@ class Metrics:
 
     @classmethod
     def parse(cls, data: bytes) -> Metrics:
-        """Read the bytes of a file. Raises :class:`Reason` unless it is a ``metrics.json`` with our figures."""
+        """Read the content of a file. Raises :class:`Reason` unless it is a ``metrics.json`` with figures."""
         try:
             content = parse_json(data.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -78,7 +78,7 @@ class Metrics:
             figures = {"ours": content["ours"], **_given(content, "reference")}
             found = cls(
                 figures={name: _checked_figures(values) for name, values in figures.items()},
-                pictures=content["pictures"],
+                images=content["pictures"],
                 settings=content["settings"],
                 **{key: content[key] for key in _OPTIONAL if key in content},
             )
@@ -87,8 +87,8 @@ class Metrics:
             raise Reason(f"it lacks {error}") from None
         except TypeError:
             raise Reason("its figures, pictures or settings are not objects") from None
-        if type(found.pictures) is not int or not 0 <= found.pictures < 1 << 53:
-            raise Reason(f"its number of pictures is {reprlib.repr(found.pictures)}")
+        if type(found.images) is not int or not 0 <= found.images < 1 << 53:
+            raise Reason(f"its number of images is {reprlib.repr(found.images)}")
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise Reason(f"the SHA-256 of its weights is {reprlib.repr(digest)}")
         return found
@@ -102,7 +102,7 @@ def _given(content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _checked_figures(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Raises :class:`Reason` for a value that a figure cannot have, ``KeyError`` if a required one is missing."""
+    """The known figures. Raises :class:`Reason` for an impossible value, ``KeyError`` for a missing one."""
     found = {name: figures[name] for name in FIGURES if name in figures or name in REQUIRED_FIGURES}
     for name, value in found.items():
         if type(value) is not float or not (0 <= value <= 1 or value == -1):

@@ -38,7 +38,7 @@ class Processes:
         return carrier[0]
 
     def to_first(self, value: Any) -> list[Any]:
-        """Send ``value`` of each process to the first; returns them by rank there, an empty list elsewhere."""
+        """Send ``value`` of each process to the first; returns all by rank there, an empty list elsewhere."""
         if self.count == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.count if self.is_first else None
@@ -48,7 +48,7 @@ class Processes:
 
     @contextmanager
     def first_ahead(self) -> Iterator[None]:
-        """The first process runs the block, then the others do; so a mistake is reported once, by the first."""
+        """The first process runs the block, then the others do, so that a mistake is reported only once."""
         if not self.is_first:
             self.from_first(None)
         yield
@@ -61,11 +61,11 @@ def _others_present() -> Iterator[None]:
     try:
         yield
     except RuntimeError:  # gloo's, when a connection closes
-        raise EfficientDetError("another of the processes has stopped; its own message says why") from None
+        raise EfficientDetError("another process has stopped; see its own error message") from None
 
 
 def has_others() -> bool:
-    """Whether ``torchrun`` started this process, so that :func:`joined` and every exchange wait for others."""
+    """Whether ``torchrun`` started this process; then :func:`joined` and every exchange wait for others."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -83,9 +83,7 @@ def joined() -> Iterator[Processes]:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise EfficientDetError(
-            f"the processes did not find each other: {reason}; start them by torchrun"
-        ) from None
+        raise EfficientDetError(f"the processes cannot connect: {reason}; start them with torchrun") from None
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     finally:

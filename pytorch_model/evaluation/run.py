@@ -1,4 +1,4 @@
-"""Run an evaluation: detect in a data set, resume what an earlier run left, compute figures, write the files."""
+"""Run an evaluation: detect in a data set, resume an interrupted run, compute figures, write the files."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class EvaluationOptions:
 class ReferenceNetwork:
     """A network to compare with.
 
-    ``kind``: its name in the settings. ``weights``: SHA-256 of everything its outputs depend on. ``exact``: it
-    computes in float32, so its detections must equal ours.
+    ``kind``: its name in the settings. ``weights``: SHA-256 of everything that its outputs depend on.
+    ``exact``: it computes in float32, so its detections must equal ours.
     """
 
     kind: str
@@ -92,11 +92,11 @@ def evaluate_dataset(
 ) -> EvaluationResult | None:
     """Evaluate ``detector`` on ``dataset`` and write the files into ``options.out``.
 
-    ``categories``: see :func:`class_to_category`. Writes ``detections.json`` (COCO results), ``metrics.json``,
-    ``reference_detections.json`` if there is a ``reference``, and ``shards/``, from which the next call with
-    the same arguments resumes. With several ``processes``, call it in each; the result is None in all but the
-    first. ``listener`` hears how many images are done. Raises :class:`EfficientDetError`; then the results
-    of an earlier run are as they were.
+    ``categories``: see :func:`class_to_category`. Writes ``detections.json`` (COCO results), with a
+    ``reference`` also ``reference_detections.json``, and ``metrics.json``. The next call with the same arguments
+    resumes from ``shards/`` there. With several ``processes``, call it in each; the result is None in all but
+    the first. ``listener`` hears how many images are done. Raises :class:`EfficientDetError`; then the results
+    of an earlier run are unchanged.
     """
     processes = processes or Processes()
     streams = _streams(detector, dataset, categories, options, reference)
@@ -186,7 +186,7 @@ def _conclude(
     per_class = {name: evaluation.per_class for name, evaluation in evaluations.items()}
     metrics = Metrics(
         figures={name: evaluation.figures for name, evaluation in evaluations.items()},
-        pictures=len(outcome.evaluated),
+        images=len(outcome.evaluated),
         settings={stream.name: stream.shards.settings for stream in streams},
         per_class=per_class if options.per_class else None,
         detection_parity=parity.figures() if parity else None,

@@ -17,7 +17,7 @@ from typing import Any
 from pytorch_model.detection.detector import Detector, Network
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.detection.results import ImageId, Result, to_results
-from pytorch_model.evaluation.dataset import Dataset, Picture, dataset_digest
+from pytorch_model.evaluation.dataset import Dataset, DatasetImage, dataset_digest
 from pytorch_model.evaluation.processes import Processes
 from pytorch_model.evaluation.shards import Shards, damaged
 
@@ -39,8 +39,8 @@ class Stream:
 class Outcome:
     """The detections: stream name → lines in COCO's results format, in the data set's order.
 
-    ``evaluated``: the images that were read. ``unreadable``: image → why it was skipped. ``decoders``: decoder
-    → how many images it read. ``resized``: images whose size differs from the annotations'.
+    ``evaluated``: the images that were read. ``unreadable``: image → why it was skipped. ``decoders``:
+    decoder → how many images it read. ``resized``: images whose size differs from the annotations'.
     """
 
     results: dict[str, list[Result]]
@@ -91,19 +91,19 @@ def detect_dataset(
     kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []
     done = processes.from_first([set(batches_kept) for batches_kept in kept])
     todo = []
-    for number, pictures in enumerate(batches):
+    for number, images in enumerate(batches):
         missing = [stream for stream, numbers in zip(streams, done, strict=True) if number not in numbers]
         if missing:
-            todo.append((number, pictures, missing))
+            todo.append((number, images, missing))
     todo = todo[processes.rank :: processes.count]
-    finished, total = 0, sum(len(pictures) for _, pictures, _ in todo)
+    finished, total = 0, sum(len(images) for _, images, _ in todo)
     progress(finished, total)
     own: dict[str, dict[int, Any]] = {stream.name: {} for stream in streams}
-    for number, pictures, missing in todo:
-        for stream, content in _detect_batch(detector, pictures, missing, categories):
+    for number, images, missing in todo:
+        for stream, content in _detect_batch(detector, images, missing, categories):
             stream.shards.append(processes.rank, number, content)
             own[stream.name][number] = json.loads(json.dumps(content))  # as if read from the file
-        finished += len(pictures)
+        finished += len(images)
         progress(finished, total)
     gathered = processes.to_first(own)
     if not processes.is_first:
@@ -130,20 +130,20 @@ def kept_batches(stream: Stream, dataset: Dataset, batch_size: int) -> dict[int,
     return kept
 
 
-def _batches(dataset: Dataset, batch_size: int) -> list[tuple[Picture, ...]]:
-    starts = range(0, len(dataset.pictures), batch_size)
-    return [dataset.pictures[start : start + batch_size] for start in starts]
+def _batches(dataset: Dataset, batch_size: int) -> list[tuple[DatasetImage, ...]]:
+    starts = range(0, len(dataset.images), batch_size)
+    return [dataset.images[start : start + batch_size] for start in starts]
 
 
-def _is_of(content: Any, pictures: Collection[Picture]) -> bool:
+def _is_of(content: Any, images: Collection[DatasetImage]) -> bool:
     """Whether :func:`_detect_batch` can have yielded ``content`` for these images. May raise if it cannot."""
-    ids = [picture["id"] for picture in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
-    rows = [row for picture in content["pictures"] for row in picture["detections"]]
+    ids = [image["id"] for image in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
+    rows = [row for image in content["pictures"] for row in image["detections"]]
     return (
-        sorted(map(repr, ids)) == sorted(repr(picture.id) for picture in pictures)
+        sorted(map(repr, ids)) == sorted(repr(image.id) for image in images)
         and all(isinstance(reason, str) for _, reason in content["unreadable"])
-        and all(isinstance(picture["decoder"], str) for picture in content["pictures"])
-        and all(isinstance(picture["size_differs"], bool) for picture in content["pictures"])
+        and all(isinstance(image["decoder"], str) for image in content["pictures"])
+        and all(isinstance(image["size_differs"], bool) for image in content["pictures"])
         and {len(row) for row in rows} <= {6}
         and {type(value) for row in rows for value in row} <= {int, float}
     )
@@ -151,28 +151,28 @@ def _is_of(content: Any, pictures: Collection[Picture]) -> bool:
 
 def _detect_batch(
     detector: Detector,
-    pictures: Collection[Picture],
+    images: Collection[DatasetImage],
     streams: Sequence[Stream],
     categories: Mapping[int, int],
 ) -> Iterator[tuple[Stream, dict[str, Any]]]:
-    images: dict[Picture, DecodedImage] = {}
+    decoded: dict[DatasetImage, DecodedImage] = {}
     unreadable: list[tuple[ImageId, str]] = []
-    for picture in pictures:
+    for image in images:
         try:
-            images[picture] = detector.load(picture.path)
+            decoded[image] = detector.load(image.path)
         except ImageError as error:
-            unreadable.append((picture.id, f"{picture.path}: {error}"))
-    batch = detector.preprocess([image.pixels for image in images.values()]) if images else None
+            unreadable.append((image.id, f"{image.path}: {error}"))
+    batch = detector.preprocess([each.pixels for each in decoded.values()]) if decoded else None
     for stream in streams:
         found = detector.detect(batch, stream.network) if batch else []
         content = [
             {
-                "id": picture.id,
-                "decoder": image.decoder,
-                "size_differs": picture.size not in (None, tuple(image.pixels.shape[1:])),
-                "detections": [_compact(row) for row in to_results(picture.id, detections, categories)],
+                "id": image.id,
+                "decoder": read.decoder,
+                "size_differs": image.size not in (None, tuple(read.pixels.shape[1:])),
+                "detections": [_compact(row) for row in to_results(image.id, detections, categories)],
             }
-            for (picture, image), detections in zip(images.items(), found, strict=True)
+            for (image, read), detections in zip(decoded.items(), found, strict=True)
         ]
         yield stream, {"pictures": content, "unreadable": unreadable}
 
@@ -182,20 +182,20 @@ def _compact(row: Result) -> list[Any]:
 
 
 def _merge(kept: Mapping[str, Mapping[int, Any]]) -> Outcome:
-    """Join all batches in order. Facts about images are the same in every stream; the first one's are used."""
+    """Join all batches in order. Facts about images are the same in every stream; the first is used."""
     outcome = Outcome(results={name: [] for name in kept})
     for name, batches in kept.items():
         for _, content in sorted(batches.items()):
-            for picture in content["pictures"]:
+            for image in content["pictures"]:
                 outcome.results[name] += [
-                    {"image_id": picture["id"], "category_id": category, "bbox": bbox, "score": score}
-                    for category, *bbox, score in picture["detections"]
+                    {"image_id": image["id"], "category_id": category, "bbox": bbox, "score": score}
+                    for category, *bbox, score in image["detections"]
                 ]
     for _, content in sorted(next(iter(kept.values())).items()):
         outcome.unreadable.update(content["unreadable"])
-        for picture in content["pictures"]:
-            outcome.evaluated.append(picture["id"])
-            outcome.decoders[picture["decoder"]] += 1
-            if picture["size_differs"]:
-                outcome.resized.append(picture["id"])
+        for image in content["pictures"]:
+            outcome.evaluated.append(image["id"])
+            outcome.decoders[image["decoder"]] += 1
+            if image["size_differs"]:
+                outcome.resized.append(image["id"])
     return outcome

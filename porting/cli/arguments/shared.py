@@ -18,8 +18,9 @@ HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
 WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"
 LABELS_HELP = (
-    "names of the model's classes: a text file with one name a line (the first is class 1) or lines 'id: name', "
-    "or JSON: a list, an {id: name} object, or COCO annotations (default: COCO's names for 90 classes)"
+    "names of the model's classes: a text file with one name per line (the first is class 1) or lines "
+    "'id: name', or JSON: a list, an {id: name} object, or COCO annotations (default: COCO's names for 90 "
+    "classes)"
 )
 DECODER_HELP = (
     "how JPEG files are decoded; fast-dct equals tf.io.decode_jpeg and needs simplejpeg (default: pillow)"
@@ -125,7 +126,7 @@ def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
 
 
 def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -> None:
-    """``--labels``, ``--decoder``, ``--hparams``, ``--device``, ``--batch-size`` (default: ``batch_size``)."""
+    """``--labels``, ``--decoder``, ``--hparams``, ``--device``, ``--batch-size``."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help=LABELS_HELP)
     parser.add_argument("--decoder", choices=DECODERS, default="pillow", help=DECODER_HELP)
     add_hparams_option(parser)

@@ -60,7 +60,7 @@ def run(options: EvalOptions) -> int:
         return 0
     _draw(options, console, detector, dataset, result)
     console.print(
-        f"{result.metrics.pictures} images, {bar.seconds:.1f} s; wrote {options.out}",
+        f"{result.metrics.images} images, {bar.seconds:.1f} s; wrote {options.out}",
         markup=False,
         soft_wrap=True,
     )
@@ -94,7 +94,7 @@ def _draw(
     metrics = result.metrics
     decoders = ", ".join(f"{name} ({count})" for name, count in metrics.decoders.items())
     height, width = detector.image_size
-    title = f"{detector.model.config.name} at {height}×{width}, {metrics.pictures} images, read by {decoders}"
+    title = f"{detector.model.config.name} at {height}×{width}, {metrics.images} images, read by {decoders}"
     if detector.tta != "none":
         title += f", tta {detector.tta}"
     console.print(title, markup=False, soft_wrap=True)

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 
 class ImageBar:
-    """A :class:`pytorch_model.detection.run.Listener` that draws a bar. ``seconds``: how long it was shown."""
+    """A :class:`pytorch_model.detection.run.Listener` that draws a bar. ``seconds``: how long it ran."""
 
     def __init__(self, console: Console, description: str = "detecting") -> None:
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

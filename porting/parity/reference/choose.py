@@ -41,7 +41,7 @@ class FileReference(Protocol):
     def taps(self) -> frozenset[str]: ...
 
     def on(self, images: np.ndarray) -> Reference:
-        """The reference on ``images``, float32 [N, H, W, 3], normalised. Raises :class:`EfficientDetError`."""
+        """The reference on ``images``: float32 [N, H, W, 3], normalised. Raises EfficientDetError."""
 
 
 def choose_reference(

@@ -16,10 +16,10 @@ from pytorch_model.files import sha256_of_file
 def reference_network(
     kind: str, conversion: Conversion, reference: FileReference | None, detector: Detector
 ) -> ReferenceNetwork:
-    """The reference of ``kind`` for ``detector``: ``reference``, or AutoML's network in plain operations if None.
+    """The reference of ``kind`` for ``detector``: a file, or AutoML's network in plain operations if None.
 
     ``conversion``: of the checkpoint that the reference's values come from, for the detector's configuration.
-    Imports TensorFlow. Raises :class:`ConfigError` if the file takes images of another size than the detector.
+    Imports TensorFlow. Raises :class:`ConfigError` if the file takes images of another size.
     """
     config = detector.model.config
     if reference is None:
