@@ -30,7 +30,7 @@ from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES, load_names
 from pytorch_model.detection.postprocess import postprocess_global
 from pytorch_model.detection.preprocess import ImageError, preprocess
-from pytorch_model.detection.run import list_images
+from pytorch_model.detection.run import detect_into, list_images, prepare_folder
 from pytorch_model.detection.settings import FORMATS, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, EfficientDetError, WeightsError
@@ -368,6 +368,33 @@ def test_detect_writes_results_drawings_and_summary(weights: Path, album: Path, 
         drawn, original = Image.open(out / name), Image.open(album / source)
         assert drawn.size == original.size
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(original)).max() > 50
+
+
+def test_detect_prints_its_summary_as_json(
+    weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the summary is on stdout, so that a program can read it."""
+    assert run_detect(weights, album, tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((tmp_path / "out/summary.json").read_text())
+    assert "read by" in printed.err
+
+
+def test_detect_as_a_library_call(weights: Path, album: Path, tmp_path: Path) -> None:
+    heard: list[tuple[int, int | None]] = []
+
+    class Listener:
+        def progress(self, done: int, total: int | None) -> None:
+            heard.append((done, total))
+
+    files, out = list_images(album), tmp_path / "out"
+    prepare_folder(out, files)
+    detector, names = Detector(load_model(weights)), load_names(None, 90)
+    found = detect_into(out, detector, files, names, weights="mine", batch_size=2, listener=Listener())
+    assert heard == [(0, 3), (2, 3), (3, 3)]
+    assert found.rows == json.loads((out / "detections.json").read_text())
+    assert found.summary == json.loads((out / "summary.json").read_text())
+    assert found.summary["weights"] == "mine"
 
 
 def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Path) -> None:

@@ -38,7 +38,9 @@ from pytorch_model.evaluation.classes import class_to_category
 from pytorch_model.evaluation.dataset import DatasetError, read_dataset
 from pytorch_model.evaluation.detection_parity import compare_detections
 from pytorch_model.evaluation.figures import FIGURES, evaluate
+from pytorch_model.evaluation.metrics import Metrics, read_metrics
 from pytorch_model.evaluation.processes import Processes, joined
+from pytorch_model.evaluation.run import EvaluationOptions, evaluate_dataset
 from pytorch_model.evaluation.shards import ShardError, Shards
 from pytorch_model.evaluation.streams import settings as settings_of
 from pytorch_model.weights.files import write_weights
@@ -689,6 +691,45 @@ def test_results_metrics_and_table(
     rows = to_results(10, expected, {1: 1, 2: 2, 90: 90})
     assert [row for row in results if row["image_id"] == 10] == rows
     assert len(read(out / server_file_name("mine"))) == len(results)
+
+
+def test_an_evaluation_as_a_library_call(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    """The files of the command, without a console."""
+    heard: list[tuple[int, int | None]] = []
+
+    class Listener:
+        def progress(self, done: int, total: int | None) -> None:
+            heard.append((done, total))
+
+    assert run(small_weights, coco, tmp_path / "command", "--per-class") == 0
+    out, dataset = tmp_path / "call", read_dataset(coco)
+    options = EvaluationOptions(small_weights, out, batch_size=2, per_class=True)
+    detector, categories = Detector(load_model(small_weights)), class_to_category(dataset, 90, None)
+    for expected in ([(0, 7), (2, 7), (4, 7), (6, 7), (7, 7)], [(0, 0)]):  # the second call resumes
+        heard.clear()
+        result = evaluate_dataset(detector, dataset, categories, options, listener=Listener())
+        assert heard == expected
+        assert result is not None
+        assert result.passed
+        for name in ("detections.json", "metrics.json"):
+            assert (out / name).read_bytes() == (tmp_path / "command" / name).read_bytes()
+        assert result.metrics.figures["ours"] == result.evaluations["ours"].figures
+
+
+def test_metrics_are_read_as_they_were_written(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    (coco / "val2017/1.png").unlink()
+    assert run(small_weights, coco, tmp_path / "out", "--per-class") == 1
+    metrics = Metrics.parse(read_metrics(tmp_path / "out/metrics.json"))
+    assert metrics.content() == read(tmp_path / "out/metrics.json")
+    assert metrics.images == COUNT - 1
+    assert metrics.weights_sha256 == hashlib.sha256(small_weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"test_dev": "a/b"}], ids=str)
+def test_options_that_cannot_be_used(options: dict[str, Any], tmp_path: Path) -> None:
+    message = "batch_size is 0, must be at least 1" if "batch_size" in options else "--test-dev 'a/b'"
+    with pytest.raises(EfficientDetError, match=message):
+        EvaluationOptions(tmp_path / "a.pth", tmp_path, **options)
 
 
 def test_a_folder_of_weights(small_weights: Path, coco: Path, tmp_path: Path) -> None:

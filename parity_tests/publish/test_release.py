@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,11 +24,14 @@ from parity_tests.helpers.paths import ROOT, TOOLS
 from porting import __version__
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
-from porting.convert import Conversion, convert
+from porting.convert import Conversion, apply_rules, convert
 from porting.errors import EfficientDetError, OutputError
 from porting.infer import infer_config
+from porting.parity import ParityResult, compare, tensorflow_reference
+from porting.parity.lockstep import Observer
 from porting.parity.report.html import _embeddable
-from porting.publish.release_checks import verify_release
+from porting.publish.release import ReleaseRequest, make_release
+from porting.publish.release_checks import Check, verify_release
 from porting.publish.release_folder import (
     CARD,
     METRICS,
@@ -39,6 +43,7 @@ from porting.publish.release_folder import (
     origin,
     sums_of,
 )
+from porting.rules import rules
 from porting.sources.google_releases import RELEASES
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
@@ -304,6 +309,9 @@ BAD_METRICS: dict[str, Callable[[dict[str, Any]], object]] = {
     "endless count": lambda m: m.update(pictures=float("inf")),
     "AP that is no number": lambda m: m["ours"].update(AP=float("nan")),
     "APs of nothing": lambda m: m["ours"].update(APs=None),
+    "AP in percent": lambda m: m["ours"].update(AP=31.59),
+    "half an image": lambda m: m.update(pictures=3.5),
+    "a short digest": lambda m: m["settings"]["ours"].update(weights="ab"),
 }
 
 
@@ -529,6 +537,36 @@ def test_a_release_of_raw_values_is_compared_with_raw_values(checkpoint: Path, t
     )
     assert (made[0], checked[0]) == (0, 0), (made, checked)
     assert "the raw values of" in (tmp_path / "raw" / CARD).read_text()
+
+
+# --- the library ---------------------------------------------------------------------------------------
+
+
+def test_a_release_as_a_library_call(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a console: the proof is passed in, a listener gets the checks."""
+
+    def prove(conversion: Conversion, images: np.ndarray, observe: Observer) -> list[ParityResult]:
+        results = []
+        for dtype in ("float64", "float32"):
+            model = EfficientDet(conversion.config).to(getattr(torch, dtype)).eval()
+            model.load_state_dict(apply_rules(rules(conversion.config), conversion.variables, dtype))
+            inputs = images.astype(dtype)
+            reference = tensorflow_reference(conversion.variables, conversion.config, inputs, dtype)
+            results.append(compare(model, reference, inputs, lambda _: None, observe))
+        return results
+
+    heard: list[Check] = []
+    request = ReleaseRequest(out=tmp_path, spec=str(checkpoint), name="mine")
+    images = np.zeros((1, 64, 64, 3), np.float32)
+    with open_checkpoint(checkpoint) as opened:
+        inference = infer_config(opened.shapes, opened.source)
+        made = make_release(request, opened, inference, lambda config: images, prove, heard.append)
+        assert made.folder == tmp_path / "mine"
+        assert problems(made.folder, convert(opened, inference.config)) == []
+        assert heard == list(made.checks)
+        assert "licence of the weights: unknown" in (made.folder / CARD).read_text()
+        with pytest.raises(OutputError, match="something in it"):
+            make_release(request, opened, inference, lambda config: images, prove)
 
 
 # --- the tool -----------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pytorch_model.detection.boxes import iou
+
 IOU_THRESHOLD = 0.55  # AutoML's: a detection joins a cluster that it overlaps by at least this
 
 
@@ -41,7 +43,7 @@ def weighted_boxes_fusion(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor
     fused_labels = np.zeros_like(labels)
     for index, (box, label) in enumerate(zip(boxes, labels, strict=True)):
         count = len(members)
-        overlaps = np.where(fused_labels[:count] == label, _iou(fused_boxes[:count], box), -1)
+        overlaps = np.where(fused_labels[:count] == label, iou(fused_boxes[:count], box[None])[:, 0], -1)
         place = int(overlaps.argmax()) if count else 0
         if not count or not overlaps[place] >= IOU_THRESHOLD:
             place = count
@@ -55,12 +57,3 @@ def weighted_boxes_fusion(runs: Sequence[dict[str, Tensor]]) -> dict[str, Tensor
     order = np.argsort(-fused_scores[: len(members)], kind="stable")
     fused = {"boxes": fused_boxes[order], "scores": fused_scores[order], "labels": fused_labels[order]}
     return {key: torch.from_numpy(values).to(runs[0][key].device) for key, values in fused.items()}
-
-
-def _iou(boxes_xyxy: np.ndarray, box_xyxy: np.ndarray) -> np.ndarray:
-    """Intersection over union of [n, 4] with one box → [n]; two boxes without area overlap by 0."""
-    sides = np.minimum(boxes_xyxy[:, 2:], box_xyxy[2:]) - np.maximum(boxes_xyxy[:, :2], box_xyxy[:2])
-    intersection = sides.clip(min=0).prod(axis=1)
-    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
-    union = areas + (box_xyxy[2:] - box_xyxy[:2]).prod() - intersection
-    return intersection / np.maximum(union, np.finfo(boxes_xyxy.dtype).tiny)

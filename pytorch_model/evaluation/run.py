@@ -92,11 +92,11 @@ def evaluate_dataset(
 ) -> EvaluationResult | None:
     """Evaluate ``detector`` on ``dataset`` and write the files into ``options.out``.
 
-    ``categories``: see :func:`class_to_category`. Writes ``detections.json`` (COCO results), with a
-    ``reference`` also ``reference_detections.json``, and ``metrics.json``. The next call with the same arguments
-    resumes from ``shards/`` there. With several ``processes``, call it in each; the result is None in all but
-    the first. ``listener`` hears how many images are done. Raises :class:`EfficientDetError`; then the results
-    of an earlier run are unchanged.
+    ``categories``: see :func:`class_to_category`. Writes ``detections.json`` (COCO results) and
+    ``metrics.json``; with a ``reference`` also ``reference_detections.json``. The next call with the same
+    arguments resumes from ``shards/`` there. With several ``processes``, call it in each; the result is None
+    in all but the first. ``listener`` hears how many images are done. Raises :class:`EfficientDetError`; then
+    the results of an earlier run are unchanged.
     """
     processes = processes or Processes()
     streams = _streams(detector, dataset, categories, options, reference)
