@@ -1,4 +1,4 @@
-"""Image file in, detections out: against Google's detections, and the command line around it."""
+"""From image files to detections: compared with Google's detections; and the command ``detect``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
 # --- Google's detections ------------------------------------------------------------------------------
 
-# Trained weights: what the coordinates and scores of Google's own float32 are good for.
+# Trained weights: the precision of the coordinates and scores of Google's own float32.
 SCORE_TOLERANCE = 1e-5
 BOX_TOLERANCE = 1e-2  # pixels
 
@@ -73,7 +73,7 @@ def match(
 
 @pytest.fixture(scope="module")
 def trained_lite0(shared: Path) -> EfficientDet:
-    """The real weights, converted as a user would."""
+    """The real weights, converted the way a user does."""
     conversion = convert(
         open_checkpoint(shared / "lite0/efficientdet-lite0"), model_config("efficientdet-lite0")
     )
@@ -124,10 +124,11 @@ def test_trained_weights_on_158_photographs(shared: Path, trained_lite0: Efficie
     compare_with_google(shared, trained_lite0, run, files)
 
 
-# Seeded weights on real photographs, far from what their batch norms were calibrated on. Lite0's logits move
-# by 5e-4 between float32 and float64 there, a score by 5e-5. D0's do not (2e-5): its recording is 9e-5 away
-# from our float32 and our float64 alike, as if made with batch-norm statistics of another fifth digit, while
-# D0's recorded head outputs and their detections agree to 5e-7. A wrong decode moves scores by 1e-2.
+# Seeded weights on real photographs, which differ from the images their batch norms were calibrated on. There
+# Lite0's logits change by 5e-4 between float32 and float64, a score by 5e-5. D0's change by 2e-5 only, but its
+# recording differs by 9e-5 from both our float32 and our float64, as if its batch-norm statistics had another
+# fifth digit; D0's recorded head outputs and their detections agree to 5e-7. A wrong decode changes scores by
+# 1e-2.
 # D0 on street.jpg is left out: its logits reach 133, and 28,661 anchors share the score 1.
 SEEDED_SCORE_TOLERANCE = 1.5e-4
 SEEDED_BOX_TOLERANCE = 0.1  # pixels of photographs 1024 and 1920 wide
@@ -181,7 +182,7 @@ def test_recorded_end_to_end(shared: Path, name: str, size: int, photograph: str
 
 
 class OneObject(nn.Module):
-    """Stands for the network: sees one object, exactly an anchor, whatever the image."""
+    """A stand-in for the network: it sees one object, exactly an anchor, in every image."""
 
     def __init__(self, config: EfficientDetConfig, level: int, row: int, column: int, anchor: int) -> None:
         super().__init__()
@@ -222,10 +223,10 @@ def test_boxes_are_xyxy_in_the_pixels_of_each_image() -> None:
         torch.testing.assert_close(detections["scores"][:1], torch.tensor([4.0]).sigmoid())
         assert detections["labels"][:1].tolist() == [17]
         assert detections["labels"].dtype == torch.int64
-        assert len(detections["scores"]) == 1  # the rest is below soft-NMS' own threshold
+        assert len(detections["scores"]) == 1  # the rest is below the threshold of soft suppression
 
 
-def test_the_score_threshold_is_strict_and_may_leave_nothing() -> None:
+def test_the_score_threshold_is_strict_and_can_leave_nothing() -> None:
     image = [np.zeros((128, 256, 3), np.uint8)]
     score = float(torch.tensor(4.0).sigmoid())
     assert len(one_object_detector(score_threshold=score - 1e-6)(image)[0]["scores"]) == 1
@@ -256,7 +257,7 @@ def pictures() -> list[np.ndarray]:
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((64, 64), (40, 90), (120, 30))]
 
 
-def test_a_batch_finds_what_its_images_find_alone(small_model: EfficientDet) -> None:
+def test_a_batch_has_the_detections_of_its_images(small_model: EfficientDet) -> None:
     detector = Detector(small_model)
     together = detector(pictures())
     for image, found in zip(pictures(), together, strict=True):
