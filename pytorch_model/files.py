@@ -110,6 +110,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def save_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Write ``content`` as JSON on one line, atomically. Raises :class:`OutputError` if it cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder beside ``path``; leaving without an error renames it to ``path``.

@@ -1,4 +1,4 @@
-"""Our detections against the reference's, for weights of every size; and that the comparison can fail."""
+"""Our detections compared with the reference's, for weights of every size; faults must make it fail."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from porting.synthetic import (
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.detection.boxes import iou
 from pytorch_model.detection.detector import Detector
+from pytorch_model.detection.results import Result, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.evaluation.coco import Result, to_results
 from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections, pair
 
 pytest.importorskip("pycocotools", reason="needs pycocotools")
@@ -40,7 +40,7 @@ def build(config: EfficientDetConfig, variables: dict[str, np.ndarray], dtype: s
 def both(
     name: str, pictures: list[np.ndarray], size: int, dtype: str = "float32"
 ) -> tuple[list[Result], list[Result]]:
-    """(ours, the reference's) in ``pictures`` at ``size`` pixels, by synthetic weights."""
+    """(ours, the reference's) in ``pictures`` at ``size`` pixels, with synthetic weights."""
     from porting.parity.reference.networks import ops_network
 
     config = model_config(name)
@@ -58,8 +58,8 @@ def both(
 
 # --- the bar ------------------------------------------------------------------------------------------
 
-# Random deep networks are tame on the pictures their batch norms were calibrated on. On others the logits of
-# some reach hundreds: thousands of scores round to 1 and their order is chance, in float32 on either side.
+# Random deep networks have moderate outputs on the images their batch norms were calibrated on. On others the
+# logits of some reach hundreds: then thousands of scores round to 1 and their order is random in float32.
 CALIBRATED = [synthetic_image(CALIBRATION_SIZE, CALIBRATION_SIZE, seed) for seed in range(CALIBRATION_IMAGES)]
 
 MODELS = [
@@ -80,7 +80,7 @@ def test_synthetic_weights(tensorflow: object, name: str, count: int) -> None:
     assert parity.reference == 100 * count
     assert parity.passed
     assert (parity.unmatched_ours, parity.unmatched_reference, parity.label_flips) == (0, 0, 0)
-    # What float32 itself does to the reference's detections is the measure of what it may do to ours.
+    # The effect of float32 on the reference's own detections is the limit for ours.
     allowed = compare_detections(theirs, exact)
     print("the reference's float32 against its float64", allowed)
     assert allowed.pairs == parity.pairs
@@ -90,7 +90,7 @@ def test_synthetic_weights(tensorflow: object, name: str, count: int) -> None:
 
 @pytest.mark.parametrize(("name", "count"), MODELS)
 def test_synthetic_weights_in_float64(tensorflow: object, name: str, count: int) -> None:
-    """Where float32 leaves the order to chance, float64 does not: the same detections in the same order.
+    """If float32 makes the order random, float64 does not: the same detections in the same order.
 
     Also where a network has run wild, and boxes are too thin or too large for their overlap to say anything.
     """
@@ -108,7 +108,7 @@ def test_synthetic_weights_in_float64(tensorflow: object, name: str, count: int)
 
 
 def rows(count: int = 40, seed: int = 0) -> list[Result]:
-    """Detections as a network makes them: several classes, overlapping, small and large."""
+    """Detections like those of a network: several classes, overlapping, small and large."""
     rng = np.random.default_rng(seed)
     return [
         {
@@ -194,7 +194,7 @@ def test_nothing_to_compare_does_not_pass() -> None:
 
 
 def test_hard_instead_of_soft_suppression_fails(tensorflow: object) -> None:
-    """Whole detectors that differ by one option each, on the same synthetic D0."""
+    """Complete detectors that differ in one option each, on the same synthetic D0."""
     config = model_config("efficientdet-d0")
     model = build(config, synthetic_variables(config), "float32")
 
@@ -227,7 +227,7 @@ def test_one_of_the_reference_is_found_once() -> None:
 
 
 def test_the_same_class_goes_before_a_closer_box() -> None:
-    """Soft suppression leaves one object under two classes; that is no changed label."""
+    """Soft suppression may keep one object under two classes; that is not a changed label."""
     (row,) = rows(1)
     other = {**row, "category_id": row["category_id"] + 1}
     near = {**row, **moved(row, 0.5)}

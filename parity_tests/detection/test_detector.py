@@ -1,4 +1,4 @@
-"""Image file in, detections out: against Google's detections, and the command line around it."""
+"""From image files to detections: compared with Google's detections; and the command ``detect``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from parity_tests.helpers.paths import TOOLS
 from parity_tests.helpers.recordings import seeded_value
 from parity_tests.helpers.small_models import one_object_detector
 from porting.checkpoint import open_checkpoint
+from porting.cli import process
+from porting.cli.main import execute
 from porting.convert import apply_rules, convert
 from porting.rules import rules
 from pytorch_model import create_model, load_model
@@ -27,22 +29,18 @@ from pytorch_model.detection import labels
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES, load_names
 from pytorch_model.detection.preprocess import ImageError
+from pytorch_model.detection.run import detect_into, list_images, prepare_folder
 from pytorch_model.detection.settings import FORMATS, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError, EfficientDetError, WeightsError
 from pytorch_model.weights.files import write_weights
 from tf_reference.variables import variable_shapes
 
-sys.path.insert(0, str(TOOLS))
-
-import _cli
-import detect
-
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 
 # --- Google's detections ------------------------------------------------------------------------------
 
-# Trained weights: what the coordinates and scores of Google's own float32 are good for.
+# Trained weights: the precision of the coordinates and scores of Google's own float32.
 SCORE_TOLERANCE = 1e-5
 BOX_TOLERANCE = 1e-2  # pixels
 
@@ -74,7 +72,7 @@ def match(
 
 @pytest.fixture(scope="module")
 def trained_lite0(shared: Path) -> EfficientDet:
-    """The real weights, converted as a user would."""
+    """The real weights, converted the way a user does."""
     conversion = convert(
         open_checkpoint(shared / "lite0/efficientdet-lite0"), model_config("efficientdet-lite0")
     )
@@ -125,10 +123,11 @@ def test_trained_weights_on_158_photographs(shared: Path, trained_lite0: Efficie
     compare_with_google(shared, trained_lite0, run, files)
 
 
-# Seeded weights on real photographs, far from what their batch norms were calibrated on. Lite0's logits move
-# by 5e-4 between float32 and float64 there, a score by 5e-5. D0's do not (2e-5): its recording is 9e-5 away
-# from our float32 and our float64 alike, as if made with batch-norm statistics of another fifth digit, while
-# D0's recorded head outputs and their detections agree to 5e-7. A wrong decode moves scores by 1e-2.
+# Seeded weights on real photographs, which differ from the images their batch norms were calibrated on. There
+# Lite0's logits change by 5e-4 between float32 and float64, a score by 5e-5. D0's change by 2e-5 only, but its
+# recording differs by 9e-5 from both our float32 and our float64, as if its batch-norm statistics had another
+# fifth digit; D0's recorded head outputs and their detections agree to 5e-7. A wrong decode changes scores by
+# 1e-2.
 # D0 on street.jpg is left out: its logits reach 133, and 28,661 anchors share the score 1.
 SEEDED_SCORE_TOLERANCE = 1.5e-4
 SEEDED_BOX_TOLERANCE = 0.1  # pixels of photographs 1024 and 1920 wide
@@ -177,10 +176,10 @@ def test_boxes_are_xyxy_in_the_pixels_of_each_image() -> None:
         torch.testing.assert_close(detections["scores"][:1], torch.tensor([4.0]).sigmoid())
         assert detections["labels"][:1].tolist() == [17]
         assert detections["labels"].dtype == torch.int64
-        assert len(detections["scores"]) == 1  # the rest is below soft-NMS' own threshold
+        assert len(detections["scores"]) == 1  # the rest is below the threshold of soft suppression
 
 
-def test_the_score_threshold_is_strict_and_may_leave_nothing() -> None:
+def test_the_score_threshold_is_strict_and_can_leave_nothing() -> None:
     image = [np.zeros((128, 256, 3), np.uint8)]
     score = float(torch.tensor(4.0).sigmoid())
     assert len(one_object_detector(score_threshold=score - 1e-6)(image)[0]["scores"]) == 1
@@ -211,7 +210,7 @@ def pictures() -> list[np.ndarray]:
     return [rng.integers(0, 256, (*size, 3), dtype=np.uint8) for size in ((64, 64), (40, 90), (120, 30))]
 
 
-def test_a_batch_finds_what_its_images_find_alone(small_model: EfficientDet) -> None:
+def test_a_batch_has_the_detections_of_its_images(small_model: EfficientDet) -> None:
     detector = Detector(small_model)
     together = detector(pictures())
     for image, found in zip(pictures(), together, strict=True):
@@ -279,17 +278,15 @@ def album(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, pixels in zip(("000000000139.jpg", "b.png", "c.bmp"), pictures(), strict=True):
         Image.fromarray(pixels).save(folder / name)
-    (folder / "notes.txt").write_text("not a picture")
+    (folder / "notes.txt").write_text("not an image")
     return folder
 
 
 def run_detect(weights: Path, images: Path, out: Path, *more: str) -> int:
     """The command's exit status."""
     arguments = ["--weights", str(weights), "--images", str(images), "--out", str(out), *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["detect.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            _cli.run(detect.main)
+    with pytest.raises(SystemExit) as caught:
+        process.run(lambda: execute("detect", arguments))
     assert isinstance(caught.value.code, int)
     return caught.value.code
 
@@ -327,6 +324,33 @@ def test_detect_writes_results_drawings_and_summary(weights: Path, album: Path, 
         assert np.abs(np.asarray(drawn).astype(int) - np.asarray(original)).max() > 50
 
 
+def test_detect_prints_its_summary_as_json(
+    weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the summary is on stdout, so that a program can read it."""
+    assert run_detect(weights, album, tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == json.loads((tmp_path / "out/summary.json").read_text())
+    assert "read by" in printed.err
+
+
+def test_detect_as_a_library_call(weights: Path, album: Path, tmp_path: Path) -> None:
+    heard: list[tuple[int, int | None]] = []
+
+    class Listener:
+        def progress(self, done: int, total: int | None) -> None:
+            heard.append((done, total))
+
+    files, out = list_images(album), tmp_path / "out"
+    prepare_folder(out, files)
+    detector, names = Detector(load_model(weights)), load_names(None, 90)
+    found = detect_into(out, detector, files, names, weights="mine", batch_size=2, listener=Listener())
+    assert heard == [(0, 3), (2, 3), (3, 3)]
+    assert found.rows == json.loads((out / "detections.json").read_text())
+    assert found.summary == json.loads((out / "summary.json").read_text())
+    assert found.summary["weights"] == "mine"
+
+
 def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Path) -> None:
     out = tmp_path / "found"
     assert run_detect(weights, album, out, "--score-threshold", "0") == 0
@@ -343,7 +367,7 @@ def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "fast-dct"])
-def test_detect_turns_pictures_as_exif_says(
+def test_detect_turns_images_by_exif(
     weights: Path, tmp_path: Path, decoder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if decoder == "fast-dct":
@@ -359,7 +383,7 @@ def test_detect_turns_pictures_as_exif_says(
     assert "turned upright" in capsys.readouterr().out
 
 
-def test_detect_passes_over_what_is_too_thin(weights: Path, album: Path, tmp_path: Path) -> None:
+def test_detect_skips_an_image_that_is_too_thin(weights: Path, album: Path, tmp_path: Path) -> None:
     Image.new("RGB", (20_000, 1)).save(album / "line.png")
     assert run_detect(weights, album, tmp_path / "out") == 1
     summary = json.loads((tmp_path / "out/summary.json").read_text())
@@ -389,7 +413,7 @@ def test_detect_results_are_coco_results(weights: Path, album: Path, tmp_path: P
     assert len(loaded.anns) == 100
 
 
-def test_detect_passes_over_unreadable_pictures(
+def test_detect_skips_unreadable_images(
     weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (album / "broken.jpg").write_bytes(b"\xff\xd8\xff nothing")
@@ -403,8 +427,8 @@ def test_detect_passes_over_unreadable_pictures(
     assert "broken.jpg" in capsys.readouterr().out
 
 
-def test_detect_goes_on_after_a_format_that_is_not_read(weights: Path, album: Path, tmp_path: Path) -> None:
-    """EPS content, by which Pillow would start Ghostscript, under a picture's name."""
+def test_detect_continues_after_a_format_that_is_not_read(weights: Path, album: Path, tmp_path: Path) -> None:
+    """EPS content, for which Pillow would start Ghostscript, in a file named like an image."""
     Image.new("RGB", (64, 48)).save(album / "a.eps")
     (album / "a.eps").rename(album / "a.jpg")
     assert run_detect(weights, album, tmp_path / "out") == 1
@@ -413,12 +437,12 @@ def test_detect_goes_on_after_a_format_that_is_not_read(weights: Path, album: Pa
     assert "convert it to JPEG or PNG" in summary["unreadable"][str(album / "a.jpg")]
 
 
-def test_detect_takes_the_suffixes_of_the_formats(tmp_path: Path) -> None:
+def test_detect_reads_the_suffixes_of_the_formats(tmp_path: Path) -> None:
     for suffixes in FORMATS.values():
         for suffix in suffixes:
             (tmp_path / f"{suffix[1:]}{suffix.upper()}").touch()
     (tmp_path / "a.eps").touch()
-    listed = [file.suffix.lower() for file in detect.list_images(tmp_path)]
+    listed = [file.suffix.lower() for file in list_images(tmp_path)]
     assert sorted(listed) == sorted(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 
@@ -442,7 +466,7 @@ def test_detect_does_not_overwrite_through_a_link(
     status = run_detect(weights, tmp_path / "links", album)
     after = (album / "b.png").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    # Under another name, a second name of the file's is not in the way.
+    # A hard link under another name is not in the way.
     if make is hard_link and name == "other.png":
         assert status == 1  # for the loop
         return
@@ -451,22 +475,22 @@ def test_detect_does_not_overwrite_through_a_link(
     assert {file.name for file in album.iterdir()} == {"000000000139.jpg", "b.png", "c.bmp", "notes.txt"}
 
 
-def test_detect_does_not_write_among_links(
+def test_detect_does_not_write_into_a_folder_of_links(
     weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Even where the drawing would be called otherwise: c.bmp.png."""
+    """Even if the drawing would have another name: c.bmp.png."""
     (tmp_path / "links").mkdir()
     link(album / "c.bmp", tmp_path / "links/c.bmp")
     assert run_detect(weights, tmp_path / "links", tmp_path / "links") == 2
     assert "would overwrite them; choose another folder" in capsys.readouterr().err
 
 
-def test_detect_writes_over_its_own_results(weights: Path, album: Path, tmp_path: Path) -> None:
+def test_detect_overwrites_its_own_results(weights: Path, album: Path, tmp_path: Path) -> None:
     for _ in range(2):
         assert run_detect(weights, album, tmp_path / "out") == 0
 
 
-def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path, tmp_path: Path) -> None:
+def test_detect_notes_the_decoder_of_each_image(weights: Path, album: Path, tmp_path: Path) -> None:
     pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
     assert run_detect(weights, album, tmp_path / "out", "--decoder", "fast-dct") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -479,7 +503,7 @@ def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path,
         ({"weights": "none.pth"}, "none.pth"),
         ({"images": "nowhere"}, "nowhere does not exist"),
         ({"images": "/dev/zero"}, "/dev/zero is a pipe or a device"),
-        ({"images": "empty"}, "holds no picture"),
+        ({"images": "empty"}, "holds no image"),
         ({"images": "twins"}, "image_id 7"),
         ({"images": "shadow"}, "a.bmp and a.bmp.png"),
         ({"out": "album"}, "would overwrite them"),
@@ -490,7 +514,7 @@ def test_detect_says_which_decoder_read_each_picture(weights: Path, album: Path,
         ({"more": ["--labels", "many.json"]}, "names class 91"),
     ],
 )
-def test_detect_refuses_in_one_sentence(
+def test_detect_rejects_bad_options_with_one_sentence(
     weights: Path,
     album: Path,
     tmp_path: Path,
@@ -571,14 +595,14 @@ BAD_LABEL_FILES = [
     ("null", "'null' is JSON of another form"),
     ("5", "'5' is JSON of another form"),
     ('"x"\n', ".* is JSON of another form"),
-    ('{"a": "b"}', "'a' is no class id"),
-    ('{"1_0": "b"}', "'1_0' is no class id"),
-    ("9" * 6000 + ": cat", "'9+.*9+' is no class id"),
+    ('{"a": "b"}', "'a' is not a class id"),
+    ('{"1_0": "b"}', "'1_0' is not a class id"),
+    ("9" * 6000 + ": cat", "'9+.*9+' is not a class id"),
     ("[" + "9" * 6000 + "]", "it holds a number of thousands of digits"),
     ('{"categories": [{"id": 1}]}', "a category lacks 'name'"),
-    ('{"categories": {"1": "x"}}', "its categories are no list of objects with id and name"),
-    ('{"categories": 1}', "its categories are no list of objects with id and name"),
-    ('{"categories": [{"id": 1.5, "name": "x"}]}', "the category id 1.5 is no whole number"),
+    ('{"categories": {"1": "x"}}', "its categories are not a list of objects with id and name"),
+    ('{"categories": 1}', "its categories are not a list of objects with id and name"),
+    ('{"categories": [{"id": 1.5, "name": "x"}]}', "the category id 1.5 is not a whole number"),
     ("[1, 2", "it is not JSON: Expecting"),
     ("[" * 100_000, "it is nested too deep"),
     ("1: cat\ndog\n", "some lines begin with an id ..1.:., others do not"),
@@ -596,7 +620,7 @@ BAD_LABEL_FILES = [
 def test_bad_label_files(tmp_path: Path, text: str | bytes, reason: str) -> None:
     (tmp_path / "labels").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(
-        EfficientDetError, match=rf"labels is not a label file: {reason}.*; give one name a line"
+        EfficientDetError, match=rf"labels is not a label file: {reason}.*; give one name per line"
     ):
         load_names(tmp_path / "labels", 5)
 
@@ -610,7 +634,7 @@ def test_labels_of_another_model(tmp_path: Path) -> None:
             load_names(tmp_path / "labels", 1)
 
 
-def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_a_bounded_file(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(
             EfficientDetError, match="it is a pipe or a device, not a file; give a file of class"
@@ -625,7 +649,7 @@ def test_labels_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch:
         load_names(tmp_path / "labels", 5)
 
 
-def test_cocos_names_are_cocos(shared: Path) -> None:
+def test_coco_names_are_those_of_coco(shared: Path) -> None:
     content = json.loads((shared / "coco/instances_val2017_158.json").read_text())
     official = {category["id"]: category["name"] for category in content["categories"]}
     assert {index: name for index, name in enumerate(COCO_NAMES, start=1) if name} == official
@@ -636,7 +660,7 @@ def test_cocos_names_are_cocos(shared: Path) -> None:
 
 def test_detect_runs_as_a_command() -> None:
     result = subprocess.run(
-        [sys.executable, detect.__file__, "--help"], capture_output=True, text=True, check=False
+        [sys.executable, str(TOOLS / "detect.py"), "--help"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 0
     assert "examples:" in result.stdout

@@ -21,40 +21,36 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from parity_tests.helpers.paths import GOLDENS, TOOLS
+from porting.cli import process
+from porting.cli.commands.evaluation import print_parity
+from porting.cli.main import execute
 from porting.errors import EfficientDetError, OutputError
 from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
 from pytorch_model.config import model_config
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import COCO_NAMES
+from pytorch_model.detection.results import server_file_name, server_results, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.errors import ConfigError
-from pytorch_model.evaluation import coco as coco_module
-from pytorch_model.evaluation.coco import (
-    FIGURES,
-    DatasetError,
-    class_to_category,
-    evaluate,
-    read_dataset,
-    server_file_name,
-    server_results,
-    to_results,
-)
+from pytorch_model.evaluation import dataset as dataset_module
+from pytorch_model.evaluation.classes import class_to_category
+from pytorch_model.evaluation.dataset import DatasetError, read_dataset
 from pytorch_model.evaluation.detection_parity import compare_detections
+from pytorch_model.evaluation.figures import FIGURES, evaluate
+from pytorch_model.evaluation.metrics import Metrics, read_metrics
 from pytorch_model.evaluation.processes import Processes, joined
-from pytorch_model.evaluation.run import settings as settings_of
+from pytorch_model.evaluation.run import EvaluationOptions, evaluate_dataset
 from pytorch_model.evaluation.shards import ShardError, Shards
+from pytorch_model.evaluation.streams import settings as settings_of
 from pytorch_model.weights.files import write_weights
 
-sys.path.insert(0, str(TOOLS))
-
-import _cli
-import eval_coco
+EVAL_COCO = str(TOOLS / "eval_coco.py")
 
 Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
 pytest.importorskip("pycocotools", reason="needs pycocotools")
 
-# --- a small data set and a small model ---------------------------------------------------------------
+# --- a small data set ---------------------------------------------------------------------------------
 
 COUNT = 7
 CATEGORIES = [{"id": index, "name": COCO_NAMES[index - 1]} for index in (1, 2, 90)]
@@ -104,12 +100,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 def run(weights: Path, coco: Path, out: Path, *more: str) -> int:
     """The command's exit status."""
     arguments = ["--weights", weights, "--coco", coco, "--out", out, "--batch-size", "2", *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["eval_coco.py", *map(str, arguments)])
-        try:
-            _cli.run(eval_coco.main)
-        except SystemExit as end:
-            status = end.code
+    try:
+        process.run(lambda: execute("eval", [str(argument) for argument in arguments]))
+    except SystemExit as end:
+        status = end.code
     assert isinstance(status, int)
     return status
 
@@ -153,7 +147,7 @@ def test_figures_by_hand() -> None:
     assert mistaken.figures["AP"] == pytest.approx(0.5)
 
 
-def test_only_chosen_pictures_count() -> None:
+def test_only_chosen_images_count() -> None:
     boxes = truth(box(0, 0), box(0, 0, image=1))
     found = [box(0, 0, score=0.9), box(200, 200, image=1, score=0.95)]
     assert evaluate(boxes, found, [0]).figures["AP"] == pytest.approx(1)
@@ -162,7 +156,7 @@ def test_only_chosen_pictures_count() -> None:
 
 @pytest.mark.parametrize("ids", [("a", "b"), (1, "1"), (7, "a"), (-1, 2**63), (2**60, 2**60 + 1)], ids=str)
 def test_any_ids_give_the_same_figures(ids: tuple[int | str, int | str]) -> None:
-    """Numbers beside names, and numbers that a double cannot tell apart."""
+    """Numbers mixed with names, and numbers that a double cannot distinguish."""
     first, second = ids
     boxes = truth(box(0, 0, image=first), box(100, 100, image=second))
     boxes["images"] = [{"id": first}, {"id": second}]
@@ -179,13 +173,13 @@ def test_without_pycocotools(monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate(truth(box(0, 0)), [], [0])
 
 
-def test_nothing_found_is_zero() -> None:
+def test_no_detection_gives_zero() -> None:
     figures = evaluate(truth(box(0, 0)), [], [0]).figures
     assert set(figures) == set(FIGURES)
     assert figures["AP"] == figures["ARmax100"] == 0
 
 
-# AP, AP50, AP75, by size; AR at 1, 10, 100, by size, by Google's code on these pictures.
+# AP, AP50, AP75, by size; AR at 1, 10, 100, by size: computed by Google's code on these images.
 GOOGLE = {
     "fast-dct": (
         "detections_tf_158.json",
@@ -203,7 +197,7 @@ def test_googles_detections_have_googles_figures(shared: Path, decoder: str) -> 
     file, expected = GOOGLE[decoder]
     dataset = read_dataset(shared / "coco")
     results = read(shared / "lite0" / file)
-    figures = evaluate(dataset.content, results, [picture.id for picture in dataset.pictures]).figures
+    figures = evaluate(dataset.content, results, [image.id for image in dataset.images]).figures
     assert tuple(round(value, 4) for value in figures.values()) == expected
 
 
@@ -222,10 +216,10 @@ def trained_lite0(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", GOOGLE)
-def test_trained_lite0_on_158_pictures(
+def test_trained_lite0_on_158_images(
     shared: Path, trained_lite0: Path, tmp_path: Path, decoder: str, tensorflow: object
 ) -> None:
-    """From JPEG files: all twelve figures are Google's, and those of our own reference, to 4 decimals."""
+    """From JPEG files: all twelve figures equal Google's and those of our reference, to 4 decimals."""
     if decoder == "fast-dct":
         pytest.importorskip("simplejpeg", reason="needs simplejpeg for the fast DCT")
     reference = ["--reference", "ops", "--ckpt", str(shared / "lite0/efficientdet-lite0")]
@@ -244,18 +238,18 @@ def test_trained_lite0_on_158_pictures(
 # --- data sets ----------------------------------------------------------------------------------------
 
 
-def test_annotations_and_pictures_are_found(coco: Path) -> None:
+def test_annotations_and_images_are_found(coco: Path) -> None:
     (coco / "annotations/instances_train2017.json").write_text("{}")
     dataset = read_dataset(coco, limit=3)
     assert dataset.annotations == coco / "annotations/instances_val2017.json"
     assert dataset.folder == coco / "val2017"
-    assert [picture.id for picture in dataset.pictures] == [0, 10, 20]
+    assert [image.id for image in dataset.images] == [0, 10, 20]
     assert dataset.categories == {1: "person", 2: "bicycle", 90: "toothbrush"}
     assert dataset.notes == ()
 
 
 def test_an_annotation_of_id_0_counts(coco: Path) -> None:
-    """pycocotools takes a match with annotation 0 for no match."""
+    """pycocotools treats a match with annotation 0 as no match."""
 
     def change(data: dict[str, Any]) -> None:
         data["annotations"] = [{**box(0, 0), "id": 0}]
@@ -268,7 +262,7 @@ def test_an_annotation_of_id_0_counts(coco: Path) -> None:
 def test_other_layouts_are_found(coco: Path, tmp_path: Path) -> None:
     shutil.copy(coco / "annotations/instances_val2017.json", tmp_path / "mine.json")
     given = read_dataset(None, tmp_path / "mine.json", coco / "val2017")
-    assert len(given.pictures) == COUNT
+    assert len(given.images) == COUNT
     flat = tmp_path / "flat"
     shutil.copytree(coco / "val2017", flat)
     shutil.copy(tmp_path / "mine.json", flat / "mine.json")
@@ -277,7 +271,7 @@ def test_other_layouts_are_found(coco: Path, tmp_path: Path) -> None:
     assert read_dataset(None, inner).folder == coco / "val2017"
 
 
-def test_what_belongs_to_nothing_is_left_out_and_counted(coco: Path) -> None:
+def test_orphans_are_left_out_and_counted(coco: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         data["annotations"] += [box(0, 0, image=999), box(0, 0, 7, image=10), box(0, 0, image=10)]
         data["annotations"][0]["bbox"][2] *= -1
@@ -287,11 +281,11 @@ def test_what_belongs_to_nothing_is_left_out_and_counted(coco: Path) -> None:
     dataset = read_dataset(coco)
     notes = "\n".join(dataset.notes)
     gone = sum(entry["image_id"] == 0 for entry in content()["annotations"])
-    assert f"{gone + 1} annotations of pictures that are not listed" in notes
+    assert f"{gone + 1} annotations of images that are not listed" in notes
     assert "1 annotations of categories that are not listed" in notes
     assert "1 annotations without an area" in notes
     assert "1 annotations whose box has a negative side" in notes
-    assert "1 pictures in" in notes
+    assert "1 images in" in notes
     added = dataset.content["annotations"][-1]
     assert (added["area"], added["iscrowd"]) == (2500.0, 0)
     assert evaluate(dataset.content, [], [10]).figures["AP"] == 0
@@ -301,12 +295,15 @@ BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no images": (lambda data: data.pop("images"), "it lacks 'images'"),
     "no pictures": (lambda data: data["images"].clear(), "its images are an empty list"),
     "no categories": (lambda data: data["categories"].clear(), "its categories are an empty list"),
-    "images by name": (lambda data: data.update(images={"a": 1}), "its images are no list of objects"),
-    "categories by id": (lambda data: data.update(categories={"1": "x"}), "its categories are no list"),
-    "category names": (lambda data: data.update(categories=["x"]), "its categories are no list of objects"),
-    "annotations by id": (lambda data: data.update(annotations={}), "its annotations are no list"),
-    "annotations in words": (lambda data: data.update(annotations=""), "its annotations are no list"),
-    "null annotations": (lambda data: data.update(annotations=None), "its annotations are no list"),
+    "images by name": (lambda data: data.update(images={"a": 1}), "its images are not a list of objects"),
+    "categories by id": (lambda data: data.update(categories={"1": "x"}), "its categories are not a list"),
+    "category names": (
+        lambda data: data.update(categories=["x"]),
+        "its categories are not a list of objects",
+    ),
+    "annotations by id": (lambda data: data.update(annotations={}), "its annotations are not a list"),
+    "annotations in words": (lambda data: data.update(annotations=""), "its annotations are not a list"),
+    "null annotations": (lambda data: data.update(annotations=None), "its annotations are not a list"),
     "image id": (lambda data: data["images"][0].update(id=1.5), "the image id 1.5 is neither"),
     "no file name": (lambda data: data["images"][0].pop("file_name"), "an entry lacks 'file_name'"),
     "file name": (
@@ -314,7 +311,7 @@ BAD_ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "the file_name of image 10 is not text",
     ),
     "two alike": (lambda data: data["images"][1].update(id=0), "it has two entries for image 0"),
-    "category id": (lambda data: data["categories"][0].update(id="1"), "the category id '1' is no whole"),
+    "category id": (lambda data: data["categories"][0].update(id="1"), "the category id '1' is not a whole"),
     "category twice": (lambda data: data["categories"].append(CATEGORIES[0]), "two entries for category 1"),
     "no name": (lambda data: data["categories"][0].update(name=""), "the name of category 1 is '', not text"),
     "null for a name": (
@@ -345,9 +342,9 @@ def test_bad_annotations(coco: Path, case: str) -> None:
         read_dataset(coco)
 
 
-def test_pictures_of_another_data_set(coco: Path) -> None:
+def test_images_of_another_data_set(coco: Path) -> None:
     rewrite(coco, lambda data: [image.update(file_name="x" + image["file_name"]) for image in data["images"]])
-    with pytest.raises(DatasetError, match=r"no picture of instances_val2017.json .*; give --images"):
+    with pytest.raises(DatasetError, match=r"no image of instances_val2017.json .*; give --images"):
         read_dataset(coco)
 
 
@@ -356,7 +353,7 @@ def test_pictures_of_another_data_set(coco: Path) -> None:
     [
         ("{", "it is not JSON: Expecting property name"),
         ("[" * 100_000, "it is nested too deep"),
-        ("[1]", "it holds no object"),
+        ("[1]", "it is not an object"),
         ('{"images": ' + "9" * 6000 + "}", "it holds a number of thousands of digits"),
         ('{"annotations": [], "annotations": []}', "an object in it has the key 'annotations' twice"),
         ('{"images": [{"id": 1, "id": 2}]}', "an object in it has the key 'id' twice"),
@@ -364,7 +361,7 @@ def test_pictures_of_another_data_set(coco: Path) -> None:
     ],
     ids=["cut", "deep", "list", "digits", "two lists", "two ids", "bytes"],
 )
-def test_annotations_that_are_no_json(tmp_path: Path, text: str | bytes, reason: str) -> None:
+def test_annotations_that_are_not_json(tmp_path: Path, text: str | bytes, reason: str) -> None:
     (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(
         DatasetError, match=rf"a\.json is not in COCO's format: {reason}.*; correct it, or give"
@@ -386,7 +383,7 @@ def test_a_box_beyond_64_bits_matches_nothing(coco: Path) -> None:
 
 
 def test_bad_places(coco: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="is no folder"):
+    with pytest.raises(DatasetError, match="is not a folder"):
         read_dataset(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match="holds no annotation file"):
@@ -428,7 +425,7 @@ def test_categories_that_do_not_fit(
         class_to_category(read_dataset(coco), num_classes, None)
 
 
-def test_categories_called_by_numbers(coco: Path, tmp_path: Path) -> None:
+def test_categories_named_by_numbers(coco: Path, tmp_path: Path) -> None:
     rewrite(coco, lambda data: data.update(categories=[{"id": i + 1, "name": i} for i in range(10)]))
     dataset = read_dataset(coco)
     assert dataset.categories == {i + 1: str(i) for i in range(10)}
@@ -452,7 +449,7 @@ def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
         class_to_category(dataset, 3, labels)
     labels.write_text("cat\ndog\ndog\n")
     with pytest.raises(
-        DatasetError, match=r"names two classes alike; have it name each category of .*json, once"
+        DatasetError, match=r"gives two classes the same name; it must name each category of .*json once"
     ):
         class_to_category(dataset, 3, labels)
     labels.write_text("cat\nbird\ndog\n")
@@ -461,7 +458,7 @@ def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
         class_to_category(read_dataset(coco), 3, labels)
 
 
-def test_results_take_the_categories_ids() -> None:
+def test_results_have_the_ids_of_the_categories() -> None:
     found = {
         "boxes": torch.tensor([[1.0, 2.0, 4.0, 8.0]] * 2),
         "scores": torch.tensor([0.75, 0.5]),
@@ -477,7 +474,7 @@ def test_results_take_the_categories_ids() -> None:
 def test_test_dev_files() -> None:
     assert server_file_name("efficientdet-d7") == "detections_test-dev2017_efficientdet-d7_results.json"
     for name in ("", "a_b", "a/b", "a b"):
-        with pytest.raises(DatasetError, match=r"--test-dev .*; give letters"):
+        with pytest.raises(EfficientDetError, match=r"--test-dev .*; give letters"):
             server_file_name(name)
     (row,) = server_results([box(0.123456, 7.0, score=0.98765)])
     assert (row["bbox"][0], row["score"]) == (0.12, 0.988)
@@ -504,10 +501,10 @@ def test_hparams_of_another_network(text: str) -> None:
 # --- shards -------------------------------------------------------------------------------------------
 
 
-def test_shards_are_read_by_whoever_comes_next(tmp_path: Path) -> None:
+def test_any_later_process_reads_all_shards(tmp_path: Path) -> None:
     settings_ = {"decoder": "pillow", "size": (1, 2)}
-    for process, batch in ((0, 0), (1, 1), (0, 2)):
-        Shards(tmp_path / "s", "ours", settings_).append(process, batch, {"n": batch})
+    for rank, batch in ((0, 0), (1, 1), (0, 2)):
+        Shards(tmp_path / "s", "ours", settings_).append(rank, batch, {"n": batch})
     assert Shards(tmp_path / "s", "ours", settings_).read() == {n: {"n": n} for n in range(3)}
     assert Shards(tmp_path / "s", "reference", settings_).read() == {}
 
@@ -530,7 +527,7 @@ def test_a_file_cut_anywhere_loses_the_last_batch_only(
     assert shards.read() == {**{n: [0.1] * n for n in range(complete)}, complete: "again"}
 
 
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+def test_other_settings_are_rejected_by_name(tmp_path: Path) -> None:
     Shards(tmp_path / "s", "ours", {"decoder": "pillow", "tta": "none"}).append(0, 0, 1)
     other = Shards(tmp_path / "s", "ours", {"decoder": "fast-dct", "tta": "none"})
     with pytest.raises(ShardError, match=r"decoder: pillow there, fast-dct now.*--restart"):
@@ -539,8 +536,8 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert other.read() == {}
 
 
-def test_any_changed_bit_of_kept_results_is_refused(tmp_path: Path) -> None:
-    """All of a file's bits. Without its end the last line counts as cut short."""
+def test_any_changed_bit_of_kept_results_is_rejected(tmp_path: Path) -> None:
+    """Every bit of a file. Without its newline the last line counts as incomplete and is ignored."""
     shards = Shards(tmp_path / "s", "ours", {"decoder": "pillow"})
     for batch in range(2):
         shards.append(0, batch, [0.5, "a", 7])
@@ -558,14 +555,14 @@ def test_any_changed_bit_of_kept_results_is_refused(tmp_path: Path) -> None:
         else:
             accepted.append(bit // 8)
             assert found == {0: kept[0]}
-    print(f"{8 * len(whole)} bits; accepted as cut short: {len(accepted)}")
+    print(f"{8 * len(whole)} bits; accepted as incomplete: {len(accepted)}")
     assert accepted == [len(whole) - 1] * 8
     (message,) = messages
     assert "ours-0.jsonl is damaged" in message
     assert "--restart" in message
 
 
-def test_lines_of_another_evaluation_are_refused(tmp_path: Path) -> None:
+def test_lines_of_another_evaluation_are_rejected(tmp_path: Path) -> None:
     mine, other = (Shards(tmp_path / name, "ours", {"tta": name}) for name in ("none", "flip"))
     for shards in (mine, other):
         shards.append(0, 0, shards.folder.name)
@@ -575,36 +572,36 @@ def test_lines_of_another_evaluation_are_refused(tmp_path: Path) -> None:
         mine.read()
 
 
-def test_results_without_checksums_are_refused(tmp_path: Path) -> None:
-    """As versions before wrote them."""
+def test_results_without_checksums_are_rejected(tmp_path: Path) -> None:
+    """Older versions wrote them."""
     shards = Shards(tmp_path, "ours", {})
     (tmp_path / "ours-0.jsonl").write_text('{"settings": {}}\n{"batch": 0, "content": 1}\n')
     with pytest.raises(ShardError, match=r"an older version of this tool wrote it; --restart"):
         shards.read()
 
 
-def first_picture(kept: dict[str, Any]) -> dict[str, Any]:
-    picture: dict[str, Any] = kept["content"]["pictures"][0]
-    return picture
+def first_image(kept: dict[str, Any]) -> dict[str, Any]:
+    image: dict[str, Any] = kept["content"]["pictures"][0]
+    return image
 
 
 FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
     "a batch too many": lambda kept: kept.update(batch=77),
     "the last batch, counted from behind": lambda kept: kept.update(
-        batch=-1, content={"pictures": [{**first_picture(kept), "id": 60}], "unreadable": []}
+        batch=-1, content={"pictures": [{**first_image(kept), "id": 60}], "unreadable": []}
     ),
-    "a batch of no number": lambda kept: kept.update(batch=[0]),
+    "a batch without a number": lambda kept: kept.update(batch=[0]),
     "another batch": lambda kept: kept.update(batch=1),
     "nothing": lambda kept: kept.update(content={}),
-    "no object": lambda kept: kept.update(content=None),
-    "a picture gone": lambda kept: kept["content"]["pictures"].pop(),
-    "a picture twice": lambda kept: kept["content"]["pictures"].append(first_picture(kept)),
-    "another picture": lambda kept: first_picture(kept).update(id=20),
-    "half a detection": lambda kept: first_picture(kept).update(detections=[[1]]),
-    "text for a score": lambda kept: first_picture(kept)["detections"][0].append("1"),
-    "a box in words": lambda kept: first_picture(kept).update(detections=[[1, "2", 3, 4, 5, 6]]),
-    "no decoder": lambda kept: first_picture(kept).update(decoder=None),
-    "no comparison of sizes": lambda kept: first_picture(kept).update(size_differs=0),
+    "not an object": lambda kept: kept.update(content=None),
+    "a missing image": lambda kept: kept["content"]["pictures"].pop(),
+    "an image twice": lambda kept: kept["content"]["pictures"].append(first_image(kept)),
+    "another image": lambda kept: first_image(kept).update(id=20),
+    "half a detection": lambda kept: first_image(kept).update(detections=[[1]]),
+    "text for a score": lambda kept: first_image(kept)["detections"][0].append("1"),
+    "a box in words": lambda kept: first_image(kept).update(detections=[[1, "2", 3, 4, 5, 6]]),
+    "no decoder": lambda kept: first_image(kept).update(decoder=None),
+    "no comparison of sizes": lambda kept: first_image(kept).update(size_differs=0),
     "no reason": lambda kept: kept["content"].update(
         unreadable=[[kept["content"]["pictures"].pop()["id"], None]]
     ),
@@ -613,7 +610,7 @@ FORGED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.fixture(scope="module")
 def four_batches(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with coco/ and out/, a whole evaluation of it."""
+    """A folder with coco/ and out/, a complete evaluation of it."""
     folder = tmp_path_factory.mktemp("kept")
     make_coco(folder / "coco")
     assert run(small_weights, folder / "coco", folder / "out") == 0
@@ -621,10 +618,10 @@ def four_batches(small_weights: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.mark.parametrize("case", FORGED)
-def test_kept_results_are_those_of_the_pictures(
+def test_kept_results_must_fit_the_images(
     four_batches: Path, small_weights: Path, case: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Also where the checksum is right."""
+    """They are checked even if the checksum is right."""
     out = Path(shutil.copytree(four_batches / "out", tmp_path / "out"))
     (file,) = (out / "shards").iterdir()
     first, line = [json.loads(line) for line in file.read_text().splitlines()[:2]]
@@ -637,7 +634,7 @@ def test_kept_results_are_those_of_the_pictures(
     assert (out / "metrics.json").read_bytes() == before
 
 
-def test_a_changed_coordinate_is_refused_until_restart(
+def test_a_changed_coordinate_is_rejected_until_restart(
     four_batches: Path, small_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = Path(shutil.copytree(four_batches / "out", tmp_path / "out"))
@@ -696,8 +693,47 @@ def test_results_metrics_and_table(
     assert len(read(out / server_file_name("mine"))) == len(results)
 
 
+def test_an_evaluation_as_a_library_call(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    """The files of the command, without a console."""
+    heard: list[tuple[int, int | None]] = []
+
+    class Listener:
+        def progress(self, done: int, total: int | None) -> None:
+            heard.append((done, total))
+
+    assert run(small_weights, coco, tmp_path / "command", "--per-class") == 0
+    out, dataset = tmp_path / "call", read_dataset(coco)
+    options = EvaluationOptions(small_weights, out, batch_size=2, per_class=True)
+    detector, categories = Detector(load_model(small_weights)), class_to_category(dataset, 90, None)
+    for expected in ([(0, 7), (2, 7), (4, 7), (6, 7), (7, 7)], [(0, 0)]):  # the second call resumes
+        heard.clear()
+        result = evaluate_dataset(detector, dataset, categories, options, listener=Listener())
+        assert heard == expected
+        assert result is not None
+        assert result.passed
+        for name in ("detections.json", "metrics.json"):
+            assert (out / name).read_bytes() == (tmp_path / "command" / name).read_bytes()
+        assert result.metrics.figures["ours"] == result.evaluations["ours"].figures
+
+
+def test_metrics_are_read_as_they_were_written(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    (coco / "val2017/1.png").unlink()
+    assert run(small_weights, coco, tmp_path / "out", "--per-class") == 1
+    metrics = Metrics.parse(read_metrics(tmp_path / "out/metrics.json"))
+    assert metrics.content() == read(tmp_path / "out/metrics.json")
+    assert metrics.images == COUNT - 1
+    assert metrics.weights_sha256 == hashlib.sha256(small_weights.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"test_dev": "a/b"}], ids=str)
+def test_options_that_cannot_be_used(options: dict[str, Any], tmp_path: Path) -> None:
+    message = "batch_size is 0, must be at least 1" if "batch_size" in options else "--test-dev 'a/b'"
+    with pytest.raises(EfficientDetError, match=message):
+        EvaluationOptions(tmp_path / "a.pth", tmp_path, **options)
+
+
 def test_a_folder_of_weights(small_weights: Path, coco: Path, tmp_path: Path) -> None:
-    """As save_pretrained writes it; its configuration lies beside the tensors and counts as a setting."""
+    """A folder from save_pretrained, whose configuration is a file next to the tensors, is a setting too."""
     folder, out = tmp_path / "mine", tmp_path / "out"
     load_model(small_weights).save_pretrained(folder)
     assert run(folder, coco, out) == 0
@@ -711,7 +747,7 @@ class KilledError(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_where_it_was(
+def test_a_killed_run_resumes(
     small_weights: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(small_weights, coco, tmp_path / "whole") == 0
@@ -744,7 +780,7 @@ def test_a_killed_run_goes_on_where_it_was(
     assert calls == 2
 
 
-def test_whatever_detections_depend_on_is_a_setting(small_weights: Path, coco: Path) -> None:
+def test_all_that_detections_depend_on_is_a_setting(small_weights: Path, coco: Path) -> None:
     model, dataset, classes = load_model(small_weights), read_dataset(coco), {1: 1}
     plain = settings_of(Detector(model), dataset, 8, classes, "w")
 
@@ -766,7 +802,7 @@ def test_whatever_detections_depend_on_is_a_setting(small_weights: Path, coco: P
     assert changed(dataset=read_dataset(coco, limit=3)) == {"pictures"}
 
 
-def test_another_setting_is_refused_and_may_restart(
+def test_another_setting_is_rejected_until_restart(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -779,7 +815,7 @@ def test_another_setting_is_refused_and_may_restart(
     assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
 
 
-def test_a_picture_put_in_place_later_is_not_taken_for_missing(
+def test_an_image_that_appears_later_changes_the_settings(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     picture = coco / "val2017" / "1.png"
@@ -792,10 +828,10 @@ def test_a_picture_put_in_place_later_is_not_taken_for_missing(
     assert run(small_weights, coco, tmp_path / "out", "--restart") == 0
 
 
-def test_another_picture_of_the_same_name_and_size_is_another(
+def test_another_image_of_the_same_name_and_size_changes_the_settings(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Uncompressed pictures of one size have as many bytes whatever they show."""
+    """Uncompressed images of the same dimensions have the same number of bytes."""
 
     def paint(seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -814,7 +850,7 @@ def test_another_picture_of_the_same_name_and_size_is_another(
 
 
 @pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png", "q" * 300 + ".png", "", "/dev/zero", "pipe"])
-def test_names_that_no_picture_has_are_passed_over(
+def test_names_that_no_image_can_have_are_skipped(
     small_weights: Path, coco: Path, tmp_path: Path, pipe: Path, name: str
 ) -> None:
     pipe.rename(coco / "val2017" / "pipe")
@@ -828,12 +864,12 @@ def test_annotations_are_a_file(coco: Path, pipe: Path, monkeypatch: pytest.Monk
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(DatasetError, match="it is a pipe or a device, not a file"):
             read_dataset(coco, path)
-    monkeypatch.setattr(coco_module, "MOST_BYTES", 100)
+    monkeypatch.setattr(dataset_module, "MOST_BYTES", 100)
     with pytest.raises(DatasetError, match=r"cannot read the annotations .* more than 100 bytes"):
         read_dataset(coco)
 
 
-def test_the_place_of_the_pictures_is_no_setting(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+def test_the_folder_of_the_images_is_not_a_setting(small_weights: Path, coco: Path, tmp_path: Path) -> None:
     assert run(small_weights, coco, tmp_path / "out") == 0
     metrics = (tmp_path / "out" / "metrics.json").read_bytes()
     coco.rename(tmp_path / "elsewhere")
@@ -841,10 +877,10 @@ def test_the_place_of_the_pictures_is_no_setting(small_weights: Path, coco: Path
     assert (tmp_path / "out" / "metrics.json").read_bytes() == metrics
 
 
-def test_restart_forgets_all_of_an_earlier_run(
+def test_restart_discards_all_of_an_earlier_run(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also a reference's detections and the server's file, which the new run does not write."""
+    """This includes a reference's detections and the server's file, which the new run does not write."""
     out = tmp_path / "out"
     (out / "shards").mkdir(parents=True)
     stale = (
@@ -863,15 +899,15 @@ def test_restart_forgets_all_of_an_earlier_run(
     assert "cannot remove" in capsys.readouterr().err
 
 
-def test_a_reference_that_found_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    eval_coco.draw_parity(Console(width=100), compare_detections([], []), exact=True)
+def test_a_reference_without_detections_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    print_parity(Console(width=100), compare_detections([], []), exact=True)
     printed = capsys.readouterr().out
     assert "FAILED detection parity: the reference found nothing" in printed
     assert "must be" not in printed
 
 
 def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: Path) -> None:
-    """By torchrun, as a user would; also where one process's run is taken up by two."""
+    """Started by torchrun, as a user would; two processes also resume what one process began."""
     assert run(small_weights, coco, tmp_path / "one") == 0
     shutil.copytree(tmp_path / "one", tmp_path / "half")
     (file,) = (tmp_path / "half/shards").iterdir()
@@ -880,7 +916,7 @@ def test_two_processes_find_the_same(small_weights: Path, coco: Path, tmp_path: 
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         arguments = ["--weights", small_weights, "--coco", coco, "--out", tmp_path / out, "--batch-size", "2"]
         done = subprocess.run(
-            [*command, eval_coco.__file__, *map(str, arguments)],
+            [*command, EVAL_COCO, *map(str, arguments)],
             capture_output=True,
             text=True,
             check=False,
@@ -903,7 +939,7 @@ def test_a_process_that_dies_ends_the_others(talk: str, call: str, monkeypatch: 
         raise RuntimeError("Connection closed by peer")
 
     monkeypatch.setattr(torch.distributed, talk, closed)
-    with pytest.raises(EfficientDetError, match="another of the processes has stopped"):
+    with pytest.raises(EfficientDetError, match="another process has stopped"):
         getattr(Processes(rank=1, count=2), call)(None)
 
 
@@ -911,22 +947,20 @@ def test_processes_that_do_not_find_each_other(monkeypatch: pytest.MonkeyPatch) 
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(EfficientDetError, match=r"did not find each other.*torchrun"), joined():
+    with pytest.raises(EfficientDetError, match=r"cannot connect.*torchrun"), joined():
         pass
 
 
-def test_a_mistake_with_two_processes_is_said_once(small_weights: Path, tmp_path: Path) -> None:
+def test_two_processes_report_a_mistake_once(small_weights: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["--weights", str(small_weights), "--coco", str(tmp_path / "nowhere")]
-    done = subprocess.run(
-        [*command, eval_coco.__file__, *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, EVAL_COCO, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert done.stderr.count("nowhere is no folder") == 1
+    assert done.stderr.count("nowhere is not a folder") == 1
     assert "RuntimeError" not in done.stderr
 
 
-def test_bad_pictures_are_passed_over_and_counted(
+def test_bad_images_are_skipped_and_counted(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures = coco / "val2017"
@@ -941,9 +975,9 @@ def test_bad_pictures_are_passed_over_and_counted(
     assert metrics["pictures"] == COUNT - 3
     assert list(metrics["skipped"]) == ["10", "20", "30"]
     assert metrics["size_differs"] == [40]
-    assert "3 pictures skipped" in printed
+    assert "3 images skipped" in printed
     assert "too long and thin" in printed
-    assert "1 pictures have another size" in printed
+    assert "1 images differ in size" in printed
 
 
 def test_without_annotations_there_are_no_figures(
@@ -956,9 +990,9 @@ def test_without_annotations_there_are_no_figures(
     assert read(tmp_path / "out/detections.json")
 
 
-REFUSED = {
+REJECTED = {
     "limit": (["--limit", "0"], "--limit is 0"),
-    "lonely reference": (["--reference", "ops"], "--reference and --ckpt go together"),
+    "reference without checkpoint": (["--reference", "ops"], "--reference and --ckpt go together"),
     "test-dev name": (["--test-dev", "a/b"], "--test-dev"),
     "empty test-dev name": (["--test-dev", ""], "--test-dev"),
     "hparams": (["--hparams", "num_classes=20"], "--hparams say num_classes=20"),
@@ -967,20 +1001,20 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(
+@pytest.mark.parametrize("case", REJECTED)
+def test_bad_options_are_rejected(
     small_weights: Path, coco: Path, tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more, message = REFUSED[case]
+    more, message = REJECTED[case]
     assert run(small_weights, coco, tmp_path / "out", *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_reference_beside_it(
+def test_an_ops_reference(
     tensorflow: object, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Synthetic Lite0 against its own checkpoint, and then against one of other weights."""
+    """Synthetic Lite0 compared with its own checkpoint, then with other weights."""
     from porting.convert import apply_rules
     from porting.rules import rules
     from porting.sources.open import write_synthetic
@@ -1007,7 +1041,7 @@ def test_a_reference_beside_it(
 def test_a_tflite_reference(
     tensorflow: object, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The carried float file: its port finds what the file, run by TensorFlow Lite, finds."""
+    """The recorded float file: its port has the same detections as the file run by TensorFlow Lite."""
     from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
     from porting.convert import convert
     from porting.infer import infer_config
@@ -1030,13 +1064,13 @@ def test_a_tflite_reference(
     assert "passed detection parity" in capsys.readouterr().out
     more = ["--reference", "tflite", "--ckpt", str(file), "--hparams", "image_size=64"]
     assert run(path, coco, tmp_path / "other", *more) == 2
-    assert "takes pictures of 96×72; give --hparams image_size=72x96" in capsys.readouterr().err
+    assert "takes images of 96×72; give --hparams image_size=72x96" in capsys.readouterr().err
 
 
 def test_a_saved_model_as_reference(
     tensorflow: Any, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A network that TensorFlow saved finds what its port finds, and another's does not."""
+    """A network saved by TensorFlow has the detections of its port; a network with other weights has not."""
     from parity_tests.helpers.small_models import built, small
     from porting.convert import apply_rules
     from porting.rules import rules
@@ -1058,12 +1092,12 @@ def test_a_saved_model_as_reference(
     assert run(path, coco, tmp_path / "out", *reference) == 0
     assert "passed detection parity" in capsys.readouterr().out
     assert run(path, coco, tmp_path / "out", *reference, "--graph", str(tmp_path / "other")) == 2
-    assert "weights: " in capsys.readouterr().err  # not those of the run that is kept there
+    assert "weights: " in capsys.readouterr().err  # they differ from those of the run kept there
     assert run(path, coco, tmp_path / "no", *reference, "--graph", str(tmp_path / "other")) == 1
     assert "FAILED detection parity" in capsys.readouterr().out
 
 
-def test_a_file_that_takes_one_picture_at_a_time(tensorflow: object) -> None:
+def test_a_file_that_takes_one_image_at_a_time(tensorflow: object) -> None:
     from porting.parity.reference.networks import file_network
 
     class OneAtATime:
@@ -1107,14 +1141,12 @@ def test_out_of_memory_is_one_sentence(
 
 
 def test_help_has_examples() -> None:
-    done = subprocess.run(
-        [sys.executable, eval_coco.__file__, "--help"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, EVAL_COCO, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "torchrun --nproc-per-node=8" in done.stdout
 
 
-def test_an_output_that_cannot_be(
+def test_an_output_folder_that_cannot_be_used(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -1125,11 +1157,11 @@ def test_an_output_that_cannot_be(
     assert "out: Is a directory; choose another folder" in capsys.readouterr().err
 
 
-def test_no_picture_at_all(
+def test_no_readable_image(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for file in (coco / "val2017").iterdir():
-        file.write_bytes(b"no picture")
+        file.write_bytes(b"not an image")
     assert run(small_weights, coco, tmp_path / "out") == 1
-    assert "7 pictures skipped" in capsys.readouterr().out
+    assert "7 images skipped" in capsys.readouterr().out
     assert read(tmp_path / "out/metrics.json")["pictures"] == 0

@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.helpers.paths import ROOT, TOOLS
+from parity_tests.helpers.paths import ROOT
+from porting.cli import process
+from porting.cli.main import execute
 from porting.errors import OutputError
 from porting.synthetic import synthetic_image
+from pytorch_model.detection import video as video_module
 from pytorch_model.detection.preprocess import ImageError
-
-sys.path.insert(0, str(TOOLS))
-
-import _cli
-import _video
-import detect
 
 pytest.importorskip("PIL.Image", reason="needs Pillow")
 av = pytest.importorskip("av", reason="needs PyAV: pip install -e '.[video]'")
@@ -55,15 +52,13 @@ def write_clip(path: Path, size: tuple[int, int] = (64, 96), rotation: int = 0) 
 
 def run(weights: Path, video: Path, out: Path, *more: str) -> int | str | None:
     arguments = ["--weights", str(weights), "--images", str(video), "--out", str(out), *more]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["detect.py", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            _cli.run(detect.main)
+    with pytest.raises(SystemExit) as caught:
+        process.run(lambda: execute("detect", arguments))
     return caught.value.code
 
 
 def test_every_frame_in_order_at_its_time(tmp_path: Path) -> None:
-    with _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
+    with video_module.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
         frames = list(reader)
     assert [frame.number for frame in frames] == list(range(COUNT))
     assert [frame.time for frame in frames] == pytest.approx([number / 10 for number in range(COUNT)])
@@ -74,13 +69,13 @@ def test_every_frame_in_order_at_its_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rotation", "corner"), [(0, (0, 0)), (90, (1, 0)), (180, (1, 1)), (-90, (0, 1))])
 def test_frames_are_upright(tmp_path: Path, rotation: int, corner: tuple[int, int]) -> None:
-    """Turned counterclockwise by ``rotation``, the white corner comes to lie elsewhere."""
+    """A rotation by ``rotation`` degrees counterclockwise moves the white corner."""
     path = tmp_path / "clip.mp4"
     try:
         write_clip(path, rotation=rotation)
     except AttributeError:
         pytest.skip("this PyAV cannot write a rotation")
-    with _video.VideoReader(path) as reader:
+    with video_module.VideoReader(path) as reader:
         pixels = next(iter(reader)).pixels
     assert pixels.shape == ((3, 96, 64) if rotation % 180 else (3, 64, 96))
     corners = {
@@ -111,7 +106,7 @@ def test_detections_by_frame_and_the_drawn_video(
         table = list(csv.DictReader(file))
     assert [float(row["score"]) for row in table] == [row["score"] for row in rows]
     assert list(table[0])[:2] == ["frame", "time"]
-    with _video.VideoReader(out / "clip.mp4") as drawn, _video.VideoReader(video) as original:
+    with video_module.VideoReader(out / "clip.mp4") as drawn, video_module.VideoReader(video) as original:
         pairs = list(zip(drawn, original, strict=True))
     assert len(pairs) == COUNT
     for ours, theirs in pairs:
@@ -123,11 +118,11 @@ def test_detections_by_frame_and_the_drawn_video(
 
 def test_times_need_not_be_even(tmp_path: Path) -> None:
     times = [0.0, 0.1, 0.5, 0.6]
-    writer = _video.VideoWriter(tmp_path / "out.mp4", RATE, Fraction(1, 1000))
+    writer = video_module.VideoWriter(tmp_path / "out.mp4", RATE, Fraction(1, 1000))
     for time in times:
         writer.add(synthetic_image(65, 97), time)
     writer.close()
-    with _video.VideoReader(tmp_path / "out.mp4") as reader:
+    with video_module.VideoReader(tmp_path / "out.mp4") as reader:
         frames = list(reader)
     assert [frame.time for frame in frames] == pytest.approx(times, abs=1e-3)
     assert frames[0].pixels.shape == (3, 64, 96)
@@ -136,22 +131,22 @@ def test_times_need_not_be_even(tmp_path: Path) -> None:
 def test_a_video_that_breaks_off(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was readable is done; exit status 1 and a note say what was not."""
-    whole = _video.VideoReader.__iter__
+    """The readable frames are processed; exit status 1 and a note report the rest."""
+    whole = video_module.VideoReader.__iter__
 
-    def broken(self: _video.VideoReader):  # type: ignore[no-untyped-def]
+    def broken(self: video_module.VideoReader):  # type: ignore[no-untyped-def]
         for frame in whole(self):
             if frame.number == 4:
                 raise ImageError("not readable after frame 3: invalid data")
             yield frame
 
-    monkeypatch.setattr(_video.VideoReader, "__iter__", broken)
+    monkeypatch.setattr(video_module.VideoReader, "__iter__", broken)
     video, out = write_clip(tmp_path / "clip.mp4"), tmp_path / "out"
     assert run(small_weights, video, out) == 1
     summary = json.loads((out / "summary.json").read_text())
     assert [frame["frame"] for frame in summary["images"]] == [0, 1, 2, 3]
     assert "after frame 3" in summary["unreadable"][str(video)]
-    with _video.VideoReader(out / "clip.mp4") as reader:
+    with video_module.VideoReader(out / "clip.mp4") as reader:
         assert len(list(reader)) == 4
 
 
@@ -165,7 +160,7 @@ def test_a_frame_that_cannot_be_decoded(tmp_path: Path) -> None:
             yield from itertools.islice(self.container.decode(stream), 3)
             raise av.error.InvalidDataError(1, "Invalid data found")
 
-    with _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
+    with video_module.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
         reader._container = Damaged(reader._container)
         frames = iter(reader)
         assert [next(frames).number for _ in range(3)] == [0, 1, 2]
@@ -174,15 +169,15 @@ def test_a_frame_that_cannot_be_decoded(tmp_path: Path) -> None:
 
 
 def test_frames_of_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_video, "MOST_PIXELS", 64 * 96 - 1)
+    monkeypatch.setattr(video_module, "MOST_PIXELS", 64 * 96 - 1)
     with (
-        _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader,
+        video_module.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader,
         pytest.raises(ImageError, match="frame 0 has 96×64, more than 6,143 pixels; make the video smaller"),
     ):
         next(iter(reader))
 
 
-def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+def test_sound_is_not_a_video(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
@@ -190,7 +185,7 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     with pytest.raises(ImageError, match="has no video stream, only sound or text; give a video"):
-        _video.VideoReader(tmp_path / "sound.mp4")
+        video_module.VideoReader(tmp_path / "sound.mp4")
 
 
 SAMPLES = [
@@ -220,21 +215,21 @@ def test_every_container_is_read(tmp_path: Path, name: str, codec: str, containe
         for _ in range(COUNT):
             written.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), np.uint8), "rgb24")))
         written.mux(stream.encode(None))
-    with _video.VideoReader(tmp_path / name) as reader:
+    with video_module.VideoReader(tmp_path / name) as reader:
         assert len(list(reader)) == COUNT
         assert container in reader._container.format.name.split(",")
 
 
 def test_every_container_and_suffix_is_tried() -> None:
-    assert {container for _, _, container in SAMPLES} == set(_video.CONTAINERS)
-    assert {Path(name).suffix for name, _, _ in SAMPLES} >= set(_video.SUFFIXES)
+    assert {container for _, _, container in SAMPLES} == set(video_module.CONTAINERS)
+    assert {Path(name).suffix for name, _, _ in SAMPLES} >= set(video_module.SUFFIXES)
 
 
 @pytest.mark.parametrize("name", ["12:30.mp4", "concat:clip.mp4", "a%03d.mp4"])
-def test_a_name_is_no_address(
+def test_a_name_is_not_an_address(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Read from and written into the working folder, where nothing before the name says it is one."""
+    """Read from and written to the working folder, so no folder precedes the name."""
     (tmp_path / "in").mkdir()
     (tmp_path / "12:30").mkdir()
     write_clip(tmp_path / "in/clip.mp4").rename(tmp_path / "in" / name)
@@ -254,42 +249,41 @@ PLAYLISTS = [
 
 
 @pytest.mark.parametrize("content", PLAYLISTS)
-def test_no_playlist_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+def test_playlists_are_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     write_clip(tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     Path("list.mp4").write_text(content)
-    with pytest.raises(ImageError, match=r"list\.mp4 is no.* video.*; fetch the file again"):
-        _video.VideoReader(Path("list.mp4"))
-    # Were play lists among the containers, what they name would still not be opened.
-    monkeypatch.setattr(_video, "CONTAINERS", (*_video.CONTAINERS, "concat", "hls"))
-    with pytest.raises(ImageError, match=r"list\.mp4 is no.* video.*; fetch the file again"):
-        _video.VideoReader(Path("list.mp4"))
+    with pytest.raises(ImageError, match=r"list\.mp4 is not a.* video.*; fetch the file again"):
+        video_module.VideoReader(Path("list.mp4"))
+    # Even if playlists were among the containers, the files they name would not be opened.
+    monkeypatch.setattr(video_module, "CONTAINERS", (*video_module.CONTAINERS, "concat", "hls"))
+    with pytest.raises(ImageError, match=r"list\.mp4 is not a.* video.*; fetch the file again"):
+        video_module.VideoReader(Path("list.mp4"))
 
 
-def test_other_formats_are_no_video(tmp_path: Path) -> None:
-    """FFmpeg knows hundreds, moving GIFs among them."""
+def test_other_formats_are_not_videos(tmp_path: Path) -> None:
+    """FFmpeg knows hundreds, animated GIFs among them."""
     from PIL import Image
 
     frames = [Image.fromarray(synthetic_image(40, 50)), Image.new("RGB", (50, 40))]
     frames[0].save(tmp_path / "a.mp4", "GIF", save_all=True, append_images=frames[1:])
-    message = (
-        r"a\.mp4 is no video in an MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF file; fetch the file again"
-    )
+    containers = "MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF"
+    message = rf"a\.mp4 is not a video in an {containers} file; fetch the file again"
     with pytest.raises(ImageError, match=message):
-        _video.VideoReader(tmp_path / "a.mp4")
+        video_module.VideoReader(tmp_path / "a.mp4")
 
 
-def test_a_pipe_or_a_folder_is_no_video(small_weights: Path, tmp_path: Path, pipe: Path) -> None:
+def test_a_pipe_or_a_folder_is_not_a_video(small_weights: Path, tmp_path: Path, pipe: Path) -> None:
     (tmp_path / "link.mp4").symlink_to(pipe)
     with pytest.raises(ImageError, match=r"link\.mp4 is not a readable video: it is a pipe or a device"):
-        _video.VideoReader(tmp_path / "link.mp4")
+        video_module.VideoReader(tmp_path / "link.mp4")
     (tmp_path / "clips.mp4").mkdir()
-    write_picture(tmp_path / "clips.mp4/1.png")
+    write_image(tmp_path / "clips.mp4/1.png")
     assert run(small_weights, tmp_path / "clips.mp4", tmp_path / "out") == 0
     assert (tmp_path / "out/1.png").exists()
 
 
-def write_picture(path: Path) -> None:
+def write_image(path: Path) -> None:
     from PIL import Image
 
     Image.fromarray(synthetic_image(40, 50)).save(path)
@@ -297,14 +291,14 @@ def write_picture(path: Path) -> None:
 
 @pytest.mark.parametrize("readable", [0, 3])
 def test_a_disk_that_fails(tmp_path: Path, readable: int) -> None:
-    """What cannot be read of the file is told as what cannot be decoded is."""
+    """A read error is reported like a decoding error."""
 
     class Failing:
         def decode(self, stream: Any) -> Any:
             yield from itertools.islice(container.decode(stream), readable)
             raise OSError(5, "Input/output error")
 
-    with _video.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
+    with video_module.VideoReader(write_clip(tmp_path / "clip.mp4")) as reader:
         container, reader._container = reader._container, Failing()
         message = f"not readable after frame {readable - 1}" if readable else "no frame is readable"
         with pytest.raises(ImageError, match=f"{message}: Input/output error; fetch the file again"):
@@ -312,7 +306,7 @@ def test_a_disk_that_fails(tmp_path: Path, readable: int) -> None:
 
 
 def write_to(path: Path) -> None:
-    writer = _video.VideoWriter(path, RATE, 1 / RATE)
+    writer = video_module.VideoWriter(path, RATE, 1 / RATE)
     try:
         for number in range(60):
             writer.add(synthetic_image(64, 96), number / 10)
@@ -320,10 +314,10 @@ def write_to(path: Path) -> None:
         writer.close()
 
 
-def test_no_frame_is_no_video(
+def test_a_video_without_frames(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_video.VideoReader, "__iter__", lambda self: iter(()))
+    monkeypatch.setattr(video_module.VideoReader, "__iter__", lambda self: iter(()))
     assert run(small_weights, write_clip(tmp_path / "clip.mp4"), tmp_path / "out") == 2
     assert "clip.mp4 has no frames; fetch the file again" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
@@ -332,7 +326,7 @@ def test_no_frame_is_no_video(
 def test_a_first_frame_that_cannot_be_used(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_video, "MOST_PIXELS", 64 * 96 - 1)
+    monkeypatch.setattr(video_module, "MOST_PIXELS", 64 * 96 - 1)
     assert run(small_weights, write_clip(tmp_path / "clip.mp4"), tmp_path / "out") == 2
     assert "clip.mp4: frame 0 has 96×64, more than 6,143 pixels; make the" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())
@@ -357,13 +351,13 @@ def test_a_video_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_codec_that_is_lacking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_video, "CODECS", ("betamax",))
+    monkeypatch.setattr(video_module, "CODECS", ("betamax",))
     with pytest.raises(OutputError, match=r"cannot write the video out\.mp4: no codec betamax; install PyAV"):
         write_to(tmp_path / "out.mp4")
     assert not (tmp_path / "out.mp4").exists()
 
 
-def test_no_video_and_no_pyav(
+def test_noise_is_not_a_video_and_a_missing_pyav_is_named(
     small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 40)

@@ -1,4 +1,4 @@
-"""Releases: reproducible, loadable in one line, and no byte of them can change unseen."""
+"""Releases: reproducible, loadable in one line; any changed byte is detected."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,10 +24,14 @@ from parity_tests.helpers.paths import ROOT, TOOLS
 from porting import __version__
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
-from porting.convert import Conversion, convert
+from porting.convert import Conversion, apply_rules, convert
 from porting.errors import EfficientDetError, OutputError
 from porting.infer import infer_config
+from porting.parity import ParityResult, compare, tensorflow_reference
+from porting.parity.lockstep import Observer
 from porting.parity.report.html import _embeddable
+from porting.publish.release import ReleaseRequest, make_release
+from porting.publish.release_checks import Check, verify_release
 from porting.publish.release_folder import (
     CARD,
     METRICS,
@@ -37,26 +42,23 @@ from porting.publish.release_folder import (
     check_name,
     origin,
     sums_of,
-    verify_release,
 )
+from porting.rules import rules
 from porting.sources.google_releases import GOOGLE_RELEASES
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
 from pytorch_model.config import BackboneConfig, EfficientDetConfig, Stage
+from pytorch_model.evaluation import metrics as metrics_module
+from pytorch_model.evaluation.metrics import Metrics, read_metrics
 from pytorch_model.files import new_folder, sha256_of_file
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE
 from pytorch_model.weights.files import read_weights, write_weights
-
-sys.path.insert(0, str(TOOLS))
-
-import release as release_tool
-from release import read_metrics
 
 pytestmark = pytest.mark.usefixtures("tensorflow")
 
 TOOL = TOOLS / "release.py"
 
-#: Every room of the network in 30 kB.
+#: Every part of the network, in 30 kB.
 TINY = EfficientDetConfig(
     name="tiny",
     backbone=BackboneConfig(
@@ -78,8 +80,10 @@ TINY = EfficientDetConfig(
 def run(
     *arguments: object, cwd: Path, before: str = "", limit_bytes: int | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run the tool, ``before`` ahead of it in the same process; ``limit_bytes`` caps any file it writes."""
-    code = f"import sys, runpy; sys.path[0] = {str(TOOL.parent)!r}; import _one_thread, _cli\n{before}\n"
+    """Run the tool after the code ``before``, in one process; ``limit_bytes`` limits any file it writes."""
+    code = (
+        f"import sys, runpy; sys.path[:1] = {[str(TOOLS), str(ROOT)]}; import porting.cli.process\n{before}\n"
+    )
     code += f"sys.argv[0] = {str(TOOL)!r}; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
 
     def limit() -> None:
@@ -92,7 +96,7 @@ def run(
 
 
 def run_many(commands: Sequence[tuple[object, ...]], cwd: Path) -> list[tuple[int, str, str]]:
-    """(exit status, stdout, stderr) of each command, all in one process: importing takes the longest."""
+    """(exit status, stdout, stderr) of each command, all in one process to import only once."""
     code = """
 import contextlib, io, json, runpy, sys
 tool, commands = json.loads(sys.argv[1])
@@ -134,7 +138,7 @@ def conversion(checkpoint: Path) -> Conversion:
 
 @pytest.fixture(scope="module")
 def built(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A release made by the tool. Not to be touched: see ``release``."""
+    """A release made by the tool. Tests must not change it; ``release`` is a copy."""
     out = tmp_path_factory.mktemp("built")
     done = run(
         "--ckpt", checkpoint, "--out", out, "--name", "mine", "--size", 64, "--license", "mit", cwd=out
@@ -177,7 +181,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(built: Path, checkpoint: Path,
         assert (again / name).read_bytes() == (built / name).read_bytes(), name
 
 
-def test_the_folder_holds_what_it_should_and_says_so(built: Path, conversion: Conversion) -> None:
+def test_the_folder_is_complete_and_passes_its_checks(built: Path, conversion: Conversion) -> None:
     names = sorted(path.name for path in built.iterdir())
     (weights,) = (name for name in names if name.endswith(".pth"))
     assert re.fullmatch(r"mine-[0-9a-f]{8}\.pth", weights)
@@ -189,7 +193,7 @@ def test_the_folder_holds_what_it_should_and_says_so(built: Path, conversion: Co
     assert done.stdout.count(": OK") == len(names) - 1
 
 
-def test_no_file_tells_where_or_when_it_was_made(built: Path, checkpoint: Path) -> None:
+def test_no_file_contains_where_or_when_it_was_made(built: Path, checkpoint: Path) -> None:
     for path in built.iterdir():
         content = path.read_bytes()
         for part in (str(checkpoint.parent), str(built.parent)):
@@ -217,7 +221,7 @@ def test_it_loads_in_every_way(built: Path, conversion: Conversion, monkeypatch:
         assert all(torch.equal(loaded[key], value) for key, value in conversion.state_dict.items())
 
 
-def test_the_configuration_file_says_where_the_weights_come_from(built: Path, conversion: Conversion) -> None:
+def test_the_configuration_file_states_the_origin_of_the_weights(built: Path, conversion: Conversion) -> None:
     about = json.loads((built / CONFIG_FILE).read_text())["metadata"]
     assert about["source"] == "mine/model"
     assert about["weights"] == "EMA"
@@ -228,9 +232,7 @@ def test_the_configuration_file_says_where_the_weights_come_from(built: Path, co
     assert 'attr = "porting.__version__"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_a_release_of_googles_carries_its_licence_and_published_figures(
-    checkpoint: Path, conversion: Conversion
-) -> None:
+def test_a_release_of_google_states_its_published_figures(checkpoint: Path, conversion: Conversion) -> None:
     with open_checkpoint(checkpoint) as opened:
         about = origin(conversion, opened, (), "x", "apache-2.0", GOOGLE_RELEASES["efficientdet-d4"])
     assert (about["published_ap_val"], about["published_ap_test_dev"]) == (49.3, 49.7)
@@ -259,7 +261,7 @@ def edit(path: Path, change: Callable[[Any], object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def test_every_number_on_the_card_follows_the_file_it_is_from(release: Path) -> None:
+def test_every_number_on_the_card_comes_from_its_file(release: Path) -> None:
     def lines() -> set[str]:
         return set(card_of(release).splitlines())
 
@@ -284,7 +286,7 @@ def metrics_of(weights: Path) -> dict[str, Any]:
     return {"ours": figures, "pictures": 158, "settings": {"ours": {"weights": sha256_of_file(weights)}}}
 
 
-def test_metrics_of_these_weights_get_onto_the_card(built: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_metrics_of_these_weights_are_on_the_card(built: Path, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(json.dumps(metrics_of(built / MODEL_FILE)))
     common = ("--ckpt", checkpoint, "--out", "out", "--name", "mine", "--size", 64, "--license", "mit")
     done = run(*common, "--coco-metrics", "metrics.json", cwd=tmp_path)
@@ -307,11 +309,14 @@ BAD_METRICS: dict[str, Callable[[dict[str, Any]], object]] = {
     "endless count": lambda m: m.update(pictures=float("inf")),
     "AP that is no number": lambda m: m["ours"].update(AP=float("nan")),
     "APs of nothing": lambda m: m["ours"].update(APs=None),
+    "AP in percent": lambda m: m["ours"].update(AP=31.59),
+    "half an image": lambda m: m.update(pictures=3.5),
+    "a short digest": lambda m: m["settings"]["ours"].update(weights="ab"),
 }
 
 
-def test_figures_of_sizes_that_the_pictures_lack_are_left_out(release: Path) -> None:
-    """COCO's evaluation calls them -1."""
+def test_figures_of_sizes_that_are_not_annotated_are_left_out(release: Path) -> None:
+    """COCO's evaluation sets them to -1."""
     metrics = metrics_of(release / MODEL_FILE)
     metrics["ours"]["APs"] = -1.0
     (release / METRICS).write_text(json.dumps(metrics))
@@ -323,7 +328,7 @@ def test_figures_of_sizes_that_the_pictures_lack_are_left_out(release: Path) -> 
 
 
 @pytest.mark.parametrize("fault", BAD_METRICS)
-def test_metrics_of_other_weights_are_found(fault: str, release: Path) -> None:
+def test_bad_metrics_in_a_folder_are_found(fault: str, release: Path) -> None:
     metrics = metrics_of(release / MODEL_FILE)
     (release / METRICS).write_text(json.dumps(metrics))
     reseal(release)
@@ -334,11 +339,11 @@ def test_metrics_of_other_weights_are_found(fault: str, release: Path) -> None:
     assert any(problem.startswith(("are ", "lack ")) for problem in problems(release))
 
 
-# --- nothing changes unseen ---------------------------------------------------------------------------
+# --- every change is detected ---------------------------------------------------------------------------
 
 
 def flip(path: Path, position: int, bit: int = 0) -> Callable[[], None]:
-    """Flip one bit; the result puts it back."""
+    """Flip one bit; call the result to restore it."""
     original = path.read_bytes()
     changed = bytearray(original)
     changed[position] ^= 1 << bit
@@ -383,7 +388,7 @@ def test_any_flipped_bit_is_found(scratch: Path, data: st.DataObject) -> None:
         restore()
 
 
-def test_files_that_are_missing_too_many_or_no_files_are_found(built: Path, tmp_path: Path) -> None:
+def test_missing_and_unexpected_files_are_found(built: Path, tmp_path: Path) -> None:
     for name in sorted(path.name for path in built.iterdir()):
         folder = tmp_path / f"without-{name}"
         shutil.copytree(built, folder)
@@ -407,7 +412,7 @@ def test_files_that_are_missing_too_many_or_no_files_are_found(built: Path, tmp_
 
 
 def reseal(folder: Path, card: bool = True) -> None:
-    """Make checksums (and the card) fit again, as a forger would."""
+    """Make the checksums (and the card) consistent again, as a forger would."""
     if card:
         (folder / CARD).write_text(card_of(folder), encoding="utf-8")
     (folder / SUMS).write_text(sums_of(folder))
@@ -450,7 +455,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], object], str]] = {
         "it says something else",
     ),
     "a tensor": (change_one_tensor, r"backbone\.stem\.bn\.bias differs"),
-    "the name of the .pth": (rename_weights, "another SHA-256 than its name"),
+    "the name of the .pth": (rename_weights, "SHA-256 different from the one in its name"),
     "the configuration": (lambda f: edit(f / CONFIG_FILE, other_classes), "for another configuration"),
     "the parameters": (
         lambda f: edit(f / CONFIG_FILE, lambda c: c["metadata"].update(parameters=1)),
@@ -504,7 +509,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_what_fits_its_checksum_is_still_held_against_the_rest(forgery: str, release: Path) -> None:
+def test_a_forgery_with_a_right_checksum_is_found(forgery: str, release: Path) -> None:
     change, message = FORGERIES[forgery]
     change(release)
     reseal(release, card=False)
@@ -512,7 +517,7 @@ def test_what_fits_its_checksum_is_still_held_against_the_rest(forgery: str, rel
     assert any(re.search(message, problem) for problem in found), found
 
 
-def test_a_checkpoint_that_it_is_not_of_is_found(built: Path, tmp_path: Path, checkpoint: Path) -> None:
+def test_another_checkpoint_is_found(built: Path, tmp_path: Path, checkpoint: Path) -> None:
     write_bundle(tmp_path / "mine" / "model", synthetic_checkpoint(TINY, seed=1))
     commands = [("--verify-release", built, "--ckpt", f, "--json") for f in (checkpoint, tmp_path / "mine")]
     (right, found, _), (wrong, differing, _) = run_many(commands, tmp_path)
@@ -522,7 +527,7 @@ def test_a_checkpoint_that_it_is_not_of_is_found(built: Path, tmp_path: Path, ch
     assert problem == "the checkpoint holds other values"
 
 
-def test_a_release_of_raw_values_is_held_against_raw_values(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_release_of_raw_values_is_compared_with_raw_values(checkpoint: Path, tmp_path: Path) -> None:
     made, checked = run_many(
         [
             ("--ckpt", checkpoint, "--out", ".", "--name", "raw", "--size", 64, "--raw"),
@@ -534,10 +539,40 @@ def test_a_release_of_raw_values_is_held_against_raw_values(checkpoint: Path, tm
     assert "the raw values of" in (tmp_path / "raw" / CARD).read_text()
 
 
+# --- the library ---------------------------------------------------------------------------------------
+
+
+def test_a_release_as_a_library_call(checkpoint: Path, tmp_path: Path) -> None:
+    """Without a console: the proof is passed in, a listener gets the checks."""
+
+    def prove(conversion: Conversion, images: np.ndarray, observe: Observer) -> list[ParityResult]:
+        results = []
+        for dtype in ("float64", "float32"):
+            model = EfficientDet(conversion.config).to(getattr(torch, dtype)).eval()
+            model.load_state_dict(apply_rules(rules(conversion.config), conversion.variables, dtype))
+            inputs = images.astype(dtype)
+            reference = tensorflow_reference(conversion.variables, conversion.config, inputs, dtype)
+            results.append(compare(model, reference, inputs, lambda _: None, observe))
+        return results
+
+    heard: list[Check] = []
+    request = ReleaseRequest(out=tmp_path, spec=str(checkpoint), name="mine")
+    images = np.zeros((1, 64, 64, 3), np.float32)
+    with open_checkpoint(checkpoint) as opened:
+        inference = infer_config(opened.shapes, opened.source)
+        made = make_release(request, opened, inference, lambda config: images, prove, heard.append)
+        assert made.folder == tmp_path / "mine"
+        assert problems(made.folder, convert(opened, inference.config)) == []
+        assert heard == list(made.checks)
+        assert "licence of the weights: unknown" in (made.folder / CARD).read_text()
+        with pytest.raises(OutputError, match="something in it"):
+            make_release(request, opened, inference, lambda config: images, prove)
+
+
 # --- the tool -----------------------------------------------------------------------------------------
 
 
-def test_verifying_exits_as_it_should(release: Path, built: Path, tmp_path: Path) -> None:
+def test_the_exit_status_of_a_check(release: Path, built: Path, tmp_path: Path) -> None:
     flip(release / MODEL_FILE, 5000)
     commands = [("--verify-release", folder) for folder in (built, release, tmp_path / "absent")]
     good, bad, absent = run_many(commands, tmp_path)
@@ -572,13 +607,13 @@ FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
     "no AP": (lambda m: m["ours"].pop("AP"), "it lacks 'AP'"),
     "figures in a list": (
         lambda m: m.update(ours=["AP"]),
-        "its figures, pictures or settings are no objects",
+        "its figures, pictures or settings are not objects",
     ),
     "AP in percent": (lambda m: m["ours"].update(AP=31.59), "its AP is 31.59, neither between 0.0 and 1.0"),
     "AP of NaN": (lambda m: m["ours"].update(AP=float("nan")), "its AP is nan, neither"),
     "APl in words": (lambda m: m["ours"].update(APl="1"), "its APl is '1', neither"),
-    "half a picture": (lambda m: m.update(pictures=3.5), "its number of pictures is 3.5"),
-    "pictures in words": (lambda m: m.update(pictures="158"), "its number of pictures is '158'"),
+    "half an image": (lambda m: m.update(pictures=3.5), "its number of images is 3.5"),
+    "number of images in words": (lambda m: m.update(pictures="158"), "its number of images is '158'"),
     "a short digest": (
         lambda m: m["settings"]["ours"].update(weights="ab"),
         "SHA-256 of its weights is 'ab'",
@@ -587,16 +622,19 @@ FORMS: dict[str, tuple[Callable[[Any], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FORMS)
-def test_metrics_are_of_the_form_that_an_evaluation_writes(fault: str, tmp_path: Path) -> None:
+def test_the_form_of_metrics_is_checked(fault: str, tmp_path: Path) -> None:
     (tmp_path / "weights").touch()
     metrics = metrics_of(tmp_path / "weights")
     (tmp_path / "m.json").write_text(json.dumps(metrics))
     assert read_metrics(tmp_path / "m.json") == (tmp_path / "m.json").read_bytes()
+    assert Metrics.parse(read_metrics(tmp_path / "m.json")).weights_sha256 == sha256_of_file(
+        tmp_path / "weights"
+    )
     change, reason = FORMS[fault]
     change(metrics)
     (tmp_path / "m.json").write_text(json.dumps(metrics))
     with pytest.raises(
-        EfficientDetError, match=rf"m\.json is no metrics\.json: .*{reason}.*; give the one that"
+        EfficientDetError, match=rf"m\.json is not a metrics\.json: .*{reason}.*; give the one that"
     ):
         read_metrics(tmp_path / "m.json")
 
@@ -604,10 +642,10 @@ def test_metrics_are_of_the_form_that_an_evaluation_writes(fault: str, tmp_path:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"{", "is no metrics.json: it is not JSON"),
-        (b'{"ours": {}, "ours": {}}', "is no metrics.json: an object in it has the key 'ours' twice"),
-        (b"\xef\xbb\xbf{}", "is no metrics.json: it is not JSON: Unexpected UTF-8 BOM"),
-        (b'{"\xff": 1}', "cannot read .*m.json: 'utf-8' codec"),
+        (b"{", "is not a metrics.json: it is not JSON"),
+        (b'{"ours": {}, "ours": {}}', "is not a metrics.json: an object in it has the key 'ours' twice"),
+        (b"\xef\xbb\xbf{}", "is not a metrics.json: it is not JSON: Unexpected UTF-8 BOM"),
+        (b'{"\xff": 1}', "is not a metrics.json: byte 2 is not UTF-8 text"),
     ],
 )
 def test_metrics_are_json(data: bytes, reason: str, tmp_path: Path) -> None:
@@ -616,15 +654,14 @@ def test_metrics_are_json(data: bytes, reason: str, tmp_path: Path) -> None:
         read_metrics(tmp_path / "m.json")
 
 
-def test_metrics_are_a_file_and_no_abyss(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert read_metrics(None) is None
+def test_metrics_are_a_bounded_file(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (pipe, Path("/dev/zero")):
         with pytest.raises(
-            EfficientDetError, match=r"it is a pipe or a device, not a file; give metrics\.json of"
+            EfficientDetError, match=r"it is a pipe or a device, not a file; give the metrics\.json that"
         ):
             read_metrics(path)
     (tmp_path / "m.json").write_bytes(b" " * 101)
-    monkeypatch.setattr(release_tool, "MOST_METRICS", 100)
+    monkeypatch.setattr(metrics_module, "MOST_BYTES", 100)
     with pytest.raises(EfficientDetError, match="it has more than 100 bytes"):
         read_metrics(tmp_path / "m.json")
 
@@ -671,12 +708,12 @@ def test_bad_usage_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a-b", "../x", "ä"])
-def test_names_that_torch_hub_would_misread_are_refused(name: str) -> None:
-    with pytest.raises(EfficientDetError, match="no name for a release"):
+def test_names_that_torch_hub_would_misread_are_rejected(name: str) -> None:
+    with pytest.raises(EfficientDetError, match="not a valid name for a release"):
         check_name(name)
 
 
-def test_a_new_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
 
     def interrupted() -> None:
         with new_folder(tmp_path / "a") as folder:

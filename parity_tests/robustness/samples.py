@@ -20,8 +20,8 @@ from parity_tests.helpers.tflite_files import TINY, golden, tiny_variables
 
 if TYPE_CHECKING:
     from pytorch_model.detection.detector import Detector
-    from pytorch_model.evaluation.run import Outcome
     from pytorch_model.evaluation.shards import Shards
+    from pytorch_model.evaluation.streams import Outcome
 
 CONFIG = TINY.replace(fpn_cell_repeats=1, box_class_repeats=1)
 
@@ -282,10 +282,10 @@ def video(name: str) -> Callable[[Path], Path]:
 
 def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
     """Evaluate as tools/eval_coco.py does, with one image per batch."""
-    from pytorch_model.evaluation.coco import read_dataset
+    from pytorch_model.evaluation.dataset import read_dataset
     from pytorch_model.evaluation.processes import Processes
-    from pytorch_model.evaluation.run import Stream, detect_dataset, settings
     from pytorch_model.evaluation.shards import Shards
+    from pytorch_model.evaluation.streams import Stream, detect_dataset, settings
 
     dataset, detector, categories = read_dataset(pictures), small_detector(), {1: 1, 2: 18}
     shards = Shards(folder, "ours", settings(detector, dataset, 1, categories, "of a sample"))

@@ -123,17 +123,19 @@ def read_pipeline(path: Path) -> str:
 
 
 def read_coco(path: Path) -> str:
-    from pytorch_model.evaluation.coco import class_to_category, evaluate, read_dataset
+    from pytorch_model.evaluation.classes import class_to_category
+    from pytorch_model.evaluation.dataset import read_dataset
+    from pytorch_model.evaluation.figures import evaluate
 
     dataset = read_dataset(path)
     mapping = class_to_category(dataset, 90, None)
     detections = [
         {"image_id": picture.id, "category_id": min(dataset.categories), "bbox": [1, 1, 9, 9], "score": 0.5}
-        for picture in dataset.pictures
+        for picture in dataset.images
     ]
     evaluation = None
     if dataset.has_ground_truth:
-        evaluation = evaluate(dataset.content, detections, [picture.id for picture in dataset.pictures])
+        evaluation = evaluate(dataset.content, detections, [image.id for image in dataset.images])
     return repr((sorted(mapping.items()), evaluation))
 
 
@@ -160,14 +162,10 @@ def read_labels(path: Path) -> str:
 
 def read_metrics(path: Path) -> str:
     """To the card of the release that they belong to."""
-    from release import read_metrics
+    from pytorch_model.evaluation.metrics import Metrics, read_metrics
 
-    from porting.publish.model_card import FIGURES
-
-    metrics = json.loads(read_metrics(path) or b"")
-    return repr(
-        ([metrics["ours"].get(name) for name in FIGURES], metrics["pictures"], metrics["settings"]["ours"])
-    )
+    metrics = Metrics.parse(read_metrics(path))
+    return repr((metrics.figures, metrics.images, metrics.settings))
 
 
 def resume(path: Path) -> str:
@@ -210,8 +208,8 @@ def _upright(path: Path, decoder: str) -> str:
 
 
 def read_video(path: Path) -> str:
-    """The frames and their times."""
-    from _video import VideoReader
+    """Its frames and their times."""
+    from pytorch_model.detection.video import VideoReader
 
     frames = hashlib.sha256()
     with VideoReader(path) as reader:

@@ -36,7 +36,21 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     command.name: command
     for command in (
+        Command(
+            "eval",
+            "COCO's figures of a weight file, next to those of a TensorFlow reference",
+            "eval",
+            "eval_coco.py",
+        ),
+        Command("detect", "detect objects in images or a video", "detect", "detect.py"),
         Command("export", "write PyTorch weights in the format of another program", "export", "export.py"),
+        Command(
+            "release",
+            "put weights and their evidence into one folder that can be checked",
+            "release",
+            "release.py",
+            one_thread=True,
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The model card of a release: Markdown with YAML in front, as model hubs read it."""
+"""The model card of a release: Markdown with YAML at its start, the form that model hubs read."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Any
 
 import yaml
 
-#: COCO's figures in the order and the names of tools/eval_coco.py.
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+from pytorch_model.evaluation.figures import FIGURES
+from pytorch_model.evaluation.metrics import Metrics
+
+_SHOWN = FIGURES[:6]  # average precision; average recall is left out
 
 
 def model_card(
     name: str,
     about: Mapping[str, Any],
     parity: Mapping[str, Any],
-    metrics: Mapping[str, Any] | None,
+    metrics: Metrics | None,
     files: Mapping[str, tuple[int, str]],
 ) -> str:
     """The whole text.
 
-    ``about``, ``parity``, ``metrics``: what is in ``config.json``, ``parity.json``, ``coco_metrics.json``;
-    ``files``: name → (bytes, SHA-256). Every number is one of theirs.
+    ``about``, ``parity``, ``metrics``: the content of ``config.json``, ``parity.json`` and
+    ``coco_metrics.json``; ``files``: name → (bytes, SHA-256). Every number comes from one of them.
     """
     sections = (
         _front_matter(name, about["metadata"], metrics),
@@ -34,7 +36,7 @@ def model_card(
     return "\n".join(line for section in sections for line in section) + "\n"
 
 
-def _front_matter(name: str, origin: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> Iterator[str]:
+def _front_matter(name: str, origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str]:
     front: dict[str, Any] = {
         "license": origin["license"],
         "library_name": "pytorch",
@@ -43,7 +45,7 @@ def _front_matter(name: str, origin: Mapping[str, Any], metrics: Mapping[str, An
     }
     if metrics:
         results = [{"type": figure, "value": value} for figure, value in _measured(metrics).items()]
-        dataset = {"name": f"COCO annotations, {metrics['pictures']} pictures", "type": "coco"}
+        dataset = {"name": f"COCO annotations, {metrics.images} pictures", "type": "coco"}
         task = {"type": "object-detection"}
         front["model-index"] = [
             {"name": name, "results": [{"task": task, "dataset": dataset, "metrics": results}]}
@@ -107,7 +109,7 @@ def _evidence(parity: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _figures(origin: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> Iterator[str]:
+def _figures(origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str]:
     yield "\n## COCO figures\n"
     published = [
         f"{origin[key]} on {what}"
@@ -120,16 +122,16 @@ def _figures(origin: Mapping[str, Any], metrics: Mapping[str, Any] | None) -> It
         yield "These weights were not evaluated here."
         return
     ours = _measured(metrics)
-    yield f"Measured with these weights, on {metrics['pictures']} pictures (`coco_metrics.json`):\n"
+    yield f"Measured with these weights, on {metrics.images} pictures (`coco_metrics.json`):\n"
     yield f"| {' | '.join(ours)} |"
     yield "|---" * len(ours) + "|"
     yield f"| {' | '.join(f'{value:.4f}' for value in ours.values())} |"
 
 
-def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The figures there are: COCO's evaluation says -1 where nothing of that size is annotated."""
-    ours = metrics["ours"]
-    return {figure: ours[figure] for figure in FIGURES if figure in ours and ours[figure] >= 0}
+def _measured(metrics: Metrics) -> dict[str, float]:
+    """The figures that exist: COCO's evaluation gives -1 if nothing of that size is annotated."""
+    ours = metrics.figures["ours"]
+    return {name: ours[name] for name in _SHOWN if name in ours and ours[name] >= 0}
 
 
 def _files(files: Mapping[str, tuple[int, str]]) -> Iterator[str]:

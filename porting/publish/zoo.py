@@ -1,4 +1,4 @@
-"""The model zoo: every released checkpoint, its figures, and what was verified of it where."""
+"""The model zoo: every released checkpoint, its figures, and which parts of it were verified."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pytorch_model.config import model_config
 BEGIN = "<!-- begin: python tools/audit.py --markdown -->"
 END = "<!-- end -->"
 
-#: Nothing of the release itself was at hand; the network is proven on seeded values.
+#: The status of a release of which no file was available: the network is proven on seeded values.
 SYNTHETIC = "synthetic values only"
 
-#: Release → what was verified beyond :data:`SYNTHETIC`. An index lists names and shapes, without values.
+#: Release → its status, if more than :data:`SYNTHETIC` was verified. An index lists names and shapes only.
 EVIDENCE: Mapping[str, str] = {
     "efficientdet-d0": "names, shapes: a released index of this val AP; " + SYNTHETIC,
     "efficientdet-d1": "names, shapes: a released index of this val AP; " + SYNTHETIC,

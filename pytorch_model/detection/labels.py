@@ -1,4 +1,4 @@
-"""Class names: COCO's own, and the files people keep theirs in."""
+"""Class names: COCO's, and label files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from pytorch_model.errors import EfficientDetError, Reason
 from pytorch_model.files import parse_json, read_bounded
 
-# COCO's 90 class ids in order, from 1; ten of them name nothing.
+# Names of COCO's class ids 1 to 90, in order; ten ids have none.
 _COCO_NAMES = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,,stop sign,"
     "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,,backpack,umbrella,,,"
@@ -25,30 +25,30 @@ _COCO_NAMES = (
     "laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,,book,clock,vase,"
     "scissors,teddy bear,hair drier,toothbrush"
 )
-#: Of a label file, which may be a data set's annotations: those of COCO's train2017 have 0.5 GB.
+#: Bytes of a label file, which may be a data set's annotations: those of COCO's train2017 have 0.5 GB.
 MOST_BYTES = 1 << 30
 COCO_NAMES = tuple(_COCO_NAMES.split(","))
 
-_FORMS = "give one name a line, lines `id: name`, or JSON: a list, {id: name}, or COCO annotations"
-#: An id that a network could have: int() itself refuses thousands of digits, and takes "1_0" for ten.
+_FORMS = "give one name per line, lines `id: name`, or JSON: a list, {id: name}, or COCO annotations"
+#: A possible class id. int() would raise on thousands of digits, and read "1_0" as ten.
 _ID = re.compile(r"[0-9]{1,9}")
 _LABEL_MAP = re.compile(r"^[ \t]*item(?:[ \t]*:)?[ \t]*[{<]", re.M)  # blocks "item { id: 1 name: 'x' }"
 
 
 def given_names(path: Path | None, num_classes: int) -> dict[int, str]:
-    """Class id → name as the file at ``path`` says; without a file COCO's for 90 classes, else nothing.
+    """Class id → name, from the file at ``path``. Without a file: COCO's names for 90 classes, else empty.
 
-    The file is UTF-8 text with one name a line (the first is class 1; an empty line names nothing) or lines
-    ``id: name``, or JSON: a list, an ``{id: name}`` object, or COCO annotations; there a whole number
-    for a name is its digits. Raises :class:`EfficientDetError` when it is none of these, names a class twice, or
-    one that a model of ``num_classes`` lacks.
+    The file is UTF-8 text with one name per line (the first is class 1; an empty line means no name) or lines
+    ``id: name``, or JSON: a list, an ``{id: name}`` object, or COCO annotations. In JSON a
+    whole number may be a name; its digits are used. Raises :class:`EfficientDetError` if the file has another
+    form, names a class twice, or names one that a model of ``num_classes`` does not have.
     """
     if path is None:
         names = dict(enumerate(COCO_NAMES, start=1)) if num_classes == len(COCO_NAMES) else {}
     else:
         try:
             names = _parse_labels(read_bounded(path, MOST_BYTES))
-        except (OSError, ValueError) as error:  # a ValueError: no name that a file can have
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = getattr(error, "strerror", None) or error
             raise EfficientDetError(
                 f"--labels {path} cannot be read: {reason}; give a file of class names"
@@ -65,16 +65,16 @@ def given_names(path: Path | None, num_classes: int) -> dict[int, str]:
 
 
 def load_names(path: Path | None, num_classes: int) -> dict[int, str]:
-    """Class id → name for every class of the model; classes that nothing names are called by number.
+    """Class id → name for every class of the model; classes without a name are called ``class ID``.
 
-    As :func:`given_names`.
+    Otherwise like :func:`given_names`.
     """
     names = {index: f"class {index}" for index in range(1, num_classes + 1)}
     return names | given_names(path, num_classes)
 
 
 def _parse_labels(data: bytes) -> dict[int, str]:
-    """Raises :class:`Reason` where ``data`` is no label file."""
+    """Raises :class:`Reason` if ``data`` is not a label file."""
     if data.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"{", b"[")):
         names = _from_json(parse_json(data))
     else:
@@ -120,20 +120,24 @@ def _from_json(content: Any) -> dict[int, str]:
     except KeyError as error:
         raise Reason(f"a category lacks {error}") from None
     except TypeError:
-        raise Reason("its categories are no list of objects with id and name") from None
+        raise Reason("its categories are not a list of objects with id and name") from None
     for index, _ in pairs:
         if type(index) is not int:
-            raise Reason(f"the category id {reprlib.repr(index)} is no whole number")
+            raise Reason(f"the category id {reprlib.repr(index)} is not a whole number")
     return _by_id((str(index), name) for index, name in pairs)
 
 
 def _by_id(pairs: Iterable[tuple[str, Any]]) -> dict[int, str]:
-    """Raises :class:`Reason` for what is no id or no text, and for an id that comes twice."""
-    found = [(key, str(name) if type(name) is int else name) for key, name in pairs]  # digits, often
+    """Raises :class:`Reason` for an invalid id, a name that is not text, and an id that occurs twice."""
+    found = [
+        (key, str(name) if type(name) is int else name) for key, name in pairs
+    ]  # data sets of digits have them
     for key, name in found:
         if not _ID.fullmatch(key):
-            raise Reason(f"{reprlib.repr(key)} is no class id")
-        if not isinstance(name, str) or any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
+            raise Reason(f"{reprlib.repr(key)} is not a class id")
+        if not isinstance(name, str) or any(
+            unicodedata.category(character) in ("Cc", "Cs") for character in name
+        ):
             raise Reason(f"the name of class {key} is {reprlib.repr(name)}, not one line of text")
     counted = Counter(int(key) for key, _ in found)
     twice = [index for index, count in counted.items() if count > 1]

@@ -1,8 +1,8 @@
-"""Detections against a reference's: average precision with the reference as ground truth, and pair by pair.
+"""Compare detections with a reference's: average precision with the reference as ground truth, and pairs.
 
-Average precision is 1 only where every detection of the reference is found again, in its class, with an
-overlap of 0.95 or more, and ahead of everything the reference does not have. It forgives small errors by
-design; the pairs show them.
+Average precision is 1 only if every detection of the reference is found again, with its class, with an
+overlap of 0.95 or more, and with a higher score than every detection that the reference does not have. It
+ignores small errors by design; the differences of the pairs show them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Any
 import numpy as np
 
 from pytorch_model.detection.boxes import iou
-from pytorch_model.evaluation.coco import ImageId, Result, evaluate
+from pytorch_model.detection.results import ImageId, Result
+from pytorch_model.evaluation.figures import evaluate
 
-MATCHED_IOU = 0.5  # what overlaps less is another object
+MATCHED_IOU = 0.5  # boxes that overlap less belong to different objects
 PASSING_AP = 0.9995  # 1.000 to three decimals
 
 
 @dataclass(frozen=True)
 class DetectionParity:
-    """How far one list of detections is from the reference's, over all pictures.
+    """The differences between two lists of detections, over all images.
 
-    ``ap``: average precision with the reference's detections as ground truth. ``pairs``: how many were paired
-    one to one, of ``ours`` and ``reference``. ``saturated``: the reference's scores that float32 rounds to 1,
-    so that their order is chance. ``label_flips``: pairs of different classes. Differences are of pairs:
-    ``score`` 0…1, ``box`` the largest of the four sides, in pixels of the picture.
+    ``ap``: average precision with the reference's detections as ground truth. ``pairs``: how many of ``ours``
+    and ``reference`` were paired one to one. ``saturated``: the reference's scores that float32 rounds to 1,
+    so that their order is random. ``label_flips``: pairs of different classes. ``score_…`` and ``box_…`` are
+    differences within pairs: scores 0…1; boxes by the largest of the four sides, in pixels of the image.
     """
 
     ap: float
@@ -60,7 +61,7 @@ class DetectionParity:
 
 
 def compare_detections(ours: Sequence[Result], reference: Sequence[Result]) -> DetectionParity:
-    """Compare two lists in COCO's results format, on the pictures that either has."""
+    """Compare two lists in COCO's results format, on all images in either."""
     image_ids = {row["image_id"] for row in (*ours, *reference)}
     by_image = [_by_image(rows) for rows in (ours, reference)]
     flips, scores, boxes = 0, [], []
@@ -106,10 +107,10 @@ def as_ground_truth(results: Sequence[Result], image_ids: Collection[ImageId]) -
 
 
 def pair(ours: Sequence[Result], reference: Sequence[Result]) -> list[tuple[int, int]]:
-    """Pair one picture's detections one to one: (index of ours, index of the reference's).
+    """Pair the detections of one image one to one: (index of ours, index of the reference's).
 
-    Same class first, then any class, so that a changed label shows as such. Within each pass the closest
-    go first: by overlap, at least :data:`MATCHED_IOU`, less the difference of their scores.
+    First within a class, then across classes, so that a changed label is counted as one. In each pass the
+    closest are paired first: by overlap, at least :data:`MATCHED_IOU`, minus the difference of their scores.
     """
     if not ours or not reference:
         return []

@@ -1,4 +1,4 @@
-"""Several processes at one piece of work, as ``torchrun`` starts them; or one, where it did not."""
+"""Several processes that share one piece of work, as ``torchrun`` starts them; or a single process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from pytorch_model.errors import EfficientDetError
 
-_PATIENCE = timedelta(days=7)  # how long one process may wait for the others: as long as they work
+_PATIENCE = timedelta(days=7)  # how long one process waits for the others, which may work for days
 
 
 @dataclass(frozen=True)
 class Processes:
-    """``rank`` of ``count`` processes; ``local_rank`` among those of this machine, which is its GPU."""
+    """This process: ``rank`` of ``count``; ``local_rank`` on this machine, which selects the GPU."""
 
     rank: int = 0
     count: int = 1
@@ -29,7 +29,7 @@ class Processes:
         return self.rank == 0
 
     def from_first(self, value: Any) -> Any:
-        """What the first process calls this with, in every process."""
+        """Send ``value`` of the first process to all; returns it in each."""
         if self.count == 1:
             return value
         carrier = [value]
@@ -38,7 +38,7 @@ class Processes:
         return carrier[0]
 
     def to_first(self, value: Any) -> list[Any]:
-        """What each process calls this with, by rank, in the first process; nothing in the others."""
+        """Send ``value`` of each process to the first; returns all by rank there, an empty list elsewhere."""
         if self.count == 1:
             return [value]
         gathered: list[Any] | None = [None] * self.count if self.is_first else None
@@ -46,17 +46,26 @@ class Processes:
             dist.gather_object(value, gathered, dst=0)
         return gathered or []
 
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """The first process runs the block, then the others do, so that a mistake is reported only once."""
+        if not self.is_first:
+            self.from_first(None)
+        yield
+        if self.is_first:
+            self.from_first(None)
+
 
 @contextmanager
 def _others_present() -> Iterator[None]:
     try:
         yield
     except RuntimeError:  # gloo's, when a connection closes
-        raise EfficientDetError("another of the processes has stopped; its own message says why") from None
+        raise EfficientDetError("another process has stopped; see its own error message") from None
 
 
 def has_others() -> bool:
-    """Whether ``torchrun`` started this process: :func:`joined` and what is sent wait for the others."""
+    """Whether ``torchrun`` started this process; then :func:`joined` and every exchange wait for others."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -64,8 +73,8 @@ def has_others() -> bool:
 def joined() -> Iterator[Processes]:
     """Join the other processes of ``torchrun``, if there are any.
 
-    Objects travel over gloo, whatever the devices of the work. Raises :class:`EfficientDetError` when the
-    processes do not find each other.
+    Objects are sent over gloo, whatever device computes. Raises :class:`EfficientDetError` if the processes
+    cannot connect.
     """
     if not has_others():
         yield Processes()
@@ -74,9 +83,7 @@ def joined() -> Iterator[Processes]:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise EfficientDetError(
-            f"the processes did not find each other: {reason}; start them by torchrun"
-        ) from None
+        raise EfficientDetError(f"the processes cannot connect: {reason}; start them with torchrun") from None
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     finally:

@@ -1,200 +1,198 @@
-"""One pass over a data set: every picture through one or two networks, kept batch by batch.
-
-A reference sees the very input of ours, and its outputs take the very same way to detections, so a
-difference is the networks' own. Batches are the same whatever the number of processes and however often the
-run was interrupted; so are the results.
-"""
+"""Run an evaluation: detect in a data set, resume an interrupted run, compute figures, write the files."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from pytorch_model.detection.detector import Detector, Network
-from pytorch_model.detection.preprocess import DecodedImage, ImageError
-from pytorch_model.evaluation.coco import Dataset, ImageId, Picture, Result, dataset_digest, to_results
+from pytorch_model.detection.results import server_file_name, server_results
+from pytorch_model.detection.run import SILENT, Listener
+from pytorch_model.errors import ConfigError, OutputError
+from pytorch_model.evaluation.dataset import Dataset
+from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections
+from pytorch_model.evaluation.figures import Evaluation, evaluate
+from pytorch_model.evaluation.metrics import Metrics
 from pytorch_model.evaluation.processes import Processes
-from pytorch_model.evaluation.shards import Shards, damaged
+from pytorch_model.evaluation.shards import Shards
+from pytorch_model.evaluation.streams import Outcome, Stream, detect_dataset, kept_batches, settings
+from pytorch_model.files import locked, make_folder, save_json, sha256_of_file
+from pytorch_model.weights.files import weight_file
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One network under evaluation. ``network`` None is the detector's own model.
+class EvaluationOptions:
+    """What to evaluate and where to write.
 
-    ``exact``: it computes in float32, so that its detections can be asked to be ours.
+    ``weights``: the file or folder that the detector's model was loaded from; its SHA-256 is noted.
+    ``out``: the folder for the results. ``restart``: discard the results of an earlier run there.
+    ``per_class``: also note the AP of each class. ``test_dev``: also write the file that COCO's server takes,
+    for an algorithm of this name. Raises :class:`EfficientDetError` for a value that cannot be used.
     """
 
-    name: str
-    network: Network | None
-    shards: Shards
+    weights: Path
+    out: Path
+    batch_size: int = 8
+    restart: bool = False
+    per_class: bool = False
+    test_dev: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}, must be at least 1")
+        if self.test_dev is not None:
+            server_file_name(self.test_dev)
+
+
+@dataclass(frozen=True)
+class ReferenceNetwork:
+    """A network to compare with.
+
+    ``kind``: its name in the settings. ``weights``: SHA-256 of everything that its outputs depend on.
+    ``exact``: it computes in float32, so its detections must equal ours.
+    """
+
+    kind: str
+    network: Network
+    weights: Sequence[str]
     exact: bool = True
 
 
-@dataclass
-class Outcome:
-    """What the networks found: stream name → lines in COCO's results format, in the data set's order.
+@dataclass(frozen=True)
+class EvaluationResult:
+    """``evaluations``: ours, reference → figures; empty without annotations. ``parity``: with a reference.
 
-    ``unreadable``: picture → why it was passed over. ``decoders``: what read how many pictures.
-    ``resized``: pictures whose size is not the annotations'.
+    ``exact``: whether the reference is :attr:`ReferenceNetwork.exact`.
     """
 
-    results: dict[str, list[Result]]
-    evaluated: list[ImageId] = field(default_factory=list)
-    unreadable: dict[ImageId, str] = field(default_factory=dict)
-    decoders: Counter[str] = field(default_factory=Counter)
-    resized: list[ImageId] = field(default_factory=list)
+    outcome: Outcome
+    evaluations: Mapping[str, Evaluation]
+    parity: DetectionParity | None
+    exact: bool
+    metrics: Metrics
+
+    @property
+    def passed(self) -> bool:
+        """Every image was read, and the detections are those of the reference if that is exact."""
+        differs = self.parity is not None and self.exact and not self.parity.passed
+        return not differs and not self.outcome.unreadable
 
 
-def settings(
-    detector: Detector, dataset: Dataset, batch_size: int, categories: Mapping[int, int], weights: str
-) -> dict[str, Any]:
-    """Everything that detections depend on. ``weights``: a digest of the network's own."""
-    return {
-        "weights": weights,
-        "model": detector.model.config.name,
-        "config": _digest(detector.model.config.to_dict()),
-        "image_size": list(detector.image_size),
-        "decoder": detector.decoder,
-        "tta": detector.tta,
-        "nms_configs": asdict(detector.nms),
-        "batch_size": batch_size,
-        "device": next(detector.model.parameters()).device.type,
-        "categories": {str(label): category for label, category in categories.items()},
-        "pictures": dataset_digest(dataset),
-    }
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def detect_dataset(
+def evaluate_dataset(
     detector: Detector,
     dataset: Dataset,
-    streams: Sequence[Stream],
     categories: Mapping[int, int],
-    batch_size: int,
-    processes: Processes,
-    progress: Callable[[int, int], None],
-) -> Outcome | None:
-    """Detect in every picture by every stream; what is kept already is not done again.
+    options: EvaluationOptions,
+    *,
+    reference: ReferenceNetwork | None = None,
+    processes: Processes | None = None,
+    listener: Listener = SILENT,
+) -> EvaluationResult | None:
+    """Evaluate ``detector`` on ``dataset`` and write the files into ``options.out``.
 
-    ``progress`` hears of (pictures done, pictures of this process). Returns the outcome in the first process
-    and None in the others. Raises :class:`EfficientDetError`.
+    ``categories``: see :func:`class_to_category`. Writes ``detections.json`` (COCO results) and
+    ``metrics.json``; with a ``reference`` also ``reference_detections.json``. The next call with the same
+    arguments resumes from ``shards/`` there. With several ``processes``, call it in each; the result is None
+    in all but the first. ``listener`` hears how many images are done. Raises :class:`EfficientDetError`; then
+    the results of an earlier run are unchanged.
     """
-    batches = _batches(dataset, batch_size)
-    kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []
-    done = processes.from_first([set(batches_kept) for batches_kept in kept])
-    todo = []
-    for number, pictures in enumerate(batches):
-        missing = [stream for stream, numbers in zip(streams, done, strict=True) if number not in numbers]
-        if missing:
-            todo.append((number, pictures, missing))
-    todo = todo[processes.rank :: processes.count]
-    finished, total = 0, sum(len(pictures) for _, pictures, _ in todo)
-    progress(finished, total)
-    own: dict[str, dict[int, Any]] = {stream.name: {} for stream in streams}
-    for number, pictures, missing in todo:
-        for stream, content in _detect_batch(detector, pictures, missing, categories):
-            stream.shards.append(processes.rank, number, content)
-            own[stream.name][number] = json.loads(json.dumps(content))  # as it will read again
-        finished += len(pictures)
-        progress(finished, total)
-    gathered = processes.to_first(own)
+    processes = processes or Processes()
+    streams = _streams(detector, dataset, categories, options, reference)
+    arguments = (detector, dataset, streams, categories, options.batch_size, processes, listener.progress)
     if not processes.is_first:
+        detect_dataset(*arguments)
         return None
-    for stream, batches_kept in zip(streams, kept, strict=True):
-        for found in gathered:
-            batches_kept.update(found[stream.name])
-    return _merge({stream.name: numbers for stream, numbers in zip(streams, kept, strict=True)})
+    with _alone_in(options.out):
+        if options.restart:
+            _discard(options.out)
+        for stream in streams:
+            kept_batches(stream, dataset, options.batch_size)
+        outcome = detect_dataset(*arguments)
+        assert outcome is not None  # of the first process
+        return _conclude(dataset, streams, outcome, options)
 
 
-def kept_batches(stream: Stream, dataset: Dataset, batch_size: int) -> dict[int, Any]:
-    """Batch number → what an earlier run kept of it.
-
-    Raises :class:`ShardError` where it was another evaluation's, or is not what was kept.
-    """
-    kept, batches = stream.shards.read(), _batches(dataset, batch_size)
-    for number, content in kept.items():
-        try:
-            sound = 0 <= number < len(batches) and _is_of(content, batches[number])
-        except (KeyError, TypeError, ValueError):
-            sound = False
-        if not sound:
-            raise damaged(stream.shards.folder)
-    return kept
-
-
-def _batches(dataset: Dataset, batch_size: int) -> list[tuple[Picture, ...]]:
-    starts = range(0, len(dataset.pictures), batch_size)
-    return [dataset.pictures[start : start + batch_size] for start in starts]
-
-
-def _is_of(content: Any, pictures: Collection[Picture]) -> bool:
-    """Is ``content`` what :func:`_detect_batch` yields, of these pictures? It may also raise where not."""
-    ids = [picture["id"] for picture in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
-    rows = [row for picture in content["pictures"] for row in picture["detections"]]
-    return (
-        sorted(map(repr, ids)) == sorted(repr(picture.id) for picture in pictures)
-        and all(isinstance(reason, str) for _, reason in content["unreadable"])
-        and all(isinstance(picture["decoder"], str) for picture in content["pictures"])
-        and all(isinstance(picture["size_differs"], bool) for picture in content["pictures"])
-        and {len(row) for row in rows} <= {6}
-        and {type(value) for row in rows for value in row} <= {int, float}
-    )
-
-
-def _detect_batch(
+def _streams(
     detector: Detector,
-    pictures: Collection[Picture],
-    streams: Sequence[Stream],
+    dataset: Dataset,
     categories: Mapping[int, int],
-) -> Iterator[tuple[Stream, dict[str, Any]]]:
-    images: dict[Picture, DecodedImage] = {}
-    unreadable: list[tuple[ImageId, str]] = []
-    for picture in pictures:
+    options: EvaluationOptions,
+    reference: ReferenceNetwork | None,
+) -> list[Stream]:
+    shards, weights = options.out / "shards", sha256_of_file(weight_file(options.weights))
+    of_ours = settings(detector, dataset, options.batch_size, categories, weights)
+    streams = [Stream("ours", None, Shards(shards, "ours", of_ours))]
+    if reference:
+        of_reference = {**of_ours, "reference": reference.kind, "weights": list(reference.weights)}
+        kept = Shards(shards, "reference", of_reference)
+        streams.append(Stream("reference", reference.network, kept, reference.exact))
+    return streams
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Create ``out`` and keep other evaluations out of it.
+
+    Raises :class:`OutputError` if it cannot be created or another evaluation is running in it.
+    """
+
+    def busy() -> None:
+        raise OutputError(f"another evaluation is running in {out}; wait for it, or choose another --out")
+
+    make_folder(out)
+    make_folder(out / "shards")
+    with ExitStack() as held:
         try:
-            images[picture] = detector.load(picture.path)
-        except ImageError as error:
-            unreadable.append((picture.id, f"{picture.path}: {error}"))
-    batch = detector.preprocess([image.pixels for image in images.values()]) if images else None
-    for stream in streams:
-        found = detector.detect(batch, stream.network) if batch else []
-        content = [
-            {
-                "id": picture.id,
-                "decoder": image.decoder,
-                "size_differs": picture.size not in (None, tuple(image.pixels.shape[1:])),
-                "detections": [_compact(row) for row in to_results(picture.id, detections, categories)],
-            }
-            for (picture, image), detections in zip(images.items(), found, strict=True)
-        ]
-        yield stream, {"pictures": content, "unreadable": unreadable}
+            held.enter_context(locked(out / ".lock", busy))
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(f"cannot write in {out}: {reason}; choose another folder") from None
+        yield
 
 
-def _compact(row: Result) -> list[Any]:
-    return [row["category_id"], *row["bbox"], row["score"]]
+def _discard(out: Path) -> None:
+    """Remove all that an earlier run wrote, so that none of it stays next to the new results.
+
+    Raises :class:`OutputError` if the disk refuses.
+    """
+    for name in ("ours", "reference"):
+        Shards(out / "shards", name, {}).clear()
+    files = [out / name for name in ("metrics.json", "detections.json", "reference_detections.json")]
+    try:
+        for file in (*files, *out.glob("detections_test-dev2017_*_results.json")):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {error.filename}: {error.strerror}; choose another --out") from None
 
 
-def _merge(kept: Mapping[str, Mapping[int, Any]]) -> Outcome:
-    """All batches in order. What is said of pictures is the same in every stream; the first is asked."""
-    outcome = Outcome(results={name: [] for name in kept})
-    for name, batches in kept.items():
-        for _, content in sorted(batches.items()):
-            for picture in content["pictures"]:
-                outcome.results[name] += [
-                    {"image_id": picture["id"], "category_id": category, "bbox": bbox, "score": score}
-                    for category, *bbox, score in picture["detections"]
-                ]
-    for _, content in sorted(next(iter(kept.values())).items()):
-        outcome.unreadable.update(content["unreadable"])
-        for picture in content["pictures"]:
-            outcome.evaluated.append(picture["id"])
-            outcome.decoders[picture["decoder"]] += 1
-            if picture["size_differs"]:
-                outcome.resized.append(picture["id"])
-    return outcome
+def _conclude(
+    dataset: Dataset, streams: Collection[Stream], outcome: Outcome, options: EvaluationOptions
+) -> EvaluationResult:
+    """Compute the figures and write the files."""
+    ours, reference = outcome.results["ours"], outcome.results.get("reference")
+    save_json(options.out / "detections.json", ours)
+    if reference is not None:
+        save_json(options.out / "reference_detections.json", reference)
+    if options.test_dev is not None:
+        save_json(options.out / server_file_name(options.test_dev), server_results(ours))
+    evaluations = {
+        stream.name: evaluate(dataset.content, outcome.results[stream.name], outcome.evaluated)
+        for stream in streams
+        if dataset.has_ground_truth
+    }
+    parity = compare_detections(ours, reference) if reference is not None else None
+    per_class = {name: evaluation.per_class for name, evaluation in evaluations.items()}
+    metrics = Metrics(
+        figures={name: evaluation.figures for name, evaluation in evaluations.items()},
+        images=len(outcome.evaluated),
+        settings={stream.name: stream.shards.settings for stream in streams},
+        per_class=per_class if options.per_class else None,
+        detection_parity=parity.figures() if parity else None,
+        skipped={str(image): reason for image, reason in outcome.unreadable.items()},
+        size_differs=outcome.resized,
+        decoders=dict(outcome.decoders),
+    )
+    save_json(options.out / "metrics.json", metrics.content())
+    return EvaluationResult(outcome, evaluations, parity, all(stream.exact for stream in streams), metrics)

@@ -1,8 +1,8 @@
-"""Results of numbered batches kept on disk as they come, so that a run that was killed goes on where it was.
+"""Results of numbered batches, kept on disk as they are computed, so that a killed run can resume.
 
 One file per process, one line per batch, appended. The first line holds the settings that the results depend
-on: results of other settings are never mixed in. Each line begins with a SHA-256 over the rest of it and the
-settings: what the disk has changed is no result. A last line that was cut short is as if it never was.
+on, so results of other settings are never mixed in. Each line starts with a SHA-256 over the rest of it and
+over the settings, so damage is detected. An incomplete last line is ignored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class ShardError(EfficientDetError):
 class Shards:
     """The kept batches of one network: files ``NAME-PROCESS.jsonl`` in ``folder``.
 
-    ``settings`` is what the results depend on, in JSON's types. Whoever reads sees the batches of every
-    process, also of an earlier run with another number of them.
+    ``settings``: all that the results depend on, in JSON's types. Reading returns the batches of every
+    process, also those of an earlier run with another number of processes.
     """
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -39,7 +39,7 @@ class Shards:
         return sorted(self.folder.glob(f"{self.name}-*.jsonl"))
 
     def read(self) -> dict[int, Any]:
-        """Batch number → what was kept of it. Raises :class:`ShardError`: other settings, damage."""
+        """Batch number → its content. Raises :class:`ShardError` for other settings and for damage."""
         kept: dict[int, Any] = {}
         for file in self.files():
             try:
@@ -63,7 +63,7 @@ class Shards:
         return kept
 
     def clear(self) -> None:
-        """Remove every kept batch. Raises :class:`OutputError` where the disk refuses."""
+        """Remove every kept batch. Raises :class:`OutputError` if the disk refuses."""
         try:
             for file in self.files():
                 file.unlink()
@@ -73,10 +73,7 @@ class Shards:
             ) from None
 
     def append(self, process: int, batch: int, content: Any) -> None:
-        """Keep one batch; it survives the end of the process, however that comes.
-
-        Raises :class:`OutputError` where the disk refuses.
-        """
+        """Keep one batch; it survives a killed process. Raises :class:`OutputError` if the disk refuses."""
         file = self.folder / f"{self.name}-{process}.jsonl"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +85,7 @@ class Shards:
                 stream.write(b"".join(lines))
         except OSError as error:
             raise OutputError(
-                f"cannot write {file}: {error.strerror or error}; free some space, then start again to go on"
+                f"cannot write {file}: {error.strerror or error}; free some space, then start again to resume"
             ) from None
 
 
@@ -96,37 +93,37 @@ _START, _MIDDLE = b'{"sha256": "', b'", '
 
 
 def _sealed(entry: Mapping[str, Any], seal: bytes) -> bytes:
-    """A line: JSON whose first member is the SHA-256 of ``seal`` and of all that comes after that member."""
+    """A line: JSON whose first member is the SHA-256 of ``seal`` and of everything after that member."""
     rest = json.dumps(entry).encode()[1:]
     return _START + hashlib.sha256(seal + rest).hexdigest().encode() + _MIDDLE + rest + b"\n"
 
 
 def _unsealed(line: bytes, seal: bytes) -> Any:
-    """The entry of a line without its end. Raises ValueError unless :func:`_sealed` wrote it."""
+    """The entry of a line (without its newline). Raises ValueError unless :func:`_sealed` wrote it."""
     start = len(_START) + 64 + len(_MIDDLE)
     rest = line[start:]
     digest = hashlib.sha256(seal + rest).hexdigest().encode()
     if line[:start] != _START + digest + _MIDDLE:
-        raise ValueError("another checksum")
+        raise ValueError("the checksum differs")
     return json.loads(b"{" + rest)
 
 
 def damaged(place: Path) -> ShardError:
-    """What to raise where kept results at ``place`` are not what was kept."""
+    """The error for kept results at ``place`` that are damaged."""
     return ShardError(
-        f"{place} is damaged, or an older version of this tool wrote it; --restart removes what is there and "
-        "begins anew"
+        f"{place} is damaged, or an older version of this tool wrote it; --restart removes it and "
+        "starts from the beginning"
     )
 
 
 def _whole_lines(file: Path) -> list[bytes]:
-    """Without their ends; what follows the last end was cut short."""
+    """The complete lines, without their newlines; text after the last newline is an incomplete line."""
     check_regular(file)
     return file.read_bytes().split(b"\n")[:-1]
 
 
 def _whole_size(file: Path) -> int:
-    """Bytes up to the end of the last whole line, found from the back."""
+    """Bytes up to the end of the last complete line, searched from the end."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         end = size
@@ -142,9 +139,11 @@ def _whole_size(file: Path) -> int:
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {_shown(before.get(key))} there, {_shown(now.get(key))} now" for key in keys)
+    return ", ".join(
+        f"{key}: {_shortened(before.get(key))} there, {_shortened(now.get(key))} now" for key in keys
+    )
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:12]}…"

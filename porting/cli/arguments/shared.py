@@ -11,10 +11,20 @@ from porting.hparams import Hparams, read_hparams
 from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
+from pytorch_model.detection.settings import DECODERS
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
+WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"
+LABELS_HELP = (
+    "names of the model's classes: a text file with one name per line (the first is class 1) or lines "
+    "'id: name', or JSON: a list, an {id: name} object, or COCO annotations (default: COCO's names for 90 "
+    "classes)"
+)
+DECODER_HELP = (
+    "how JPEG files are decoded; fast-dct equals tf.io.decode_jpeg and needs simplejpeg (default: pillow)"
+)
 JSON_HELP = "print a machine-readable summary on stdout"
 
 
@@ -113,3 +123,26 @@ def add_reference_options(parser: argparse._ActionsContainer, default: str | Non
 
 def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
     return ReferenceOptions(arguments.reference, arguments.graph)
+
+
+def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -> None:
+    """``--labels``, ``--decoder``, ``--hparams``, ``--device``, ``--batch-size``."""
+    parser.add_argument("--labels", type=Path, metavar="FILE", help=LABELS_HELP)
+    parser.add_argument("--decoder", choices=DECODERS, default="pillow", help=DECODER_HELP)
+    add_hparams_option(parser)
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=batch_size,
+        metavar="N",
+        help=f"images per batch (default: {batch_size})",
+    )
+
+
+def check_at_least_one(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:
+    """Reject an option of ``names`` that was given and is less than 1."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}, must be at least 1")

@@ -1,4 +1,4 @@
-"""Video files as numbered frames, and numbered frames as a video file, by PyAV (FFmpeg's libraries)."""
+"""Read a video file as numbered frames, and write frames as a video file, by PyAV (FFmpeg's libraries)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from porting.errors import OutputError
 from pytorch_model.detection.preprocess import MOST_PIXELS, ImageError
+from pytorch_model.errors import OutputError
 from pytorch_model.files import check_regular
 
 SUFFIXES = (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm", ".mpg", ".mpeg")
-# FFmpeg's names of the containers with these suffixes. It also knows play lists, which open other files.
-# "m4v", "h264" and "hevc" are streams without a container.
+# FFmpeg's names of the containers that have these suffixes. Others are left out, above all playlists, which
+# open other files. "m4v", "h264" and "hevc" are streams without a container.
 CONTAINERS = ("mov", "avi", "matroska", "mpeg", "mpegts", "mpegvideo", "m4v", "h264", "hevc", "flv", "asf")
 CURE = "fetch the file again, or convert it to MP4"
 CODECS = ("libx264", "mpeg4")  # the first that this FFmpeg can write
@@ -35,7 +35,7 @@ class Frame(NamedTuple):
 class VideoReader:
     """The frames of a video file, upright, in order of presentation.
 
-    Raises :class:`ImageError` where PyAV is not installed or the file is no video; so does iteration, at the
+    Raises :class:`ImageError` if PyAV is not installed or the file is not a video. Iteration raises it at the
     frame where the file stops being readable.
     """
 
@@ -45,7 +45,7 @@ class VideoReader:
         with ExitStack() as opened:
             try:
                 check_regular(path)
-                # FFmpeg is given the opened file, not its name: that it might take for an address.
+                # FFmpeg gets the opened file, not its name, which it might interpret as an address.
                 file = opened.enter_context(path.open("rb"))
                 self._container = opened.enter_context(
                     self._av.open(
@@ -54,9 +54,10 @@ class VideoReader:
                         options={"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"},
                     )
                 )
-            except self._av.ArgumentError:  # the words for what is not on the list are: invalid argument
+            except self._av.ArgumentError:  # raised for a format that is not on the list
                 raise ImageError(
-                    f"{path} is no video in an MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF file; {CURE}"
+                    f"{path} is not a video in an MP4, MOV, AVI, Matroska, WebM, MPEG, FLV or ASF file; "
+                    f"{CURE}"
                 ) from None
             except (self._av.FFmpegError, OSError) as error:
                 raise ImageError(f"{path} is not a readable video: {_reason(error)}; {CURE}") from None
@@ -67,7 +68,7 @@ class VideoReader:
         self._stream.thread_type = "AUTO"
         self.rate = self._stream.average_rate or Fraction(25)
         self.time_base = self._stream.time_base or 1 / self.rate
-        self.count: int | None = self._stream.frames or None  # what the file says, if it does
+        self.count: int | None = self._stream.frames or None  # if the file states it
 
     def __iter__(self) -> Iterator[Frame]:
         number = 0
@@ -96,9 +97,9 @@ class VideoReader:
 
 
 class VideoWriter:
-    """A video file of frames at their own times: H.264 where FFmpeg can write it. No sound.
+    """A video file of frames at given times, without sound; H.264 if FFmpeg can write it.
 
-    Raises :class:`OutputError` where FFmpeg or the disk refuses.
+    Raises :class:`OutputError` if FFmpeg or the disk cannot write it.
     """
 
     def __init__(self, path: Path, rate: Fraction, time_base: Fraction) -> None:
@@ -107,9 +108,11 @@ class VideoWriter:
         self.time_base = time_base
         codec = next((name for name in CODECS if name in self._av.codecs_available), CODECS[-1])
         try:
-            self._container = self._av.open(f"file:{path}", "w")  # else 12:30.mp4 is an address
+            self._container = self._av.open(
+                f"file:{path}", "w"
+            )  # without "file:", 12:30.mp4 would be an address
             self._stream = self._container.add_stream(codec, rate=rate)
-        except ValueError as error:  # PyAV's word for a codec that its FFmpeg lacks
+        except ValueError as error:  # raised for a codec that this FFmpeg lacks
             raise OutputError(
                 f"cannot write the video {path.name}: no codec {error}; install PyAV by `pip install av`"
             ) from None
@@ -117,12 +120,15 @@ class VideoWriter:
         self._stream.codec_context.time_base = time_base
         self._size: tuple[int, int] | None = None
 
-    def add(self, picture: np.ndarray, time: float) -> None:
-        """``picture``: uint8 [h, w, 3]; an odd side loses its last row or column: the format has none."""
-        height, width = (side - side % 2 for side in picture.shape[:2])
+    def add(self, image: np.ndarray, time: float) -> None:
+        """Add a frame, shown from ``time`` in seconds.
+
+        ``image``: uint8 [h, w, 3], RGB. An odd side loses its last row or column: the format needs even ones.
+        """
+        height, width = (side - side % 2 for side in image.shape[:2])
         if self._size is None:
             self._size = self._stream.height, self._stream.width = height, width
-        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture[:height, :width]), "rgb24")
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), "rgb24")
         if (height, width) != self._size:
             frame = frame.reformat(width=self._size[1], height=self._size[0])
         frame.pts, frame.time_base = round(time / self.time_base), self.time_base
@@ -135,15 +141,15 @@ class VideoWriter:
         try:
             self._container.close()
         except (self._av.FFmpegError, OSError) as error:
-            raise self._refused(error) from None
+            raise self._write_error(error) from None
 
     def _mux(self, frame: Any) -> None:
         try:
             self._container.mux(self._stream.encode(frame))
         except (self._av.FFmpegError, OSError) as error:
-            raise self._refused(error) from None
+            raise self._write_error(error) from None
 
-    def _refused(self, error: Any) -> OutputError:
+    def _write_error(self, error: Any) -> OutputError:
         return OutputError(
             f"cannot write the video {self.path.name}: {_reason(error)}; free some space or choose "
             "another --out"
@@ -151,7 +157,7 @@ class VideoWriter:
 
 
 def is_video(path: Path) -> bool:
-    """By its name; a folder is none."""
+    """Whether ``path`` has the name of a video and is not a folder."""
     return path.suffix.lower() in SUFFIXES and not os.path.isdir(path)
 
 

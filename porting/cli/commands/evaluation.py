@@ -1,4 +1,4 @@
-"""What an evaluation says at its end: the figures side by side, detection parity, classes, notes."""
+"""Tables and notes of an evaluation: figures side by side, detection parity, classes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pytorch_model.evaluation.coco import FIGURES, Evaluation
 from pytorch_model.evaluation.detection_parity import DetectionParity
+from pytorch_model.evaluation.figures import FIGURES, Evaluation
 
 _MEANING = {
     "AP": "IoU 0.50:0.95",
@@ -29,7 +29,7 @@ _MEANING = {
 
 
 def figures_table(ours: Evaluation, reference: Evaluation | None, kind: str) -> Table:
-    """The twelve figures: ours, and beside them the reference's and the difference where there is one."""
+    """The twelve figures: ours, and with a reference also its figures and the difference."""
     table = Table()
     table.add_column("figure")
     table.add_column("")
@@ -52,20 +52,20 @@ def per_class_table(ours: Evaluation, reference: Evaluation | None, names: Mappi
 
 
 def parity_table(parity: DetectionParity) -> Table:
-    table = Table(title="detections against the reference's", title_justify="left", show_header=False)
+    table = Table(title="detections compared with the reference's", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("AP of ours, the reference's taken for ground truth", f"{parity.ap:.4f}")
+    table.add_row("AP of ours, with the reference's as ground truth", f"{parity.ap:.4f}")
     table.add_row("detections: ours, reference's", f"{parity.ours:,}, {parity.reference:,}")
     table.add_row("pairs", f"{parity.pairs:,}")
     table.add_row("unmatched: ours, reference's", f"{parity.unmatched_ours}, {parity.unmatched_reference}")
-    table.add_row("pairs with another label", str(parity.label_flips))
+    table.add_row("pairs with different labels", str(parity.label_flips))
     table.add_row("score difference: largest, mean", f"{parity.score_largest:.1e}, {parity.score_mean:.1e}")
     table.add_row(
         "box difference in pixels: largest, mean", f"{parity.box_largest:.1e}, {parity.box_mean:.1e}"
     )
     if parity.saturated:
-        table.add_row("reference's scores that round to 1: their order is chance", str(parity.saturated))
+        table.add_row("reference's scores that round to 1, in random order", str(parity.saturated))
     return table
 
 
@@ -76,7 +76,7 @@ def print_notes(
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     if resized:
         console.print(
-            f"{resized} pictures have another size than the annotations say: their boxes may be off",
+            f"{resized} images differ in size from the annotations: their boxes may be off",
             style="yellow",
             soft_wrap=True,
         )
@@ -84,16 +84,36 @@ def print_notes(
         console.print(f"skipped {reason}", style="yellow", markup=False, soft_wrap=True)
     if unreadable:
         console.print(
-            f"{len(unreadable)} pictures skipped: no figure counts them; --restart tries again",
+            f"{len(unreadable)} images skipped: no figure counts them; --restart tries again",
             style="yellow",
         )
 
 
 def _cells(ours: float, reference: float | None) -> list[str]:
-    """Ours, and the reference's and the difference where there is one. COCO's -1: nothing is annotated."""
+    """Our figure; with a reference also its figure and the difference. COCO's -1: nothing is annotated."""
     if ours < 0:
         return ["none annotated"]
     if reference is None:
         return [f"{ours:.4f}"]
     difference = f"{ours - reference:+.4f}" if ours != reference else "0"
     return [f"{ours:.4f}", f"{reference:.4f}", difference]
+
+
+def print_parity(console: Console, parity: DetectionParity, exact: bool) -> None:
+    """The comparison with the reference, and the verdict if the reference is ``exact``."""
+    console.print(parity_table(parity))
+    if not exact:
+        console.print("no verdict: the reference is quantised, and its rounding is part of its results")
+        return
+    if not parity.reference:
+        console.print("[red bold]FAILED[/] detection parity: the reference found nothing to compare with")
+        return
+    verdict = "[green bold]passed[/]" if parity.passed else "[red bold]FAILED[/]"
+    console.print(f"{verdict} detection parity: AP {parity.ap:.4f}, must be 1.000", soft_wrap=True)
+    if parity.saturated and not parity.passed:
+        console.print(
+            f"{parity.saturated} of the reference's scores round to 1, so their order is random: these "
+            "weights were not made for such images, and detections cannot prove them; verify.py can",
+            style="yellow",
+            soft_wrap=True,
+        )

@@ -1,0 +1,76 @@
+"""``detect``: detect in images or a video, print what was found."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from porting.cli.arguments.detect import DetectOptions
+from porting.cli.commands.progress import ImageBar
+from porting.cli.process import EXIT_FAILED, print_json
+from porting.hparams import nms_and_size
+from pytorch_model import load_model
+from pytorch_model.detection.detector import Detector
+from pytorch_model.detection.labels import load_names
+from pytorch_model.detection.run import detect_into, list_images, prepare_folder
+from pytorch_model.devices import choose_device
+
+
+def run(options: DetectOptions) -> int:
+    console = Console(stderr=options.json, highlight=False)
+    files = list_images(options.images)
+    prepare_folder(options.out, files)
+    model = load_model(options.weights).to(choose_device(options.device))
+    names = load_names(options.labels, model.config.num_classes)
+    nms, image_size = nms_and_size(options.hparams, model.config)
+    detector = Detector(
+        model,
+        image_size=image_size,
+        nms=nms,
+        score_threshold=options.score_threshold,
+        decoder=options.decoder,
+    )
+    with ImageBar(console) as bar:
+        result = detect_into(
+            options.out,
+            detector,
+            files,
+            names,
+            weights=str(options.weights),
+            batch_size=options.batch_size,
+            listener=bar,
+        )
+    classes = Counter(names[row["category_id"]] for row in result.rows)
+    _draw(console, result.summary, classes, bar.seconds, options.out)
+    if options.json:
+        print_json(result.summary)
+    return EXIT_FAILED if result.summary["unreadable"] else 0
+
+
+def _draw(
+    console: Console, summary: dict[str, Any], classes: Counter[str], seconds: float, out: Path
+) -> None:
+    images, unreadable = summary["images"], summary["unreadable"]
+    decoders = Counter(image["decoder"] for image in images)
+    table = Table(title=f"{summary['model']} on {summary['device']}", show_header=False)
+    table.add_row("frames" if images and "frame" in images[0] else "images", str(len(images)))
+    turned = sum(image.get("exif_orientation", 1) != 1 for image in images)
+    if turned:
+        table.add_row("turned upright, by EXIF", str(turned))
+    table.add_row("read by", ", ".join(f"{name} ({count})" for name, count in decoders.items()))
+    table.add_row(f"detections above {summary['score_threshold']:g}", str(sum(classes.values())))
+    for name, count in classes.most_common(8):
+        table.add_row(f"  {name}", str(count))
+    if len(classes) > 8:
+        table.add_row("  others", str(sum(classes.values()) - sum(n for _, n in classes.most_common(8))))
+    table.add_row("time", f"{seconds:.1f} s, {1000 * seconds / max(len(images), 1):.0f} ms per image")
+    table.add_row("wrote", str(out))
+    console.print(table)
+    for path, reason in unreadable.items():
+        console.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    if unreadable:
+        console.print(f"{len(unreadable)} images skipped", style="yellow")
