@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from porting.checkpoint import Checkpoint, open_checkpoint, wire
-from porting.checkpoint.v2 import snappy, table
+from porting.checkpoint.v2 import index, snappy, table
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.locate import locate
@@ -229,6 +229,15 @@ def test_forged_index(tmp_path: Path, items: Mapping[bytes, bytes], reason: str)
     path.write_bytes(table.write_table(sorted(items.items())))
     with pytest.raises(CheckpointError, match=reason):
         read_index(path)
+
+
+def test_long_shapes_are_not_kept_in_memory() -> None:
+    """A compressed index of a few megabytes could hold a gigabyte of them."""
+    shape = wire.bytes_field(2, wire.int_field(1, 2)) + wire.bytes_field(9, bytes(1000))
+    before = index._cached_shape.cache_info()
+    message = wire.int_field(1, 1) + wire.bytes_field(2, shape) + wire.int_field(5, 8)
+    assert index._read_entry(message).shape == (2,)
+    assert index._cached_shape.cache_info() == before
 
 
 def test_huge_claims_allocate_nothing(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_folder_that_is_not_writable(work: Path, name: str) -> None:
     done = run(work, LOCKED[name], heed_permissions)
     assert done.returncode == 2, done.stdout + done.stderr
     assert re.fullmatch(
-        "error: (cannot write )?locked.*: Permission denied; (choose|free some space or say) .*\n",
+        "error: (cannot write )?locked.*: Permission denied; (choose|free some space or give) .*\n",
         done.stderr,
     )
     assert not re.search("[a-z]", done.stdout)

@@ -51,6 +51,7 @@ _OTHER_DTYPES = {DT_STRING: "string", 8: "complex64", 18: "complex128", 20: "res
 DTYPE_NUMBERS = {dtype: number for number, (_, dtype) in _DTYPES.items() if number != DT_BFLOAT16}
 
 _MOST_INDEX_BYTES = 16 << 20  # of an index file; that of D4 with averages has 100 kB
+_LONGEST_CACHED = 128  # bytes of a TensorShapeProto; a convolution kernel's has about 20
 _MOST_NAME_BYTES = (
     8 << 20
 )  # a key shares the beginning of the one before, so a small file can hold very long ones
@@ -218,8 +219,13 @@ def _read_entry(message: bytes) -> Entry:
     return Entry(dtype, shape, shard, offset, size, crc32c, partitioned)
 
 
-@lru_cache(maxsize=1024)  # the thousands of entries of a checkpoint share a few hundred shapes
 def _shape(message: bytes) -> tuple[int, ...]:
+    # A long message is not from TensorFlow; a cache of such messages could hold gigabytes.
+    return _cached_shape(message) if len(message) < _LONGEST_CACHED else parse_shape(message)
+
+
+@lru_cache(maxsize=1024)  # the thousands of entries of a checkpoint share a few hundred shapes
+def _cached_shape(message: bytes) -> tuple[int, ...]:
     return parse_shape(message)
 
 
