@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -329,12 +329,32 @@ def _flat(values: Any) -> tuple[Any, ...]:
     return tuple(n for value in values for n in (value if isinstance(value, tuple) else (value,)))
 
 
+#: A condition and the message of the error if it does not hold.
+_Require = Callable[[object, str], None]
+
+
 def _check(config: EfficientDetConfig) -> None:
+    """Raise :class:`ConfigError` unless ``config`` can be built. Later checks rely on earlier ones."""
+
     def require(condition: object, message: str) -> None:
         if not condition:
             raise ConfigError(f"{config.name}: {message}")
 
     _check_name(config.name)
+    _check_numbers(config, require)
+    _check_ratios(config.aspect_ratios, require)
+    _check_levels(config, require)
+    require(
+        config.fpn_weight_method in WEIGHT_METHODS,
+        f"fpn_weight_method is {shown(config.fpn_weight_method)}, must be one of {', '.join(WEIGHT_METHODS)}",
+    )
+    require(
+        config.act_type in ACTIVATIONS,
+        f"act_type is {shown(config.act_type)}, must be one of {', '.join(ACTIVATIONS)}",
+    )
+
+
+def _check_numbers(config: EfficientDetConfig, require: _Require) -> None:
     pair = config.image_size
     require(
         isinstance(pair, tuple) and len(pair) == 2, f"image_size is {shown(pair)}, must be (height, width)"
@@ -362,7 +382,9 @@ def _check(config: EfficientDetConfig) -> None:
         survival is None or (isinstance(survival, (int, float)) and 0 <= survival <= 1),
         f"survival_prob is {shown(survival)}, must be a probability or None",
     )
-    ratios = config.aspect_ratios
+
+
+def _check_ratios(ratios: tuple[Any, ...], require: _Require) -> None:
     require(len(ratios) >= 1, "aspect_ratios is empty")
     require(
         len(ratios) <= MOST_ASPECT_RATIOS,
@@ -372,6 +394,9 @@ def _check(config: EfficientDetConfig) -> None:
         all(not isinstance(ratio, tuple) or len(ratio) == 2 for ratio in ratios),
         f"aspect_ratios is {shown(ratios)}, must be numbers or (width, height) pairs",
     )
+
+
+def _check_levels(config: EfficientDetConfig, require: _Require) -> None:
     endpoints = config.backbone.reduction_blocks
     require(
         config.min_level in endpoints and config.min_level <= MAX_BACKBONE_LEVEL,
@@ -400,14 +425,6 @@ def _check(config: EfficientDetConfig) -> None:
             and given[-1] == len(config.backbone.blocks) - 1
         ),
         f"endpoints are {shown(given)}, must be a block of stride 8, one of stride 16 and the last block",
-    )
-    require(
-        config.fpn_weight_method in WEIGHT_METHODS,
-        f"fpn_weight_method is {shown(config.fpn_weight_method)}, must be one of {', '.join(WEIGHT_METHODS)}",
-    )
-    require(
-        config.act_type in ACTIVATIONS,
-        f"act_type is {shown(config.act_type)}, must be one of {', '.join(ACTIVATIONS)}",
     )
 
 
