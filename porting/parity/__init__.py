@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from porting.parity.lockstep import ParityResult, TapResult, compare, tapped, tensorflow_reference
     from porting.parity.measure import Difference, difference, tolerances
+    from porting.parity.prove import Listener, Proof, prove
 
 _HOMES = {
     "Difference": "measure",
+    "Listener": "prove",
     "ParityResult": "lockstep",
+    "Proof": "prove",
     "TapResult": "lockstep",
     "compare": "lockstep",
     "difference": "measure",
+    "prove": "prove",
     "tapped": "lockstep",
     "tensorflow_reference": "lockstep",
     "tolerances": "measure",
@@ -25,10 +29,13 @@ _HOMES = {
 
 __all__ = [
     "Difference",
+    "Listener",
     "ParityResult",
+    "Proof",
     "TapResult",
     "compare",
     "difference",
+    "prove",
     "tapped",
     "tensorflow_reference",
     "tolerances",

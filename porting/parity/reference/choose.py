@@ -15,10 +15,10 @@ import numpy as np
 
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.tflite.checkpoint import is_tflite
-from porting.convert import convert
+from porting.convert import Conversion, convert
 from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
-from porting.parity.reference import META, SAVED_MODEL
+from porting.parity.reference import META, OPS, SAVED_MODEL
 from porting.parity.reference.graph import meta_beside, open_meta, open_saved_model
 from porting.parity.reference.tflite import TFLiteReference
 from pytorch_model.config import EfficientDetConfig
@@ -42,6 +42,31 @@ class FileReference(Protocol):
 
     def on(self, images: np.ndarray) -> Reference:
         """The reference on ``images``, float32 [N, H, W, 3], normalised. Raises :class:`EfficientDetError`."""
+
+
+def choose_reference(
+    kind: str, graph: Path | None, checkpoint: Checkpoint, conversion: Conversion
+) -> FileReference | None:
+    """The file that ``--reference`` and ``--graph`` name; None for ``ops``.
+
+    Raises :class:`EfficientDetError`, also if TensorFlow is not installed.
+    """
+    require_tensorflow()
+    if kind != OPS:
+        return open_reference(kind, checkpoint, graph, conversion.config, conversion.variables)
+    if graph:
+        raise EfficientDetError("--graph is for --reference meta, savedmodel or tflite; say which it is")
+    return None
+
+
+def require_tensorflow() -> None:
+    """Raises :class:`EfficientDetError` if TensorFlow is not installed."""
+    try:
+        import tensorflow  # noqa: F401
+    except ImportError:
+        raise EfficientDetError(
+            "the reference needs TensorFlow, which is not installed: pip install -e '.[tensorflow]'"
+        ) from None
 
 
 def open_reference(

@@ -51,7 +51,7 @@ import numpy as np
 
 from porting.parity.lockstep import ParityResult, TapResult
 from porting.parity.measure import Difference, tolerances
-from porting.parity.precision import Cost
+from porting.parity.precision import PrecisionCost
 from porting.parity.report.thumbnails import Thumbnails, bin_edges
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import replacing
@@ -77,7 +77,7 @@ class Report:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: str | None = None
     thumbnails: Thumbnails | None = None
-    variants: tuple[Cost, ...] = ()
+    precisions: tuple[PrecisionCost, ...] = ()
     not_the_port: bool = False
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ def report_dict(report: Report) -> dict[str, Any]:
             _layer({result.dtype: tap for result, tap in zip(report.results, taps, strict=True)})
             for taps in zip(*(result.taps for result in report.results), strict=True)
         ],
-        "variants": variant_rows(report.variants),
+        "variants": precision_rows(report.precisions),
         "histograms": _histograms(report.thumbnails),
     }
     plain: dict[str, Any] = _plain(document)
@@ -173,7 +173,7 @@ def _layer(by_dtype: Mapping[str, TapResult]) -> dict[str, Any]:
     }
 
 
-def variant_rows(costs: Iterable[Cost]) -> list[dict[str, Any]]:
+def precision_rows(costs: Iterable[PrecisionCost]) -> list[dict[str, Any]]:
     """``variants`` of the document, infinities as strings."""
     rows = [
         {
