@@ -136,7 +136,7 @@ def release(arguments: argparse.Namespace, console: Console) -> int:
         config=conversion.config,
         metadata={
             "source": source,
-            "values": conversion.weights,
+            "values": conversion.values_kind,
             "variables_sha256": conversion.digest,
             "picture": f"{images.shape[1]}×{images.shape[2]}, seeded",
             "torch": torch.__version__,

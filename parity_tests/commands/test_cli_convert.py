@@ -73,6 +73,16 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, checkpoint: Path) -
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("out", [".", "new/", "there", "there/"])
+def test_a_folder_gets_a_file_of_the_default_name(out: str, tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "there").mkdir()
+    done = convert("--ckpt", checkpoint, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written == [tmp_path / out / "efficientdet_lite0.safetensors"]
+    assert load_model(written[0]).config == model_config(MODEL)
+
+
 def test_json_is_all_there_is_on_stdout(tmp_path: Path, checkpoint: Path) -> None:
     done = convert("--ckpt", checkpoint / "model.index", "--json", "--raw", "--out", "x.pth", cwd=tmp_path)
     summary = json.loads(done.stdout)
@@ -87,9 +97,9 @@ def test_what_the_file_tells_goes_with_the_weights(tmp_path: Path) -> None:
     """A TFLite file knows its image size, anchors and input range; none of it is the variant's by guess."""
     done = convert("--ckpt", GOLDENS / "tiny-lite-int8.tflite", "--out", "x.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("told")]
-    assert len(told) == 1
-    assert f"image_size {TINY.image_size[0]}×{TINY.image_size[1]}" in told[0]
+    settings = [line for line in done.stdout.splitlines() if line.startswith("from the file")]
+    assert len(settings) == 1
+    assert f"image_size {TINY.image_size[0]}×{TINY.image_size[1]}" in settings[0]
     found = load_model(tmp_path / "x.safetensors").config
     for field in ("image_size", "act_type", "aspect_ratios", "anchor_scale", "mean_rgb", "stddev_rgb"):
         assert getattr(found, field) == getattr(TINY, field)
@@ -98,7 +108,8 @@ def test_what_the_file_tells_goes_with_the_weights(tmp_path: Path) -> None:
         cwd=tmp_path,
     )  # fmt: skip
     assert load_model(tmp_path / "x.safetensors").config.anchor_scale == 7
-    assert "anchor_scale" not in next(line for line in done.stdout.splitlines() if line.startswith("told"))
+    row = next(line for line in done.stdout.splitlines() if line.startswith("from the file"))
+    assert "anchor_scale" not in row
 
 
 @pytest.mark.usefixtures("tensorflow")
@@ -199,7 +210,7 @@ def test_nan_is_refused(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
         (["--model", "efficientdet-d0"], "these are efficientdet-lite0's variables"),
         (["--out", "weights.bin"], "use a name that ends in .safetensors or .pth"),
         (["--out", "nowhere/w.pth"], "there is no folder nowhere"),
-        (["--size", "128"], "--size is the picture that --verify compares on; add --verify, or leave it out"),
+        (["--size", "128"], "--size is the image size at which --verify compares; add --verify"),
         (["--verify", "--size", "-5"], "--size -5 is not a size"),
         (["--verify", "--size", "0"], "--size 0 is not a size"),
     ],

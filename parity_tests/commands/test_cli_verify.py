@@ -50,7 +50,7 @@ CKPT = ("--ckpt", "synthetic/efficientdet-lite0", "--size", "128")
 @pytest.mark.usefixtures("tensorflow")
 def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
     done = verify(
-        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--variants", cwd=folder
+        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--precision", cwd=folder
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -113,7 +113,7 @@ def test_what_the_tolerances_do_not_see_is_named(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--ckpt", "synthetic/efficientdet-lite0", "--size", "big"], "--size big is not a size"),
-        (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "cannot run on device 'abacus'"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "--device abacus cannot be used"),
         (["--ckpt", "nowhere"], "nowhere"),
         (["--ckpt", "synthetic/efficientdet-lite0", "--graph", "x"], "--graph is for --reference meta"),
         (["--ckpt", "synthetic/efficientdet-lite0", "--weights", "none.pth"], "no weight file at none.pth"),

@@ -41,19 +41,16 @@ from parity_tests.helpers.training import (
 from porting.convert import apply_rules
 from porting.errors import ConfigError
 from porting.parity import tapped
-from porting.parity.gradients import (
+from porting.parity.backward import (
     IMAGES,
     Backward,
-    GradientResult,
     Outputs,
-    cancelling,
-    compare_gradients,
     fusion_magnitude,
     pytorch_backward,
     random_projection,
-    shifts,
     tensorflow_backward,
 )
+from porting.parity.gradients import GradientResult, cancelling, compare_gradients, shifts
 from porting.rules import TapPair, rules
 from porting.synthetic import EMA_SUFFIX, MOMENTUM_SUFFIX, synthetic_image, synthetic_variables
 from porting.transforms import FOLD_BIAS_INTO_MEAN

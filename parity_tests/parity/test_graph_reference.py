@@ -468,9 +468,10 @@ AGAINST = ("--weights", "a", "--against", "b")
         (
             "verify.py",
             [*AGAINST, "--reference", "meta"],
-            "there is no --reference",
+            "so --reference has no effect",
         ),
-        ("verify.py", [*AGAINST, "--variants"], "so there are no --variants"),
+        ("verify.py", [*AGAINST, "--variants"], "so --precision has no effect"),
+        ("verify.py", ["--ckpt", "x", "--against", "b"], "--against is compared with --weights: give both"),
         ("verify.py", [], "give --ckpt, or --weights and --against"),
         ("eval_coco.py", ["--weights", "x", "--out", "y"], "give --coco or --annotations"),
         ("verify.py", ["--ckpt", "x", "--reference", "keras"], "invalid choice: 'keras'"),

@@ -34,7 +34,14 @@ class Command:
 
 COMMANDS: Mapping[str, Command] = {
     command.name: command
-    for command in (Command("export", "write PyTorch weights in the format of another program", "export"),)
+    for command in (
+        Command("convert", "port a TensorFlow checkpoint to PyTorch weights", "convert"),
+        Command("verify", "prove weights layer by layer, or compare two sets of weights", "verify"),
+        Command("export", "write PyTorch weights in the format of another program", "export"),
+        Command("audit", "count parameters and multiply-adds, compared with the paper's", "audit"),
+        Command("inspect", "show what a checkpoint holds, without converting it", "inspect"),
+        Command("bench", "measure speed as ratios", "bench"),
+    )
 }
 
 _THREAD_COUNTS = (

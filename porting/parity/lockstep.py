@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from porting.errors import EfficientDetError
+from porting.errors import CheckFailedError
 from porting.parity.measure import Difference, difference, tolerances
 from porting.rules import TapPair, taps
 from pytorch_model.efficientdet import EfficientDet
@@ -252,12 +252,12 @@ class _Stream:
             pass
 
     def take(self, name: str) -> np.ndarray:
-        """The reference's activation at tap ``name``. Raises EfficientDetError if it never gets there."""
+        """The reference's activation at tap ``name``. Raises CheckFailedError if there is none."""
         while name not in self._early:
             item = self._queue.get()
             if item is None:
-                raise EfficientDetError(
-                    f"porting/rules.py names the tap {name}, which the reference does not have; mend it there"
+                raise CheckFailedError(
+                    f"porting/rules.py names the tap {name}, which the reference does not have; fix it there"
                 )
             if isinstance(item, BaseException):
                 raise item

@@ -47,7 +47,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A fault: ``kind`` in a few words, ``detail`` in a sentence; ``weights``: the layer's tensors, worst first."""
+    """A fault. ``kind``: a few words. ``detail``: a sentence. ``weights``: the layer's tensors, worst first."""
 
     module: str
     tap: str
