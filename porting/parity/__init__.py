@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from porting.parity.lockstep import ParityResult, TapResult, compare, tapped, tensorflow_reference
     from porting.parity.measure import Difference, difference, tolerances
-    from porting.parity.prove import Listener, Proof, prove
+    from porting.parity.proof import Listener, Proof, prove
 
 _HOMES = {
     "Difference": "measure",
-    "Listener": "prove",
+    "Listener": "proof",
     "ParityResult": "lockstep",
-    "Proof": "prove",
+    "Proof": "proof",
     "TapResult": "lockstep",
     "compare": "lockstep",
     "difference": "measure",
-    "prove": "prove",
+    "prove": "proof",
     "tapped": "lockstep",
     "tensorflow_reference": "lockstep",
     "tolerances": "measure",

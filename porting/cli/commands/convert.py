@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def _split(out: str | None) -> tuple[Path, Path | None]:
     if out is None:
         return Path(), None
     path = Path(out)
-    is_folder = out.endswith("/") or path.is_dir()
+    is_folder = out.endswith("/") or os.path.isdir(out)  # Path.is_dir raises on a name that is too long
     return (path, None) if is_folder else (path.parent, path)
 
 

@@ -15,11 +15,11 @@ from porting.parity.diagnosis.diagnose import Diagnosis
 from porting.parity.lockstep import ParityResult, TapResult
 from porting.parity.measure import tolerances
 from porting.parity.precision import PrecisionCost
-from porting.parity.prove import Proof
+from porting.parity.proof import Proof
 
 
 class ProofLines:
-    """A :class:`porting.parity.prove.Listener` that draws a bar for float64 and a line per layer of float32.
+    """A :class:`porting.parity.proof.Listener` that draws a bar for float64 and a line per layer of float32.
 
     Use it as a context manager around the proof.
     """

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.convert import Conversion
-from porting.parity.prove import Proof
+from porting.parity.proof import Proof
 from porting.parity.report.content import Report, write_json
 from porting.parity.report.html import write_html
 from porting.parity.report.thumbnails import Thumbnails
