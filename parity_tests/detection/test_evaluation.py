@@ -1073,7 +1073,7 @@ def test_a_file_that_takes_one_picture_at_a_time(tensorflow: object) -> None:
             raise ValueError("Cannot reshape\nat length")
 
     network = file_network(OneAtATime(), model_config("efficientdet-d0"))
-    message = r"one.meta on 2 pictures at once \(Cannot reshape\); try --batch-size 1"
+    message = r"one.meta on 2 images at once \(Cannot reshape\); try --batch-size 1"
     with pytest.raises(EfficientDetError, match=message):
         network(torch.zeros(2, 3, 64, 64))
 

@@ -28,7 +28,7 @@ from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import apply_rules
 from porting.errors import EfficientDetError
 from porting.parity import ParityResult, compare
-from porting.parity.reference import graph as graph_reference
+from porting.parity.reference import graph_session
 from porting.parity.reference.choose import FileReference, open_reference
 from porting.parity.reference.graph import open_meta, open_saved_model
 from porting.parity.reference.graph_taps import find_taps
@@ -147,7 +147,7 @@ def test_one_activation_at_a_time_gives_the_same(
     """However many stretches the graph is run in, to bound the memory."""
     path, config, variables, images = d0
     whole = compared(open_meta(path, config, variables), config, variables, images)
-    monkeypatch.setattr(graph_reference, "_AT_ONCE", 200_000)
+    monkeypatch.setattr(graph_session, "_AT_ONCE", 200_000)
     pieces = compared(open_meta(path, config, variables), config, variables, images)
     assert pieces == whole
 
@@ -166,9 +166,7 @@ def test_a_training_graph_is_refused(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_told(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]) -> None:
     path, config, variables, images = d0
-    with pytest.raises(
-        EfficientDetError, match="built for pictures of 128×128, not 96×96; try --size 128x128"
-    ):
+    with pytest.raises(EfficientDetError, match="built for images of 128×128, not 96×96; try --size 128x128"):
         open_meta(path, config, variables).on(np.zeros((1, 96, 96, 3), np.float32))
     with pytest.raises(
         EfficientDetError, match=r"none of the one convolution that reads efficientnet-b1/stem"
