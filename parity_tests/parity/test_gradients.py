@@ -76,7 +76,7 @@ def pictures(config: EfficientDetConfig, size: tuple[int, int], count: int = 2) 
 
 slow = pytest.mark.slow
 BOTH = (False, True)
-# Two pictures of 136 pixels leave 2×2 at P7, so eight values a channel; D7x, with a P8 of 1×2, four.
+# Two images of 136 pixels leave 2×2 at P7, so eight values per channel; D7x, with a P8 of 1×2, four.
 FAST = [("efficientdet-d0", (136, 136), BOTH), ("efficientdet-lite0", (136, 136), BOTH)]
 SLOW = [
     ("efficientdet-d0", (256, 256), (True,)),

@@ -94,7 +94,7 @@ def test_counters_and_nan_and_layout_do_not_matter(exact: State) -> None:
     a["backbone.stem.bn.bias"] = b["backbone.stem.bn.bias"] = torch.full((32,), math.nan, dtype=torch.float64)
     comparison = against(a, b)
     assert comparison.verdict is Verdict.EXACT
-    assert comparison.notes == ("the counts of training batches differ, which no evaluation reads",)
+    assert comparison.notes == ("the counts of training batches differ, which evaluation does not read",)
 
 
 def test_zero_has_no_sign_that_matters(exact: State) -> None:
@@ -441,7 +441,7 @@ def test_settings_that_change_the_network(exact: State) -> None:
 def test_without_a_configuration(exact: State) -> None:
     comparison = compare_weights(ComparedWeights("a", exact), ComparedWeights("b", exact, CONFIG))
     assert comparison.verdict is Verdict.EXACT
-    assert comparison.notes == ("a carries no configuration; the other's is taken to hold for both",)
+    assert comparison.notes == ("a has no configuration; the other's is used for both",)
     shuffled = dict(reversed(exact.items()))
     for key in ("backbone.stem.bn.bias", "class_net.predict.pointwise.bias"):
         shuffled[key] = exact[key] + 1

@@ -21,9 +21,9 @@ PROGRAM = "efficientdet-porting"
 
 @dataclass(frozen=True)
 class Command:
-    """One command. ``module``: of that name in ``arguments`` and in ``commands``.
+    """One command. ``module``: its name in ``arguments`` and in ``commands``.
 
-    ``one_thread``: what it writes must not depend on the number of threads, whose sums end in other digits.
+    ``one_thread``: run on one thread, because sums end in other digits on more, and the files must not.
     """
 
     name: str

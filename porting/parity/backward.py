@@ -16,7 +16,7 @@ from pytorch_model.efficientdet import EfficientDet
 
 IMAGES = "images"
 
-#: Class and box outputs of one network, one array [N, H_l, W_l, outputs] a level.
+#: Class and box outputs of one network, one array [N, H_l, W_l, outputs] per level.
 Outputs = tuple[list[np.ndarray], list[np.ndarray]]
 
 #: The gradient of a loss with respect to the outputs, in the outputs' shapes.
@@ -25,13 +25,13 @@ LossGradient = Callable[[Outputs], Outputs]
 
 @dataclass(frozen=True)
 class Backward:
-    """One network, once forward and once backward. Names are the network's own.
+    """The result of one forward and one backward pass. Names are those of the network's framework.
 
     ``gradients``: by parameter, and under ``images`` the input's, [N, H, W, 3]. ``statistics``: every moving
-    statistic as the forward pass left it. Arrays have the layout of the framework they come from.
+    statistic after the forward pass. Arrays have the layout of the framework they come from.
 
-    ``summed``, from PyTorch only: the magnitude Σ|term| of what a gradient is the sum of, under a batch
-    norm's ``bias`` and ``running_mean`` (a shift behind it, and one ahead of it) and under fusion weights.
+    ``summed``, from PyTorch only: the sum of magnitudes Σ|term| where a gradient is Σ term. It has entries for a
+    batch norm's ``bias`` and ``running_mean`` (a shift after it, and one before it) and for fusion weights.
     """
 
     outputs: Outputs
@@ -48,10 +48,10 @@ def random_projection(outputs: Outputs) -> Outputs:
 
 
 def pytorch_backward(model: EfficientDet, images: np.ndarray, loss_gradient: LossGradient) -> Backward:
-    """``model`` forward and backward on ``images`` [N, H, W, 3], in its own mode, float type and device.
+    """Run ``model`` forward and backward on ``images`` [N, H, W, 3], in its own mode, float type and device.
 
-    In training mode the model's running statistics move, as in any training step. Parameters keep their
-    ``grad`` fields untouched.
+    In training mode the model's running statistics change, as in any training step. The ``grad`` fields of
+    parameters do not change.
     """
     parameters = dict(model.named_parameters())
     like = next(iter(parameters.values()))
@@ -78,7 +78,7 @@ def pytorch_backward(model: EfficientDet, images: np.ndarray, loss_gradient: Los
 
 @contextmanager
 def _magnitudes(model: EfficientDet) -> Iterator[dict[str, torch.Tensor]]:
-    """While it lasts, a backward pass fills in :attr:`Backward.summed`; zeros where no gradient comes by."""
+    """During this context, a backward pass fills in :attr:`Backward.summed`; zeros without a gradient."""
     found: dict[str, torch.Tensor] = {}
 
     def watch(name: str, x: torch.Tensor, magnitude: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -116,7 +116,7 @@ def _magnitudes(model: EfficientDet) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def fusion_magnitude(fuse: Fuse, inputs: list[torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
-    """|dw′ⱼ/dwⱼ at Σw held| · (|hⱼ| + Σᵢ w′ᵢ|hᵢ|), in the shape of the fusion weights; h = d/dw′."""
+    """|dw′ⱼ/dwⱼ with Σw constant| · (|hⱼ| + Σᵢ w′ᵢ|hᵢ|), in the shape of the fusion weights; h = d/dw′."""
     assert fuse.weights is not None
     weights = fuse.weights.detach()
     axes = (0, 2, 3) if weights.dim() == 2 else (0, 1, 2, 3)
@@ -139,10 +139,10 @@ def tensorflow_backward(
     tap: Callable[[str, Any], Any] = lambda name, x: x,
     dtype: str = "float64",
 ) -> Backward:
-    """The reference forward and backward on ``images`` [N, H, W, 3], in ``dtype``. Imports TensorFlow.
+    """Run the reference forward and backward on ``images`` [N, H, W, 3], in ``dtype``. Imports TensorFlow.
 
-    ``tap`` is :func:`tf_reference.efficientdet.efficientdet`'s; it may replace an activation. ``gradients``
-    holds the moving statistics' too: in training nothing depends on them, and they are zero.
+    ``tap``: see :func:`tf_reference.efficientdet.efficientdet`; it may replace an activation. ``gradients``
+    includes those of the moving statistics, which are zero in training because nothing depends on them.
     """
     import tensorflow as tf
 

@@ -55,8 +55,9 @@ IMAGE_COUNT = 2  # seeded images in the comparison of a conversion's gradients
 class TensorResult:
     """One compared tensor: a gradient, or a batch norm's statistic after the forward pass.
 
-    ``name`` is PyTorch's, or AutoML's for a folded bias. ``norm``: the reference's L2. ``error.relative`` is
-    relative to ``measure``: the norm, or where it ``cancels`` by construction the L2 of what is summed.
+    ``name``: PyTorch's, or AutoML's for a folded bias. ``norm``: the reference's L2. ``error.relative`` is
+    relative to ``measure``: the norm, or the L2 of the sums of magnitudes if the gradient ``cancels`` by
+    construction.
     """
 
     name: str
@@ -78,9 +79,9 @@ class TensorResult:
 class GradientResult:
     """``gradients`` and ``statistics`` in execution order; the images' gradient first.
 
-    ``gradients`` holds every parameter and every folded bias. A fault of the backward pass spoils the
-    gradients of everything before it, so the last that fails is nearest to it. ``statistics`` is empty in
-    evaluation mode, which changes none.
+    ``gradients`` has every parameter and every folded bias. A fault of the backward pass makes all gradients
+    before it wrong, so the last wrong one is nearest to it. ``statistics`` is empty in evaluation mode, which
+    changes none.
     """
 
     gradients: tuple[TensorResult, ...]
@@ -153,15 +154,16 @@ def compare_gradients(
 ) -> GradientResult:
     """Differentiate one scalar in both networks, with respect to every parameter and the images.
 
-    The scalar weighs every class and box output at random (:func:`random_projection`). ``variables``: AutoML
-    name → array. ``images``: [N, H, W, 3], normalised. ``training`` lets batch norms use the batch's
-    statistics, and compares what that leaves in the moving ones. Give the last level more than two values a
-    channel (for P7, two pictures of more than 128 pixels): of two, some channel's lie so close together that
-    their variance is far below ε, and each batch norm on the way multiplies rounding, in either framework, by
-    up to 1/√ε. Everything runs in float64.
+    The scalar weights every class and box output at random (:func:`random_projection`). ``variables``: AutoML
+    name → array. ``images``: [N, H, W, 3], normalised. With ``training``, batch norms use the statistics of the
+    batch, and the moving statistics after the pass are compared too. Everything runs in float64.
 
-    Raises :class:`ConfigError` where training is asked for and a level has a single value a channel, of which
-    PyTorch takes no variance. Imports TensorFlow.
+    The last level needs more than two values per channel (for P7, two images of more than 128 pixels). With
+    two, some channel's values are so close together that their variance is far below ε, and each batch norm
+    multiplies rounding, in either framework, by up to 1/√ε.
+
+    Raises :class:`ConfigError` if ``training`` and a level has a single value per channel, for which PyTorch
+    computes no variance. Imports TensorFlow.
     """
     if training:
         _check_batch(config, images)
@@ -180,8 +182,8 @@ def _check_batch(config: EfficientDetConfig, images: np.ndarray) -> None:
     count, height, width = images.shape[:3]
     if count == 1 and _last_level_is_a_pixel(config, (height, width)):
         raise ConfigError(
-            f"{config.name} on one {height}×{width} picture has a single pixel at level {config.max_level}, "
-            "too few for batch norm in training; use a larger picture, or two"
+            f"{config.name} on one {height}×{width} image has a single pixel at level {config.max_level}, "
+            "too few for batch norm in training; use a larger image, or two"
         )
 
 
@@ -190,14 +192,14 @@ def _last_level_is_a_pixel(config: EfficientDetConfig, image_size: tuple[int, in
 
 
 def shifts(config: EfficientDetConfig, image_size: tuple[int, int]) -> tuple[str, ...]:
-    """The batch norms' biases that do nothing in training: the next batch norm takes every shift out again.
+    """The biases of batch norms that have no effect in training, because the next batch norm removes every shift.
 
-    They are those of projections: no activation follows, and neither a shortcut nor a max-pool nor a 1×1
-    convolution makes anything but a constant of a constant, up to the batch norm of the next expansion or of
-    the level's way into the BiFPN. Not so where a projection reaches a block without expansion (a depthwise
-    convolution pads with zeros: a constant is none at the border) or a level as wide as the BiFPN (which has
-    no convolution of its own there). A map of one pixel has no border: there the last cell's last node, which
-    only the heads read, shifts too. Biases of convolutions ahead of a batch norm are not parameters here.
+    They are those of projections. No activation follows, and a shortcut, a max-pool and a 1×1 convolution all
+    turn a constant into a constant, up to the batch norm of the next expansion or of the level's resampling for
+    the BiFPN. Exceptions: a projection before a block without expansion (a depthwise convolution pads with
+    zeros, so a constant does not stay one at the border), and a level as wide as the BiFPN (which has no
+    convolution there). A map of one pixel has no border: there the last cell's last node, which only the heads
+    read, shifts too. Biases of convolutions before a batch norm are not parameters here.
     """
     endpoints = {
         block: level for level, block in config.backbone.reduction_blocks.items() if level in config.levels
@@ -231,12 +233,12 @@ def _compare_gradients(
             name, gradient, expected = rule.target, ours.gradients[rule.target], _gradient_of(rule, reference)
             yield _compare(name, rule.sources, gradient, expected, summed.get(name))
         elif rule.transform is FOLD_BIAS_INTO_MEAN and rule.sources[1] in biases:
-            name = rule.sources[1]  # once, though every level of a head folds the same bias
+            name = rule.sources[1]  # once, although every level of a head folds the same bias
             yield _compare(name, (name,), biases.pop(name), reference.gradients[name], summed.get(name))
 
 
 def cancelling(table: list[Rule], model: EfficientDet, ours: Backward) -> dict[str, np.ndarray]:
-    """Every parameter whose gradient cancels by construction → Σ|term| of what it is the sum of.
+    """Every parameter whose gradient Σ term cancels by construction → Σ|term|.
 
     Names and shapes as in :class:`GradientResult`: PyTorch's, or AutoML's for folded biases. See the module's
     docstring.
@@ -259,10 +261,10 @@ def _gradient_of(rule: Rule, reference: Backward) -> np.ndarray:
 
 
 def _folded_biases(table: list[Rule], model: EfficientDet, ours: Backward) -> dict[str, np.ndarray]:
-    """AutoML bias → the gradient PyTorch implies for it.
+    """AutoML bias → its gradient, derived from PyTorch's gradients.
 
-    In training a bias ahead of a batch norm does nothing: zero. In evaluation it lowers the running mean of
-    each batch norm it was folded into, and d/d mean = −γ/√(variance + ε) · d/d beta.
+    In training a bias before a batch norm has no effect: its gradient is zero. In evaluation it lowers the
+    running mean of each batch norm it was folded into, and d/d mean = −γ/√(variance + ε) · d/d beta.
     """
     biases: dict[str, np.ndarray] = {}
     for rule in table:
@@ -294,7 +296,7 @@ def _compare(
     reference: np.ndarray,
     summed: np.ndarray | None = None,
 ) -> TensorResult:
-    """``summed``: the magnitudes to measure the error against, where not the reference's own."""
+    """``summed``: the magnitudes that the error is relative to, by default the reference's own."""
     error, norm = difference(ours, reference), _norm(reference)
     measure = norm if summed is None else _norm(summed)
     if summed is not None and math.isfinite(error.maximum) and measure > 0:

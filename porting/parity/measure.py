@@ -38,7 +38,7 @@ INFINITE = Difference(math.inf, math.inf)
 
 
 def difference(ours: np.ndarray, reference: np.ndarray) -> Difference:
-    """Compare arrays of the same layout. Sums run in float64 whatever the arrays' type."""
+    """Compare arrays of the same layout. Sums run in float64."""
     if ours.shape != reference.shape or not (np.isfinite(ours).all() and np.isfinite(reference).all()):
         return INFINITE
     if not ours.size:

@@ -1,1 +1,1 @@
-"""What several commands print: tables and listeners that draw on a terminal what the library reports."""
+"""Output that several commands share: tables, and listeners that draw the library's progress on a terminal."""
