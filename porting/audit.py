@@ -1,10 +1,10 @@
 """Parameters and multiply-adds: ours compared with AutoML's count and the published figures.
 
 *Parameters*: AutoML counts its trainable variables; ours are the same without the biases before a batch norm.
-*Multiply-adds*: we count one for each product in a convolution. A batch norm can be folded into the convolution
-before it, and biases, activations, fusion, pooling and resizing are left out. The published figures (AutoML
-``utils.num_params_flops``) are half of all float operations in TensorFlow's profiler, which includes those, so
-they are higher by 0.3 to 1.7 %.
+*Multiply-adds*: we count one for each product in a convolution. A batch norm can be folded into the
+convolution before it, and biases, activations, fusion, pooling and resizing are left out. The published
+figures (AutoML ``utils.num_params_flops``) are half of all float operations in TensorFlow's profiler, which
+includes those, so they are higher by 0.3 to 1.7 %.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ PARTS = ("backbone", "bifpn", "class_net", "box_net")
 
 
 def rounds_to(count: int, published: str, unit: float) -> bool:
-    """Whether ``count`` in ``unit``s, rounded to as many digits as ``published`` has, equals ``published``."""
+    """Whether ``count`` in ``unit``s, rounded to the digits of ``published``, equals ``published``."""
     decimals = len(published.partition(".")[2])
     return f"{count / unit:.{decimals}f}" == published
 
@@ -67,7 +67,8 @@ def rounds_to(count: int, published: str, unit: float) -> bool:
 class ParameterAudit:
     """Part → count: AutoML's trainable ones in ``automl_parts``, ``EfficientDet(config)``'s in ``our_parts``.
 
-    ``published``: the printed figure in millions, None for a model without one (with other classes, for example).
+    ``published``: the printed figure in millions, None for a model without one (with other classes, for
+    example).
     """
 
     automl_parts: Mapping[str, int]
@@ -158,7 +159,7 @@ class ModelAudit:
 
     @property
     def multiply_adds_agree(self) -> bool | None:
-        """Whether our count, rounded as the paper's figure is, equals it. It may not, because it counts less."""
+        """Whether our count, rounded as the paper's figure is, equals it. We count fewer operations."""
         published = self.published_multiply_adds
         return None if published is None else rounds_to(self.multiply_adds, published, 1e9)
 

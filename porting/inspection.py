@@ -26,10 +26,10 @@ UNTRAINED = ("/moving_mean", "/moving_variance")
 
 @dataclass(frozen=True)
 class Averages:
-    """The difference between moving averages (EMA) and raw values: relative L2, ‖raw − EMA‖ / ‖EMA‖, in float64.
+    """Differences of raw values from moving averages (EMA): relative L2, ‖raw − EMA‖ / ‖EMA‖, in float64.
 
-    ``relative``: over all ``pairs``. ``largest``: the variable that differs most. ``identical``: the number of
-    variables whose average equals their raw value in every bit.
+    ``relative``: over all ``pairs``. ``largest``: the variable that differs most. ``identical``: the number
+    of variables whose average equals their raw value in every bit.
     """
 
     pairs: int
@@ -89,7 +89,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 
 def _model_shapes(entries: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The model's variables, each with the shape of its raw value, or else of its average, or else of a slot."""
+    """The model's variables, with the shapes of their raw values, or else of averages, or else of slots."""
     model: dict[str, tuple[int, ...]] = {}
     for entry, shape in entries.items():
         name = model_name(entry)
@@ -235,7 +235,7 @@ class Scope:
 
 
 def scope_tree(shapes: Mapping[str, tuple[int, ...]], deepest: int = _DEEPEST) -> tuple[Scope, ...]:
-    """The scopes of variables' names, split at ``/``, in natural order. Equal numbered ones are joined to one.
+    """The scopes of variables' names, split at ``/``, in natural order; equal numbered ones are joined.
 
     Names are split into at most ``deepest`` labels; the rest of a name is the last label.
     """
@@ -268,7 +268,7 @@ def _natural(label: str) -> list[tuple[int, str]]:
 
 
 def _joined(run: Scope, scope: Scope) -> Scope | None:
-    """Both as one scope if the number of ``scope`` follows the last of ``run`` and both are equal, else None."""
+    """Both as one scope if they are equal and the number of ``scope`` follows that of ``run``, else None."""
     ours, theirs = _NUMBERED.fullmatch(run.label), _NUMBERED.fullmatch(scope.label)
     if not ours or not theirs or not scope.children or not run.is_like(scope):
         return None

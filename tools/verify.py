@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prove that PyTorch weights are an AutoML checkpoint's function, layer by layer, or say where they differ."""
+"""Prove that PyTorch weights are an AutoML checkpoint's function, layer by layer, or show where not."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""tools/verify.py --gradients: what it prints and how it ends."""
+"""tools/verify.py --gradients: what it prints and its exit status."""
 
 from __future__ import annotations
 

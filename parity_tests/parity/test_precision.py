@@ -149,7 +149,7 @@ def test_overflow_is_infinite_and_the_report_holds_it() -> None:
 
 
 def test_the_proof_runs_without_tf32() -> None:
-    """On a GPU, PyTorch rounds a convolution's factors to 10 bits unless told not to."""
+    """On a GPU, PyTorch rounds a convolution's factors to 10 bits unless that is switched off."""
     config = small()
     state, images = weights(config)
     model = EfficientDet(config).eval()

@@ -280,7 +280,7 @@ def test_a_shared_convolution_shows_the_level_that_differs_most(exact: State) ->
     ],
 )
 @pytest.mark.parametrize("method", ["fastattn", "attn"])
-def test_rounding_is_told_from_what_is_more(exact: State, key: str, method: str) -> None:
+def test_rounding_is_distinguished_from_a_larger_change(exact: State, key: str, method: str) -> None:
     """One tensor rounded to float16 is the same; forty roundings off in one number, it is not."""
     config = CONFIG.replace(fpn_weight_method=method)
     half = exact[key].half()
@@ -547,7 +547,7 @@ def test_averages_alone(content: Variables, tmp_path: Path) -> None:
     assert list(comparison.comparisons) == ["EMA"]
 
 
-def test_a_checkpoint_of_another_model_is_refused(checkpoint_folder: Path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(checkpoint_folder: Path) -> None:
     with open_checkpoint(checkpoint_folder) as checkpoint, pytest.raises(ConversionError):
         compare_with_checkpoint(ComparedWeights("mine", {}), checkpoint, CONFIG)
 
@@ -627,7 +627,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content", [{"a": Malicious()}, {"a": 3}, [1, 2], {}, {3: torch.ones(1)}], ids=repr)
-def test_what_holds_no_weights_is_refused(
+def test_a_file_without_weights_is_rejected(
     content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -637,7 +637,7 @@ def test_what_holds_no_weights_is_refused(
     assert not (tmp_path / "executed").exists()
 
 
-def test_missing_and_damaged_files_are_refused(exact: State, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_rejected(exact: State, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no weight file at"):
         read_weight_file(tmp_path / "none.pt")
     path = tmp_path / "cut.pth"

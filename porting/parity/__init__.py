@@ -1,6 +1,7 @@
 """The proof: both networks on the same input, compared at every tap.
 
-Names are imported when they are first used, so that importing ``porting.parity.reference`` does not load torch.
+Names are imported when they are first used, so that importing ``porting.parity.reference`` does not load
+torch.
 """
 
 from __future__ import annotations

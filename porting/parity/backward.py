@@ -30,8 +30,9 @@ class Backward:
     ``gradients``: by parameter, and under ``images`` the input's, [N, H, W, 3]. ``statistics``: every moving
     statistic after the forward pass. Arrays have the layout of the framework they come from.
 
-    ``summed``, from PyTorch only: the sum of magnitudes Σ|term| where a gradient is Σ term. It has entries for a
-    batch norm's ``bias`` and ``running_mean`` (a shift after it, and one before it) and for fusion weights.
+    ``summed``, from PyTorch only: the sum of magnitudes Σ|term| where a gradient is Σ term. It has entries
+    for a batch norm's ``bias`` and ``running_mean`` (a shift after it, and one before it) and for fusion
+    weights.
     """
 
     outputs: Outputs

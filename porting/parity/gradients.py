@@ -1,19 +1,19 @@
 """Compare gradients: PyTorch's autograd with TensorFlow's gradient tape on the reference, in float64.
 
 A transform of the rule table that only permutes or stacks applies to gradients as it does to values: the
-gradient of a PyTorch tensor is the transform of its variables' gradients. A bias folded into a running mean is
-the exception, because PyTorch has no parameter there: see :func:`_folded_biases`.
+gradient of a PyTorch tensor is the transform of its variables' gradients. A bias folded into a running mean
+is the exception, because PyTorch has no parameter there: see :func:`_folded_biases`.
 
-**The measure of an error.** It is the gradient itself, ‖ours − reference‖₂ / ‖reference‖₂, except for two kinds
-of parameter whose gradient cancels by construction. For them a relative error would measure only rounding, so
-the measure is the sum of the magnitudes of the terms:
+**The measure of an error.** It is the gradient itself, ‖ours − reference‖₂ / ‖reference‖₂, except for two
+kinds of parameter whose gradient cancels by construction. For them a relative error would measure only
+rounding, so the measure is the sum of the magnitudes of the terms:
 
 - In training, a parameter that only shifts whole channels before a batch norm (:func:`shifts`) has the
   gradient Σ gᵢ = 0 over batch and pixels, however large the gᵢ are. If every gᵢ is right to a relative 1e-9,
   their sum is right to 1e-9 · Σ|gᵢ|. So Σ|gᵢ| is the measure, and the tolerance stays the same.
-- Fusion weights w act through w′ = w/(Σw + ε) (or softmax), which hardly changes when all of them grow. If only
-  one is positive, w′ = w/(w + 1e-4) hardly depends on w at all. With h = d/dw′, the gradient is the difference
-  of hⱼ/(Σw + ε) and Σᵢ w′ᵢhᵢ/(Σw + ε); the measure is the sum of their magnitudes.
+- Fusion weights w act through w′ = w/(Σw + ε) (or softmax), which hardly changes when all of them grow. If
+  only one is positive, w′ = w/(w + 1e-4) hardly depends on w at all. With h = d/dw′, the gradient is the
+  difference of hⱼ/(Σw + ε) and Σᵢ w′ᵢhᵢ/(Σw + ε); the measure is the sum of their magnitudes.
 
 Stochastic depth (AutoML's ``drop_connect``) is switched off in training mode, because it is random and cannot
 be the same in both frameworks.
@@ -155,8 +155,8 @@ def compare_gradients(
     """Differentiate one scalar in both networks, with respect to every parameter and the images.
 
     The scalar weights every class and box output at random (:func:`random_projection`). ``variables``: AutoML
-    name → array. ``images``: [N, H, W, 3], normalised. With ``training``, batch norms use the statistics of the
-    batch, and the moving statistics after the pass are compared too. Everything runs in float64.
+    name → array. ``images``: [N, H, W, 3], normalised. With ``training``, batch norms use the statistics of
+    the batch, and the moving statistics after the pass are compared too. Everything runs in float64.
 
     The last level needs more than two values per channel (for P7, two images of more than 128 pixels). With
     two, some channel's values are so close together that their variance is far below ε, and each batch norm
@@ -192,14 +192,14 @@ def _last_level_is_a_pixel(config: EfficientDetConfig, image_size: tuple[int, in
 
 
 def shifts(config: EfficientDetConfig, image_size: tuple[int, int]) -> tuple[str, ...]:
-    """The biases of batch norms that have no effect in training, because the next batch norm removes every shift.
+    """The biases of batch norms without effect in training, because the next batch norm removes any shift.
 
     They are those of projections. No activation follows, and a shortcut, a max-pool and a 1×1 convolution all
-    turn a constant into a constant, up to the batch norm of the next expansion or of the level's resampling for
-    the BiFPN. Exceptions: a projection before a block without expansion (a depthwise convolution pads with
-    zeros, so a constant does not stay one at the border), and a level as wide as the BiFPN (which has no
-    convolution there). A map of one pixel has no border: there the last cell's last node, which only the heads
-    read, shifts too. Biases of convolutions before a batch norm are not parameters here.
+    turn a constant into a constant, up to the batch norm of the next expansion or of the level's resampling
+    for the BiFPN. Exceptions: a projection before a block without expansion (a depthwise convolution pads
+    with zeros, so a constant does not stay one at the border), and a level as wide as the BiFPN (which has no
+    convolution there). A map of one pixel has no border: there the last cell's last node, which only the
+    heads read, shifts too. Biases of convolutions before a batch norm are not parameters here.
     """
     endpoints = {
         block: level for level, block in config.backbone.reduction_blocks.items() if level in config.levels

@@ -37,8 +37,9 @@ Observer = Callable[[TapPair, np.ndarray, np.ndarray], None]
 class TapResult:
     """One compared activation. ``shape`` is the reference's, [N, H, W, C].
 
-    ``spans``: the number of taps whose layers the isolated figure covers. It is more than one if the reference
-    does not show the activations before this one; rounding then adds up as it does from the image on.
+    ``spans``: the number of taps whose layers the isolated figure covers. It is more than one if the
+    reference does not show the activations before this one; rounding then adds up as it does from the image
+    on.
     """
 
     pair: TapPair
@@ -128,9 +129,9 @@ def compare(
 ) -> ParityResult:
     """Compare ``model`` (in evaluation mode, on any device) with ``reference``, both on ``images``.
 
-    ``images``: [N, H, W, 3], normalised; converted to the model's float type. ``progress`` is called with each
-    result, ``observe`` with the two activations. ``shown``: the taps that the reference has, None for all.
-    Errors of the reference are raised here.
+    ``images``: [N, H, W, 3], normalised; converted to the model's float type. ``progress`` is called with
+    each result, ``observe`` with the two activations. ``shown``: the taps that the reference has, None for
+    all. Errors of the reference are raised here.
     """
     parameter = next(model.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
@@ -172,7 +173,7 @@ def compare(
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Set whether a GPU may round the factors of float32 products to 10 bits, as PyTorch's convolutions do."""
+    """Set whether a GPU may round factors of float32 products to 10 bits, as PyTorch's convolutions do."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     try:
@@ -183,7 +184,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def tapped(model: EfficientDet, visit: Callable[[TapPair, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """During this context, ``visit`` gets every tapped activation [N, C, H, W] and returns its replacement."""
+    """In this context, ``visit`` gets every tapped activation [N, C, H, W] and returns its replacement."""
     by_module: dict[str, list[TapPair]] = {}
     for pair in taps(model.config):
         by_module.setdefault(pair.module, []).append(pair)

@@ -14,8 +14,8 @@ FLOAT64_TOLERANCE = 1e-10
 #: float32, one layer fed the same input: rounding of one convolution's sum, at most some thousand terms.
 FLOAT32_ISOLATED_TOLERANCE = 1e-5
 
-#: float32, everything since the image: rounding grows with depth. AutoML's float32 differs from its float64 by
-#: up to 4e-4 (D7x), and each of the two sides compared here may be off by as much.
+#: float32, everything since the image: rounding grows with depth. AutoML's float32 differs from its float64
+#: by up to 4e-4 (D7x), and each of the two sides compared here may be off by as much.
 FLOAT32_ACCUMULATED_TOLERANCE = 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The accuracy that other ways of running the same weights cost: half precision, another layout, fused layers.
+"""The accuracy that other ways of running the weights cost: half precision, another layout, fused layers.
 
 The proof compares two networks in one arithmetic, and a user may run another. Each row here compares the
 network's outputs, computed in one such way, with those of the same network in float64, which the proof

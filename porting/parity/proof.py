@@ -1,4 +1,4 @@
-"""The whole proof of a conversion: run both networks, compare every layer, and look for the cause of a failure."""
+"""The proof of a conversion: run both networks, compare every layer, look for the cause of a failure."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Listener(Protocol):
     """Follows a proof while it runs."""
 
     def started(self, reference: str, image_size: tuple[int, int]) -> None:
-        """The proof begins. ``reference``: what the port is compared with. ``image_size``: (height, width)."""
+        """The proof begins. ``reference``: its name, in words. ``image_size``: (height, width)."""
 
     def run_started(self, dtype: str, activations: int) -> None:
         """Both networks begin to run in ``dtype``; at most ``activations`` will be compared."""
@@ -55,9 +55,9 @@ class Proof:
     """The outcome of :func:`prove`.
 
     ``results``: the rules and both networks in float64, then the weights as written, in float32; only the
-    latter if the reference is a file. ``diagnosis``: the cause of the first divergence, None without one or if
-    a small image does not show it. ``reference``: what the port was compared with, in words. ``image_size``:
-    (height, width). ``precisions``: see :func:`porting.parity.precision.measure_precisions`.
+    latter if the reference is a file. ``diagnosis``: the cause of the first divergence, None without one or
+    if a small image does not show it. ``reference``: what the port was compared with, in words.
+    ``image_size``: (height, width). ``precisions``: see :func:`porting.parity.precision.measure_precisions`.
     """
 
     results: tuple[ParityResult, ...]
@@ -91,8 +91,8 @@ def prove(
 ) -> Proof:
     """Compare a conversion with a TensorFlow reference, layer by layer.
 
-    ``images``: float32 [N, H, W, 3], normalised. ``reference``: a file that holds the network, to compare with
-    in float32 only; by default AutoML's network by :mod:`tf_reference`, in float64 and float32.
+    ``images``: float32 [N, H, W, 3], normalised. ``reference``: a file that holds the network, to compare
+    with in float32 only; by default AutoML's network by :mod:`tf_reference`, in float64 and float32.
     ``state_dict``: the weights of the float32 run, by default the conversion's. ``raw_variables``: the
     checkpoint's values before averaging, which help a diagnosis. ``device``: where PyTorch runs. ``observe``
     sees every pair of float32 activations.

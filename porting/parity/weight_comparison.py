@@ -50,9 +50,9 @@ class Verdict(Enum):
 class TensorDifference:
     """A tensor that is not bit-equal. ``difference``: between a's values and b's, relative to b.
 
-    ``part``: the smallest part of the network that uses the tensor. ``part_difference``: between the functions
-    of that part. ``same_function``: whether rounding explains the latter. For a convolution shared by several
-    batch norms, the part that differs most is shown.
+    ``part``: the smallest part of the network that uses the tensor. ``part_difference``: between the
+    functions of that part. ``same_function``: whether rounding explains the latter. For a convolution shared
+    by several batch norms, the part that differs most is shown.
     """
 
     key: str
@@ -71,7 +71,8 @@ class WeightComparison:
     are not bit-equal: first those that change the function, then the others, each by falling relative
     difference. ``first``: the earliest in execution order that changes the function. ``mismatches``: keys,
     shapes and settings that cannot be compared, one sentence each. ``notes``: further facts, one sentence
-    each. ``distance``: ‖a − b‖₂ / ‖b‖₂, with a − b only of the tensors that change the function, and b of all.
+    each. ``distance``: ‖a − b‖₂ / ‖b‖₂, with a − b only of the tensors that change the function, and b of
+    all.
     """
 
     a: str
@@ -153,8 +154,8 @@ class CheckpointComparison:
             return self.nearest.explanation
         return (
             f"{self.weights} holds the {self.match} values of {self.checkpoint}, not the moving averages "
-            "(EMA) that evaluation uses and conversion takes by default: a different function, usually a worse "
-            f"detector. {self.nearest.explanation}"
+            "(EMA) that evaluation uses and conversion takes by default: a different function, usually a "
+            f"worse detector. {self.nearest.explanation}"
         )
 
 
@@ -220,7 +221,7 @@ def compare_with_checkpoint(
 def _candidates(
     checkpoint: Checkpoint, config: EfficientDetConfig
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-    """(name, state dict) for every set of values that the checkpoint may stand for, conversion's default first."""
+    """(name, state dict) of every set of values the checkpoint may stand for, conversion's default first."""
     default = convert(checkpoint, config)
     yield default.values_kind, default.state_dict
     if default.values_kind == "raw" or not checkpoint.shapes.keys() >= default.variables.keys():
@@ -288,7 +289,7 @@ def _shared(a: ComparedWeights, b: ComparedWeights, config: EfficientDetConfig |
 
 
 def _one_sided_biases(a: ComparedWeights, b: ComparedWeights, shared: Iterable[str]) -> set[str]:
-    """Biases of convolutions before a batch norm that only one side has, because the other has folded them."""
+    """Biases of convolutions before a batch norm that one side has and the other has folded."""
     keys, found = set(shared), set()
     for bn in batch_norms(keys):
         bias = bias_of(kernels_before(bn, keys))

@@ -1,7 +1,7 @@
-"""The parts of a network and what each computes, with the error that rounding the stored tensors may have caused.
+"""The parts of a network and their functions, with the errors that rounding of stored tensors may cause.
 
-The network is cut into *parts*: a convolution with its batch norm, a node's fusion weights, any other tensor by
-itself. The functions of a part in two sets of weights are compared:
+The network is cut into *parts*: a convolution with its batch norm, a node's fusion weights, any other tensor
+by itself. The functions of a part in two sets of weights are compared:
 
 - convolution and batch norm: y = scale · kernel * x + shift, with scale = weight / √(var + ε) and
   shift = bias − (mean − convolution's bias) · scale; the kernel of a separable convolution is the product of
@@ -26,8 +26,8 @@ from porting.parity.measure import Difference, difference
 from pytorch_model.bifpn import FASTATTN_EPSILON
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig
 
-#: The number of roundings of a stored number that may lie between two files of one function: folding a bias or
-#: moving a factor takes up to four float32 operations (add ε, root, divide, multiply).
+#: The number of roundings of a stored number that may lie between two files of one function: folding a bias
+#: or moving a factor takes up to four float32 operations (add ε, root, divide, multiply).
 ROUNDINGS = 4
 
 _BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -94,7 +94,7 @@ _Numbers = Mapping[str, _Rounded]
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the network. ``keys``: its tensors, some of which a side may lack. ``function``: its outputs."""
+    """A part of the network. ``keys``: its tensors, which a side may lack. ``function``: its outputs."""
 
     name: str
     keys: tuple[str, ...]
@@ -152,7 +152,7 @@ def parts_of(shared: Iterable[str], folded: set[str], config: EfficientDetConfig
 
 
 def batch_norms(keys: set[str]) -> list[str]:
-    """Names of the batch norms of which ``keys`` has every tensor, those of the convolution before it included."""
+    """Names of the batch norms of which ``keys`` has every tensor, and those of the convolution before."""
     names = sorted(key.removesuffix(".running_var") for key in keys if key.endswith(".running_var"))
     return [
         bn

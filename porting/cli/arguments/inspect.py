@@ -1,4 +1,4 @@
-"""Show what a checkpoint holds without converting it: model, step, averages, optimizer, anything unexpected."""
+"""Show what a checkpoint holds without converting it: model, averages, optimizer, anything unexpected."""
 
 from __future__ import annotations
 

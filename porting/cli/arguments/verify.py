@@ -1,4 +1,4 @@
-"""Prove that PyTorch weights are an AutoML checkpoint's function, layer by layer, or say where they differ."""
+"""Prove that PyTorch weights are an AutoML checkpoint's function, layer by layer, or show where not."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def _peak_memory(prefix: Path) -> float:
 
 
 def _detect(folder: Path, options: BenchOptions) -> dict[str, Any]:
-    """The parts of detection on one batch of JPEG files, 640 x 480. No time depends on the weights' values."""
+    """The parts of detection on one batch of JPEG files, 640 x 480. No time depends on the weights."""
     import torch
 
     from pytorch_model import create_model

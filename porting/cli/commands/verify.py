@@ -141,7 +141,7 @@ def _images(config: EfficientDetConfig, size: tuple[int, int], image: Path | Non
 
 
 def _print_comparison(console: Console, comparison: WeightComparison) -> None:
-    """Differences below the tolerances of activations: a slightly wrong number, settings around the network."""
+    """Differences below the tolerances of activations: a slightly wrong number, other settings."""
     if not comparison.same_function:
         console.print(
             f"[red bold]FAILED[/] {escape(comparison.explanation)} They are not the port of this checkpoint.",

@@ -1,1 +1,1 @@
-"""Output that several commands share: tables, and listeners that draw the library's progress on a terminal."""
+"""Output that several commands share: tables, and listeners that draw progress on a terminal."""

@@ -18,7 +18,7 @@ from porting.parity.gradients import (
 
 
 def print_gradients(console: Console, results: Mapping[str, GradientResult]) -> None:
-    """``results``: mode of batch norm → result, as :func:`porting.parity.gradients.prove_gradients` yields."""
+    """``results``: mode of batch norm → result, see :func:`porting.parity.gradients.prove_gradients`."""
     console.print(_table(results))
     for mode, result in results.items():
         _print_verdict(console, mode, result)

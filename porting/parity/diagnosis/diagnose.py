@@ -1,7 +1,7 @@
 """From the first layer that differs to its fault.
 
-The layer is known: it is the first whose isolated error is out of tolerance. Its fault is found by repair. One
-thing at a time is set right in that layer only (its weights, an attribute, the arithmetic of one kind of
+The layer is known: it is the first whose isolated error is out of tolerance. Its fault is found by repair.
+One thing at a time is set right in that layer only (its weights, an attribute, the arithmetic of one kind of
 module), and the comparison runs again. If the error vanishes, that thing was wrong. Wrong weights are then
 compared with the tensors that each common mistake would have made of the same variables.
 """
@@ -47,7 +47,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A fault. ``kind``: a few words. ``detail``: a sentence. ``weights``: the layer's tensors, worst first."""
+    """A fault. ``kind``: a name. ``detail``: a sentence. ``weights``: the layer's tensors, worst first."""
 
     module: str
     tap: str
@@ -120,7 +120,7 @@ class _Laboratory:
         self.images = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(parameter)
 
     def fixed_by(self, repair: AbstractContextManager[bool]) -> bool:
-        """Whether the isolated error is within tolerance while ``repair`` lasts. False if it changes nothing."""
+        """Whether ``repair`` brings the isolated error within tolerance. False if it changes nothing."""
         with repair as applied:
             if not applied:
                 return False

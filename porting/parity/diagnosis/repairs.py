@@ -1,4 +1,4 @@
-"""Repairs: each sets one thing right in one layer while it lasts, and yields whether that changed anything."""
+"""Repairs: each corrects one thing in one layer while it lasts, and yields whether anything changed."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class FileReference(Protocol):
     def taps(self) -> frozenset[str]: ...
 
     def on(self, images: np.ndarray) -> Reference:
-        """The reference on ``images``, float32 [N, H, W, 3], normalised. Raises :class:`EfficientDetError`."""
+        """The reference on ``images``: float32 [N, H, W, 3], normalised. Raises EfficientDetError."""
 
 
 def choose_reference(
@@ -77,7 +77,7 @@ def open_reference(
     config: EfficientDetConfig,
     variables: Mapping[str, np.ndarray],
 ) -> FileReference:
-    """The reference of ``kind`` (any of ``KINDS`` except ``ops``), from ``graph`` or else the checkpoint's own.
+    """The reference of ``kind`` (any of ``KINDS`` except ``ops``), from ``graph`` or the checkpoint's own.
 
     ``checkpoint`` is open. ``variables``: its values, moving averages or raw. A ``meta`` graph computes with
     them; the other kinds have their own. Imports TensorFlow. Raises :class:`EfficientDetError` if there is no

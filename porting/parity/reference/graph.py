@@ -2,8 +2,8 @@
 
 This is Google's network as Google's code built it, whereas :mod:`tf_reference` is our reading of it. The part
 between the normalised image and the heads is cut out of the graph, its variables are replaced by values, and
-the result runs in a TensorFlow 1 session, operation by operation as it was saved. Nothing depends on the names
-of operations: the image is fed to the input of the stem's convolution.
+the result runs in a TensorFlow 1 session, operation by operation as it was saved. Nothing depends on the
+names of operations: the image is fed to the input of the stem's convolution.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def open_meta(
 ) -> GraphReference:
     """The graph in a ``.meta`` file, with the values of ``variables``: AutoML name → float array.
 
-    Imports TensorFlow. Raises :class:`EfficientDetError` for a damaged file or one of another kind, for a graph
-    of a training run, and for a graph of another model than ``config``.
+    Imports TensorFlow. Raises :class:`EfficientDetError` for a damaged file or one of another kind, for a
+    graph of a training run, and for a graph of another model than ``config``.
     """
     import tensorflow as tf
 
@@ -82,7 +82,7 @@ def open_meta(
 def open_saved_model(
     folder: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
 ) -> GraphReference:
-    """The graph of a SavedModel folder of TensorFlow 1 or 2, with the values of ``variables``: the folder's own.
+    """The graph of a SavedModel of TensorFlow 1 or 2, with the values of ``variables``: the folder's own.
 
     Raises the same errors as :func:`open_meta`.
     """
@@ -99,7 +99,7 @@ def open_saved_model(
 
 
 def meta_beside(source: str) -> Path:
-    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises EfficientDetError if there is none."""
+    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises EfficientDetError if absent."""
     path = Path(f"{source}.meta")
     if path.is_file():
         return path

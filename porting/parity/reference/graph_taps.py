@@ -1,8 +1,8 @@
 """Find the taps in a TensorFlow graph by the variables that each operation reads, not by its name.
 
 Operation names change with TensorFlow's version and with the code that built the graph. But exactly one
-convolution reads ``efficientnet-b0/blocks_3/conv2d/kernel``, and from there a tap is one or two steps along the
-tensors. Taps that cannot be identified for certain are left out.
+convolution reads ``efficientnet-b0/blocks_3/conv2d/kernel``, and from there a tap is one or two steps along
+the tensors. Taps that cannot be identified for certain are left out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _FURTHEST = 40  # operations that an activation or a batch norm may consist of
 
 
 def find_taps(graph: Any, variables: Mapping[str, str], config: EfficientDetConfig) -> dict[str, Tensor]:
-    """Tap name → tensor [N, H, W, C], in the order of :func:`porting.rules.taps`, for the taps that were found.
+    """Tap name → tensor [N, H, W, C], in the order of :func:`porting.rules.taps`, for the taps found.
 
     ``graph``: a ``tf.Graph`` whose shapes are known. ``variables``: name of the operation that holds a
-    variable → AutoML's name of it. Raises :class:`EfficientDetError` unless all outputs of the network are found.
+    variable → AutoML's name of it. Raises :class:`EfficientDetError` unless all outputs of the network are
+    found.
     """
     finder = _Finder(graph, variables, config)
     finder.backbone()
@@ -165,7 +166,7 @@ class _Finder:
         return None
 
     def terms(self, fused: Tensor, count: int) -> list[Tensor]:
-        """The ``count`` maps that a fusion adds, in order, before their weighting; none if there are fewer."""
+        """The ``count`` maps that a fusion adds, in order, before their weighting; empty if fewer."""
         operation = fused.op
         if operation.type == "Sum":  # over a stack of the inputs, times their weights
             packs = [op for op in _upstream(operation.inputs[0]) if op.type == "Pack"]

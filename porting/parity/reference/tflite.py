@@ -22,9 +22,9 @@ from pytorch_model.config import EfficientDetConfig
 class TFLiteReference:
     """The EfficientDet-Lite file at ``path`` as a reference for ``config``, see :class:`FileReference`.
 
-    It shows the outputs of its convolutions, activation and batch norm included. It shows nothing for AutoML's
-    taps between the two or after a pooling. Raises :class:`CheckpointError` for a file of another kind and
-    :class:`EfficientDetError` if it lacks an output of ``config``.
+    It shows the outputs of its convolutions, activation and batch norm included. It shows nothing for
+    AutoML's taps between the two or after a pooling. Raises :class:`CheckpointError` for a file of another
+    kind and :class:`EfficientDetError` if it lacks an output of ``config``.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: EfficientDetConfig) -> None:

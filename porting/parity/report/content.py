@@ -66,8 +66,8 @@ class Report:
     ``results``: one or more runs of the same network on the same image, each in a different float type.
     ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in this order.
     ``diagnosis``: the cause of a failure, in words. ``thumbnails``: the observer of one run. ``precisions``:
-    the same weights run in other ways. ``not_the_port``: compared tensor by tensor, the weights of the runs are
-    not the port, even if all layers passed.
+    the same weights run in other ways. ``not_the_port``: compared tensor by tensor, the weights of the runs
+    are not the port, even if all layers passed.
 
     Raises ``ValueError`` if the runs do not belong together.
     """
