@@ -25,7 +25,9 @@ def commands(page: Path) -> list[list[str]]:
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     found = []
     for line in lines:
-        if re.match(r"(python tools/|torchrun|pytest |efficientdet-porting [a-z]+ |python -m parity_tests)", line):
+        if re.match(
+            r"(python tools/|torchrun|pytest |efficientdet-porting [a-z]+ |python -m parity_tests)", line
+        ):
             found.append(shlex.split(line.partition("  #")[0]))
     return found
 

@@ -54,6 +54,7 @@ LAYERS: Sequence[tuple[str, ...]] = (
     ("porting.export", "porting.publish"),
     ("porting.cli.process",),
     ("porting.cli.arguments",),
+    ("porting.cli.drawing",),
     ("porting.cli.commands",),
     ("porting.cli", "porting.cli.main"),
     ("tools", "hubconf"),

@@ -1,7 +1,7 @@
 """The proof, model by model: ``pytest parity_tests --models d0,d7x --resolution native --dtype float64``.
 
-float64: the structure, every tap within 1e-10. float32: what a user gets, within the tolerances of
-:mod:`porting.parity.measure`. ``--image`` and ``--ckpt`` take one's own picture and weights.
+float64: the structure, every tap within 1e-10. float32: the user's weights, within the tolerances of
+:mod:`porting.parity.measure`. ``--image`` and ``--ckpt`` take your own image and weights.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def network(model: str | None, ckpt: str | None) -> tuple[EfficientDetConfig, Va
         return config, convert(checkpoint, config).variables
 
 
-def picture(case: Case, config: EfficientDetConfig) -> np.ndarray:
+def network_input(case: Case, config: EfficientDetConfig) -> np.ndarray:
     size = case.size or config.image_size
     if case.image is None:
         return normalise(synthetic_image(*size)[None], config)
@@ -52,7 +52,7 @@ def picture(case: Case, config: EfficientDetConfig) -> np.ndarray:
 
 def proof(case: Case) -> ParityResult:
     config, variables = network(case.model, case.ckpt)
-    images = picture(case, config).astype(case.dtype)
+    images = network_input(case, config).astype(case.dtype)
     with torch.device("meta"):
         model = EfficientDet(config)
     model.load_state_dict(apply_rules(rules(config), variables, case.dtype), assign=True)

@@ -1,10 +1,10 @@
-"""Parameters and multiply-adds: ours against AutoML's count and the published figures.
+"""Parameters and multiply-adds: ours compared with AutoML's count and the published figures.
 
-Two counts are not alike by nature. *Parameters* are AutoML's trainable variables; ours are those without the
-biases that feed a batch norm. *Multiply-adds* are one for each product in a convolution: a batch norm folds
-into the convolution before it, and biases, activations, fusion, pooling and resizing are left out. The
-published ones (AutoML ``utils.num_params_flops``) are all float operations of TensorFlow's profiler, halved,
-which counts those in; they come out higher, by 0.3 to 1.7 %.
+*Parameters*: AutoML counts its trainable variables; ours are the same without the biases before a batch norm.
+*Multiply-adds*: we count one for each product in a convolution. A batch norm can be folded into the
+convolution before it, and biases, activations, fusion, pooling and resizing are left out. The published
+figures (AutoML ``utils.num_params_flops``) are half of all float operations in TensorFlow's profiler, which
+includes those, so they are higher by 0.3 to 1.7 %.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tf_reference.variables import variable_shapes, variables
 
 @dataclass(frozen=True)
 class Published:
-    """Figures as they are printed, in millions of parameters and billions of multiply-adds.
+    """Published figures as printed, in millions of parameters and billions of multiply-adds.
 
-    ``parameters`` and ``multiply_adds`` are the paper's where it lists the model (arXiv 1911.09070v7, table
-    2), else of AutoML's Lite page, which lists no multiply-adds.
+    They are from the paper if it lists the model (arXiv 1911.09070v7, table 2), else from AutoML's Lite page,
+    which lists no multiply-adds.
     """
 
     parameters: str
@@ -53,12 +53,12 @@ PUBLISHED: Mapping[str, Published] = {
     "efficientdet-lite4": Published("15.1"),
 }
 
-#: The parts of the paper's figure 3; resampling to P6 and up is the BiFPN's.
+#: The parts of the paper's figure 3; resampling to P6 and above counts as BiFPN.
 PARTS = ("backbone", "bifpn", "class_net", "box_net")
 
 
 def rounds_to(count: int, published: str, unit: float) -> bool:
-    """Does ``count``, in ``unit``s and rounded to as many digits as were printed, give ``published``?"""
+    """Whether ``count`` in ``unit``s, rounded to the digits of ``published``, equals ``published``."""
     decimals = len(published.partition(".")[2])
     return f"{count / unit:.{decimals}f}" == published
 
@@ -67,7 +67,8 @@ def rounds_to(count: int, published: str, unit: float) -> bool:
 class ParameterAudit:
     """Part → count: AutoML's trainable ones in ``automl_parts``, ``EfficientDet(config)``'s in ``our_parts``.
 
-    ``published`` is the printed figure in millions, None for a model nobody published (other classes, say).
+    ``published``: the printed figure in millions, None for a model without one (with other classes, for
+    example).
     """
 
     automl_parts: Mapping[str, int]
@@ -88,13 +89,13 @@ class ParameterAudit:
 
     @property
     def agrees(self) -> bool | None:
-        """Does AutoML's count, rounded to as many digits as were printed, give the published figure?"""
+        """Whether AutoML's count, rounded to as many digits as were printed, is the published figure."""
         return None if self.published is None else rounds_to(self.automl, self.published, 1e6)
 
 
 @cache
 def audit_parameters(config: EfficientDetConfig) -> ParameterAudit:
-    """Count both sides of ``config`` from their declared variables; nothing is allocated."""
+    """Count both sides of ``config`` from their declared variables, without allocating tensors."""
     automl, ours = Counter[str](), Counter[str]()
     for variable in variables(config):
         if variable.trainable:
@@ -107,14 +108,14 @@ def audit_parameters(config: EfficientDetConfig) -> ParameterAudit:
 
 
 def is_released(config: EfficientDetConfig) -> bool:
-    """Does ``config`` have the very variables of the variant it is named after?"""
+    """Whether ``config`` has exactly the variables of the model it is named after."""
     return config.name in MODELS and variable_shapes(config) == variable_shapes(model_config(config.name))
 
 
 def multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> dict[str, int]:
     """Part → multiply-adds of the convolutions, for one image of ``image_size`` (by default the config's).
 
-    The network runs on shapes alone, without values.
+    The network runs on shapes only, without values.
     """
     return dict(_multiply_adds(config, image_size or config.image_size))
 
@@ -142,7 +143,7 @@ def _multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int]) -> d
 
 @dataclass(frozen=True)
 class ModelAudit:
-    """One variant at its native resolution."""
+    """One model at its native resolution."""
 
     config: EfficientDetConfig
     parameters: ParameterAudit
@@ -158,7 +159,7 @@ class ModelAudit:
 
     @property
     def multiply_adds_agree(self) -> bool | None:
-        """Does ours, rounded like the paper's figure, give it? Counting less, it may well not."""
+        """Whether our count, rounded as the paper's figure is, equals it. We count fewer operations."""
         published = self.published_multiply_adds
         return None if published is None else rounds_to(self.multiply_adds, published, 1e9)
 
@@ -187,13 +188,13 @@ class ModelAudit:
 
 
 def audit(model: str) -> ModelAudit:
-    """Audit one variant. Raises :class:`ConfigError` on an unknown name."""
+    """Audit one model. Raises :class:`ConfigError` for an unknown name."""
     config = model_config(model)
     return ModelAudit(config, audit_parameters(config), multiply_adds(config))
 
 
 def difference(count: int, published: str | None, unit: float) -> float | None:
-    """``count`` against the printed figure, relative."""
+    """The relative difference of ``count`` from the printed figure."""
     return None if published is None else count / (float(published) * unit) - 1
 
 
@@ -206,5 +207,5 @@ def _part(name: str, separator: str) -> str:
 
 def _in_order(counts: Counter[str]) -> dict[str, int]:
     if counts.keys() - set(PARTS):
-        raise ValueError(f"no part of the network: {counts.keys() - set(PARTS)}")
+        raise ValueError(f"not a part of the network: {counts.keys() - set(PARTS)}")
     return {part: counts[part] for part in PARTS}

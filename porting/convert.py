@@ -8,18 +8,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from porting.checkpoint import Checkpoint
-from porting.errors import ConversionError
+from porting.errors import CheckFailedError, ConversionError
 from porting.rules import Rule, rules
 from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.files import replacing
+from pytorch_model.weights.files import write_weights
 from tf_reference.variables import variable_shapes
 
 
@@ -44,7 +47,7 @@ class Conversion:
     config: EfficientDetConfig
     state_dict: dict[str, torch.Tensor]
     variables: dict[str, np.ndarray]
-    weights: str  # "EMA" or "raw"
+    values_kind: str  # "EMA" or "raw"
     coverage: Coverage
     digest: str  # SHA-256 over names, shapes and values of `variables`
 
@@ -59,7 +62,7 @@ def convert(
     :class:`ConversionError` naming the first missing, unknown or non-finite variable, or the first with a
     wrong shape; raises :class:`CheckpointError` if the file is damaged.
     """
-    chosen, unused, weights = choose_variables(checkpoint, config, raw)
+    chosen, unused, values_kind = choose_variables(checkpoint, config, raw)
     stored = {name: base for base, name in chosen.items()}
     variables = {stored[name]: value for name, value in checkpoint.read_many(stored)}
     for name in chosen:
@@ -73,7 +76,7 @@ def convert(
         config=config,
         state_dict=state_dict,
         variables=variables,
-        weights=weights,
+        values_kind=values_kind,
         coverage=Coverage(len(variables), unused, len(state_dict), len(folded)),
         digest=variables_digest(variables),
     )
@@ -92,18 +95,18 @@ def check_rules(
         sources.update(rule.sources)
         targets[rule.target] += 1
     for name in sources.keys() - variables.keys():
-        raise ConversionError(
-            f"porting/rules.py uses {name}, which {config.name} does not have; mend that rule"
+        raise CheckFailedError(
+            f"porting/rules.py uses {name}, which {config.name} does not have; fix that rule"
         )
     for name in variables:
         allowed = len(config.levels) if _SHARED_BIAS.fullmatch(name) else 1
         if sources[name] != allowed:
-            raise ConversionError(
-                f"porting/rules.py uses {name} {sources[name]} times instead of {allowed}; mend that rule"
+            raise CheckFailedError(
+                f"porting/rules.py uses {name} {sources[name]} times instead of {allowed}; fix that rule"
             )
     for target, count in targets.items():
         if count > 1:
-            raise ConversionError(f"porting/rules.py writes {target} {count} times; mend that rule")
+            raise CheckFailedError(f"porting/rules.py writes {target} {count} times; fix that rule")
 
 
 #: The bias of a head's shared convolution. No batch norm follows class-predict and box-predict.
@@ -224,7 +227,7 @@ def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetCo
         ("write to no tensor called", state_dict.keys() - expected.keys()),
     ):
         if keys:
-            raise ConversionError(
+            raise CheckFailedError(
                 f"the rules {what} {min(keys)} ({len(keys)} in all); rules and model disagree"
             )
     for key, tensor in state_dict.items():
@@ -235,7 +238,7 @@ def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetCo
             )
     for key, shape in expected.items():
         if state_dict[key].shape != shape:
-            raise ConversionError(
+            raise CheckFailedError(
                 f"the rules make {key} of shape {list(state_dict[key].shape)}, the model needs {list(shape)}"
             )
 
@@ -255,8 +258,31 @@ def metadata(conversion: Conversion, checkpoint: Checkpoint, assumed: Iterable[s
     return {
         "source_format": checkpoint.format,
         "model": conversion.config.name,
-        "weights": conversion.weights,
+        "weights": conversion.values_kind,
         "step": checkpoint.step,
         "variables_sha256": conversion.digest,
         "assumed": list(assumed),
     }
+
+
+def write_conversion(
+    conversion: Conversion, checkpoint: Checkpoint, assumed: Iterable[str], out: Path
+) -> None:
+    """Write the weights and their :func:`metadata` to ``out``, ``.safetensors`` or ``.pth``.
+
+    The file is written completely or not at all. Raises :class:`OutputError`.
+    """
+    about = {key: json.dumps(value) for key, value in metadata(conversion, checkpoint, assumed).items()}
+    with replacing(out) as temporary:
+        write_weights(temporary, conversion.state_dict, conversion.config, about)
+
+
+def read_raw_variables(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, np.ndarray] | None:
+    """The values before averaging of a checkpoint converted with its moving averages.
+
+    They help to diagnose a mistake. None if the conversion is of raw values, or the checkpoint lacks some.
+    """
+    if conversion.values_kind == "raw" or not checkpoint.shapes.keys() >= conversion.variables.keys():
+        return None
+    chosen, _, _ = choose_variables(checkpoint, conversion.config, raw=True)
+    return dict(checkpoint.read_many(chosen.values()))

@@ -1,4 +1,4 @@
-"""What a checkpoint is, found out without converting it: which model, how trained, what does not belong."""
+"""Inspect a checkpoint without converting it: its model, its averages and optimizer, unexpected variables."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<first>[0-9]{1,9})(…(?P<last>[0-9]{1,
 
 @dataclass(frozen=True)
 class Averages:
-    """How far moving averages (EMA) and raw values are apart: relative L2, ‖raw − EMA‖ / ‖EMA‖, in float64.
+    """Differences of raw values from moving averages (EMA): relative L2, ‖raw − EMA‖ / ‖EMA‖, in float64.
 
-    ``relative`` is over all ``pairs``; ``largest`` is the variable that differs most, by itself;
-    ``identical`` counts the variables whose average equals their raw value in every bit.
+    ``relative``: over all ``pairs``. ``largest``: the variable that differs most. ``identical``: the number
+    of variables whose average equals their raw value in every bit.
     """
 
     pairs: int
@@ -38,7 +38,7 @@ class Averages:
 
 @dataclass(frozen=True)
 class Inspection:
-    """``shapes``: of the model's variables, without twins and slots. ``slots``: optimizer slot → how many."""
+    """``shapes``: of the model's variables, without averages and slots. ``slots``: optimizer slot → count."""
 
     inference: Inference | None  # None: not an EfficientDet, or not one that can be ported
     shapes: Mapping[str, tuple[int, ...]]
@@ -53,7 +53,7 @@ class Inspection:
 def inspect(checkpoint: Checkpoint) -> Inspection:
     """Read all of the model's variables, raw and averaged, and report. Optimizer slots are only counted.
 
-    Raises :class:`CheckpointError` where the file is damaged.
+    Raises :class:`CheckpointError` if the file is damaged.
     """
     entries = checkpoint.shapes
     model = _model_shapes(entries)
@@ -86,7 +86,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
 
 
 def _model_shapes(entries: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """The model's variables: each in the shape of its raw value, or else its average, or else a slot."""
+    """The model's variables, with the shapes of their raw values, or else of averages, or else of slots."""
     model: dict[str, tuple[int, ...]] = {}
     for entry, shape in entries.items():
         name = model_name(entry)
@@ -100,20 +100,22 @@ def _strangers(inference: Inference, model: Mapping[str, tuple[int, ...]]) -> It
     config = inference.config
     expected = {variable.name: variable.shape for variable in variables(config)}
     yield from _finding([n for n in model if n not in expected], f"that {config.name} does not have")
-    yield from _finding([n for n in expected if n not in model], f"that {config.name} has and this does not")
+    yield from _finding(
+        [n for n in expected if n not in model], f"that {config.name} has and this checkpoint does not"
+    )
     misshapen = [name for name, shape in model.items() if expected.get(name, shape) != shape]
-    yield from _finding(misshapen, f"of another shape than {config.name}'s")
+    yield from _finding(misshapen, f"with another shape than in {config.name}")
 
 
 def _unpaired(entries: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Averages of some variables and not of others, or without the variable itself."""
+    """Variables without an average although others have one, and averages without their variable."""
     named = {name for entry in entries if (name := model_name(entry)) is not None}
     averaged = {name for name in named if name + EMA_SUFFIX in entries}
     if averaged:
-        yield from _finding(sorted(named - averaged), "without a moving average, where others have one")
+        yield from _finding(sorted(named - averaged), "without a moving average, although others have one")
     if any(name in entries for name in named):
         without = sorted(name for name in named if name not in entries)
-        yield from _finding(without, "of which there is a moving average or a slot, and no raw value")
+        yield from _finding(without, "with a moving average or a slot, but without a raw value")
     other = [name for name in averaged if entries.get(name) not in (None, entries[name + EMA_SUFFIX])]
     yield from _finding(sorted(other), "whose moving average has another shape")
 
@@ -127,7 +129,7 @@ def _finding(names: list[str], what: str) -> Iterator[str]:
 def _read_values(
     checkpoint: Checkpoint, model: Mapping[str, tuple[int, ...]]
 ) -> tuple[Averages | None, list[str]]:
-    """Read raw values and averages, one after the other; findings about the values beside the comparison."""
+    """Read raw values and averages one by one. Returns their comparison and findings about the values."""
     wanted = [entry for name in model for entry in (name, name + EMA_SUFFIX) if entry in checkpoint.shapes]
     readable = [entry for entry in wanted if np.issubdtype(checkpoint.dtypes[entry], np.floating)]
     findings = _Findings()
@@ -146,13 +148,13 @@ def _read_values(
             comparison.add(name, *((twin, value) if entry != name else (value, twin)))
     unread = sorted(set(wanted) - set(readable))
     return comparison.result(), [
-        *_finding(unread, "of a type that is not floating point"),
+        *_finding(unread, "whose type is not floating point"),
         *findings.listed(),
     ]
 
 
 class _Findings:
-    """Values that no trained network has."""
+    """Collects variables whose values no trained network has."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = defaultdict(list)
@@ -169,7 +171,7 @@ class _Findings:
 
 
 class _Comparison:
-    """Adds up the differences between raw values and averages."""
+    """Sums up the differences between raw values and averages."""
 
     def __init__(self) -> None:
         self._difference = self._norm = 0.0  # sums of squares
@@ -177,7 +179,7 @@ class _Comparison:
         self._pairs = self._identical = 0
 
     def add(self, name: str, raw: np.ndarray, average: np.ndarray) -> None:
-        with np.errstate(all="ignore"):  # NaN and infinity are findings of their own
+        with np.errstate(all="ignore"):  # NaN and infinity are reported separately
             wide = average.astype(np.float64)
             difference = float(np.sum(np.square(raw.astype(np.float64) - wide)))
             norm = float(np.sum(np.square(wide)))
@@ -199,7 +201,7 @@ class _Comparison:
 
 
 def _ratio(difference: float, norm: float) -> float:
-    """Relative L2 of two sums of squares; an average of zeros is infinitely far from anything else."""
+    """Relative L2 of two sums of squares; infinite if only the norm is zero."""
     return math.sqrt(difference / norm) if norm else (math.inf if difference else 0.0)
 
 
@@ -208,7 +210,7 @@ def _ratio(difference: float, norm: float) -> float:
 
 @dataclass(frozen=True)
 class Scope:
-    """A scope, a run of ``repeats`` neighbouring scopes that are alike, or a variable (with a ``shape``)."""
+    """A scope, a run of ``repeats`` equal neighbouring scopes, or a variable (with a ``shape``)."""
 
     label: str  # stem, blocks_3, blocks_5…8, kernel
     repeats: int
@@ -218,7 +220,7 @@ class Scope:
     children: tuple[Scope, ...]  # of one repeat
 
     def is_like(self, other: Scope) -> bool:
-        """Whether both hold variables of the same names and shapes."""
+        """Whether both have variables of the same names and shapes."""
         return (
             self.shape == other.shape
             and len(self.children) == len(other.children)
@@ -230,9 +232,9 @@ class Scope:
 
 
 def scope_tree(shapes: Mapping[str, tuple[int, ...]], deepest: int = _DEEPEST) -> tuple[Scope, ...]:
-    """The scopes of variables' names, split at ``/``, in natural order; numbered ones that are alike are one.
+    """The scopes of variables' names, split at ``/``, in natural order; equal numbered ones are joined.
 
-    ``deepest`` levels are told apart; what is left of a name is the last label.
+    Names are split into at most ``deepest`` labels; the rest of a name is the last label.
     """
     below: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     own: dict[str, tuple[int, ...]] = {}
@@ -255,7 +257,7 @@ def scope_tree(shapes: Mapping[str, tuple[int, ...]], deepest: int = _DEEPEST) -
 
 
 def _natural(label: str) -> list[tuple[int, str]]:
-    """A key that puts blocks_2 before blocks_10."""
+    """A sort key that puts blocks_2 before blocks_10."""
     return [
         (int(part), "") if part.isdecimal() and part.isascii() else (-1, part)
         for part in re.split(r"([0-9]{1,9})", label)
@@ -263,7 +265,7 @@ def _natural(label: str) -> list[tuple[int, str]]:
 
 
 def _joined(run: Scope, scope: Scope) -> Scope | None:
-    """Both as one line, where ``scope`` is numbered one above the last of ``run`` and is like it."""
+    """Both as one scope if they are equal and the number of ``scope`` follows that of ``run``, else None."""
     ours, theirs = _NUMBERED.fullmatch(run.label), _NUMBERED.fullmatch(scope.label)
     if not ours or not theirs or not scope.children or not run.is_like(scope):
         return None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from porting.errors import ConversionError
+from porting.errors import CheckFailedError, ConversionError
 from porting.rules import Rule, rules
 from porting.scopes import EMA_SUFFIX
 from pytorch_model.config import EfficientDetConfig
@@ -33,7 +33,7 @@ def reverse(
     variables = undo_rules(rules(config), state_dict, dtype)
     expected = variable_shapes(config)
     for name in expected.keys() ^ variables.keys():
-        raise ConversionError(f"porting/rules.py and {config.name} disagree about {name}; mend the rules")
+        raise CheckFailedError(f"porting/rules.py and {config.name} disagree about {name}; fix the rules")
     for name, shape in expected.items():
         _check(name, variables[name], shape)
     return {name: variables[name] for name in expected}
@@ -56,8 +56,8 @@ def undo_rules(
             with np.errstate(over="ignore"):  # _check finds overflows
                 value = np.array(value, dtype, order="C")
             if not np.array_equal(variables.setdefault(name, value), value):
-                raise ConversionError(
-                    f"{rule.target} makes another {name} than a tensor before it; mend porting/rules.py"
+                raise CheckFailedError(
+                    f"{rule.target} makes another {name} than a tensor before it; fix porting/rules.py"
                 )
     return variables
 
@@ -75,8 +75,8 @@ def with_averages(variables: Mapping[str, np.ndarray], step: int) -> dict[str, n
 
 def _check(name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
     if value.shape != shape:
-        raise ConversionError(
-            f"the rules make {name} of shape {list(value.shape)} where AutoML has {list(shape)}; mend them"
+        raise CheckFailedError(
+            f"the rules make {name} of shape {list(value.shape)} where AutoML has {list(shape)}; fix them"
         )
     if not np.isfinite(value).all():
         raise ConversionError(

@@ -183,13 +183,13 @@ def spoil(arrays: dict[str, np.ndarray], how: str) -> None:
     ("how", "sentence"),
     [
         ("stranger", "1 variable that efficientdet-lite0 does not have: extra/kernel"),
-        ("missing", f"1 variable that efficientdet-lite0 has and this does not: {BETA}"),
-        ("misshapen", f"1 variable of another shape than efficientdet-lite0's: {BETA}"),
+        ("missing", f"1 variable that efficientdet-lite0 has and this checkpoint does not: {BETA}"),
+        ("misshapen", f"1 variable with another shape than in efficientdet-lite0: {BETA}"),
         ("misshapen average", f"1 variable whose moving average has another shape: {BETA}"),
-        ("no average", f"1 variable without a moving average, where others have one: {BETA}"),
+        ("no average", f"1 variable without a moving average, although others have one: {BETA}"),
         (
             "no raw value",
-            f"1 variable of which there is a moving average or a slot, and no raw value: {BETA}",
+            f"1 variable with a moving average or a slot, but without a raw value: {BETA}",
         ),
         ("nan", f"1 variable holding NaN or infinity: {BETA}"),
         ("infinite average", f"1 variable holding NaN or infinity: {BETA}{EMA_SUFFIX}"),
@@ -198,7 +198,7 @@ def spoil(arrays: dict[str, np.ndarray], how: str) -> None:
             "negative average variance",
             f"1 variable holding a negative variance: resample_p6/bn/moving_variance{EMA_SUFFIX}",
         ),
-        ("integers", f"1 variable of a type that is not floating point: {BETA}"),
+        ("integers", f"1 variable whose type is not floating point: {BETA}"),
         ("many", "9 variables that efficientdet-lite0 does not have: extra_0/w, extra_1/w, extra_2/w, …"),
     ],
 )
@@ -420,4 +420,4 @@ def test_help(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
     assert "examples:" in done.stdout
-    assert "exit status: 0 nothing odd; 1 something unexpected" in done.stdout
+    assert "exit status: 0 nothing unexpected; 1 something unexpected" in done.stdout

@@ -56,7 +56,7 @@ def test_google_weights_convert(shared: Path) -> None:
         config = infer_config(checkpoint.shapes, checkpoint.source).config
         assert config == model_config("efficientdet-lite0")
         conversion = convert(checkpoint, config)
-    assert conversion.weights == "raw"
+    assert conversion.values_kind == "raw"
     assert conversion.digest == variables_digest(shared_recording("efficientdet-lite0", 128).variables())
 
 

@@ -1,4 +1,4 @@
-"""tools/convert.py as a user runs it: what it prints, what it writes, how it refuses."""
+"""tools/convert.py as a user runs it: what it prints, what it writes, which input it rejects."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests.helpers.paths import GOLDENS, TOOLS
+from parity_tests.helpers.paths import GOLDENS, ROOT, TOOLS
 from parity_tests.helpers.tflite_files import TINY
 from porting.checkpoint.v2.writer import write_bundle
 from porting.scopes import EMA_SUFFIX
@@ -74,6 +74,16 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path, checkpoint: Path) -
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("out", [".", "new/", "there", "there/"])
+def test_a_folder_gets_a_file_of_the_default_name(out: str, tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "there").mkdir()
+    done = convert("--ckpt", checkpoint, "--out", out, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert written == [tmp_path / out / "efficientdet_lite0.safetensors"]
+    assert load_model(written[0]).config == model_config(MODEL)
+
+
 def test_json_is_all_there_is_on_stdout(tmp_path: Path, checkpoint: Path) -> None:
     done = convert("--ckpt", checkpoint / "model.index", "--json", "--raw", "--out", "x.pth", cwd=tmp_path)
     summary = json.loads(done.stdout)
@@ -84,13 +94,13 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, checkpoint: Path) -> Non
     assert "read" in done.stderr
 
 
-def test_what_the_file_tells_goes_with_the_weights(tmp_path: Path) -> None:
-    """A TFLite file knows its image size, anchors and input range; none of it is the variant's by guess."""
+def test_settings_of_the_file_are_written_with_the_weights(tmp_path: Path) -> None:
+    """A TFLite file has its image size, anchors and input range; none of these is assumed."""
     done = convert("--ckpt", GOLDENS / "tiny-lite-int8.tflite", "--out", "x.safetensors", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stdout.splitlines() if line.startswith("told")]
-    assert len(told) == 1
-    assert f"image_size {TINY.image_size[0]}×{TINY.image_size[1]}" in told[0]
+    settings = [line for line in done.stdout.splitlines() if line.startswith("from the file")]
+    assert len(settings) == 1
+    assert f"image_size {TINY.image_size[0]}×{TINY.image_size[1]}" in settings[0]
     found = load_model(tmp_path / "x.safetensors").config
     for field in ("image_size", "act_type", "aspect_ratios", "anchor_scale", "mean_rgb", "stddev_rgb"):
         assert getattr(found, field) == getattr(TINY, field)
@@ -99,7 +109,8 @@ def test_what_the_file_tells_goes_with_the_weights(tmp_path: Path) -> None:
         cwd=tmp_path,
     )  # fmt: skip
     assert load_model(tmp_path / "x.safetensors").config.anchor_scale == 7
-    assert "anchor_scale" not in next(line for line in done.stdout.splitlines() if line.startswith("told"))
+    row = next(line for line in done.stdout.splitlines() if line.startswith("from the file"))
+    assert "anchor_scale" not in row
 
 
 @pytest.mark.usefixtures("tensorflow")
@@ -116,10 +127,10 @@ def test_verify_prints_every_layer_and_passes(tmp_path: Path) -> None:
 
 def test_verify_without_tensorflow_says_what_to_install(tmp_path: Path, checkpoint: Path) -> None:
     done = convert("--ckpt", checkpoint, "--verify", cwd=tmp_path, blocked=("tensorflow",))
-    check_refused(done, tmp_path, r"pip install -e '.[tensorflow]'")
+    check_rejected(done, tmp_path, r"pip install -e '.[tensorflow]'")
 
 
-def check_refused(done: subprocess.CompletedProcess[str], folder: Path, message: str) -> None:
+def check_rejected(done: subprocess.CompletedProcess[str], folder: Path, message: str) -> None:
     """One sentence, status 2, no traceback, nothing written."""
     assert done.returncode == 2, done.stdout + done.stderr
     errors = done.stderr.strip().splitlines()
@@ -176,22 +187,22 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_checkpoints_are_refused(fault: str, tmp_path: Path, checkpoint: Path) -> None:
+def test_bad_checkpoints_are_rejected(fault: str, tmp_path: Path, checkpoint: Path) -> None:
     damage, message = FAULTS[fault]
     copy = tmp_path / "copy"
     shutil.copytree(checkpoint, copy)
     damage(copy)
     work = tmp_path / "work"
     work.mkdir()
-    check_refused(convert("--ckpt", copy, cwd=work), work, message)
+    check_rejected(convert("--ckpt", copy, cwd=work), work, message)
 
 
-def test_nan_is_refused(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
+def test_nan_is_rejected(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
     name = f"resample_p6/bn/beta{EMA_SUFFIX}"
     write_bundle(tmp_path / "c" / "model", {**content, name: np.full(64, np.nan, np.float32)})
     work = tmp_path / "work"
     work.mkdir()
-    check_refused(convert("--ckpt", tmp_path / "c", cwd=work), work, "resample_p6/bn/beta holds 64 NaN")
+    check_rejected(convert("--ckpt", tmp_path / "c", cwd=work), work, "resample_p6/bn/beta holds 64 NaN")
 
 
 @pytest.mark.parametrize(
@@ -200,31 +211,43 @@ def test_nan_is_refused(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
         (["--model", "efficientdet-d0"], "these are efficientdet-lite0's variables"),
         (["--out", "weights.bin"], "use a name that ends in .safetensors or .pth"),
         (["--out", "nowhere/w.pth"], "there is no folder nowhere"),
-        (["--size", "128"], "--size is the picture that --verify compares on; add --verify, or leave it out"),
+        (["--size", "128"], "--size is the image size at which --verify compares; add --verify"),
         (["--verify", "--size", "-5"], "--size -5 is not a size"),
         (["--verify", "--size", "0"], "--size 0 is not a size"),
     ],
     ids=str,
 )
-def test_bad_arguments_are_refused(
+def test_bad_arguments_are_rejected(
     arguments: list[str], message: str, tmp_path: Path, checkpoint: Path
 ) -> None:
-    check_refused(convert("--ckpt", checkpoint, *arguments, cwd=tmp_path), tmp_path, message)
+    check_rejected(convert("--ckpt", checkpoint, *arguments, cwd=tmp_path), tmp_path, message)
+
+
+def test_a_rule_that_does_not_fit_is_a_failed_check(tmp_path: Path, checkpoint: Path) -> None:
+    code = "import sys; from porting import convert; from porting.cli.main import run_command\n"
+    code += "right = convert.rules; convert.rules = lambda config: list(right(config))[1:]\n"
+    code += "run_command('convert')"
+    command = [sys.executable, "-c", code, "--ckpt", str(checkpoint), "--out", str(tmp_path / "x.pth")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: porting/rules.py uses efficientnet-lite0/stem/")
+    assert done.stderr.endswith(" 0 times instead of 1; fix that rule\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
-    check_refused(convert("--ckpt", "no/such/thing", cwd=tmp_path), tmp_path, "no/such/thing")
-    check_refused(convert("--ckpt", "synthetic:resnet", cwd=tmp_path), tmp_path, "unknown model 'resnet'")
+    check_rejected(convert("--ckpt", "no/such/thing", cwd=tmp_path), tmp_path, "no/such/thing")
+    check_rejected(convert("--ckpt", "synthetic:resnet", cwd=tmp_path), tmp_path, "unknown model 'resnet'")
 
 
 def test_a_name_too_long_to_write(tmp_path: Path, checkpoint: Path) -> None:
     done = convert("--ckpt", checkpoint, "--out", "x" * 300 + ".pth", cwd=tmp_path)
-    check_refused(done, tmp_path, ".pth: File name too long; choose")
+    check_rejected(done, tmp_path, ".pth: File name too long; choose")
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, checkpoint: Path) -> None:
     done = convert("--ckpt", checkpoint, cwd=tmp_path, limit_bytes=1_000_000)
-    check_refused(done, tmp_path, "cannot write efficientdet_lite0.safetensors")
+    check_rejected(done, tmp_path, "cannot write efficientdet_lite0.safetensors")
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, checkpoint: Path) -> None:
@@ -255,7 +278,7 @@ def readonly_folder(tmp_path: Path) -> Iterator[Path]:
 
 def test_no_write_permission(readonly_folder: Path, checkpoint: Path, tmp_path: Path) -> None:
     done = convert("--ckpt", checkpoint, "--out", readonly_folder / "w.pth", cwd=tmp_path)
-    check_refused(done, readonly_folder, "choose a folder you may write to")
+    check_rejected(done, readonly_folder, "choose a folder you may write to")
 
 
 def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:

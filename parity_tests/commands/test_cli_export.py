@@ -45,7 +45,7 @@ def test_writes_a_checkpoint_and_says_what_was_checked(tmp_path: Path, weights: 
         assert len(checkpoint) == 2 * 588 + 1
 
 
-def test_refusals_are_one_sentence_and_leave_nothing(tmp_path: Path, weights: Path) -> None:
+def test_rejections_are_one_sentence_and_nothing_is_written(tmp_path: Path, weights: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "model.index").touch()
     for arguments in (
@@ -66,7 +66,7 @@ def test_refusals_are_one_sentence_and_leave_nothing(tmp_path: Path, weights: Pa
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "model.index"]
 
 
-def test_the_folder_one_stands_in_is_not_replaced(tmp_path: Path, weights: Path) -> None:
+def test_the_current_folder_is_not_replaced(tmp_path: Path, weights: Path) -> None:
     done = export("--weights", weights, "--to", "tf-checkpoint", "--out", ".", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write .: it is the current folder or the root")
@@ -83,7 +83,7 @@ def test_the_weights_themselves_are_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "mine.pth").read_bytes() == before
 
 
-def test_a_failed_check_of_its_own_is_no_bad_input(tmp_path: Path, weights: Path) -> None:
+def test_a_failed_check_is_not_bad_input(tmp_path: Path, weights: Path) -> None:
     before = "import porting.reverse as r; f = r.rules\n"
     before += "from porting.transforms import Transform\n"
     before += "wrong = Transform('wrong', lambda a: a, lambda a, n: (a * 2,))\n"

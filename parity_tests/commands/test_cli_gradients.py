@@ -1,4 +1,4 @@
-"""tools/verify.py --gradients: what it prints and how it ends."""
+"""tools/verify.py --gradients: what it prints and its exit status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,19 +13,26 @@ from rich.console import Console
 
 from parity_tests.helpers.paths import TOOLS
 from parity_tests.helpers.small_models import one_of_each_layer as tiny
+from porting.cli.commands import verify as command
+from porting.cli.drawing.gradients import print_gradients
+from porting.cli.main import execute
 from porting.convert import Conversion, Coverage, apply_rules, variables_digest
-from porting.parity.gradients import GradientResult, TensorResult
+from porting.parity import gradients as gradients_module
+from porting.parity.gradients import (
+    PARTS,
+    GradientResult,
+    TensorResult,
+    gradient_size,
+    part_of,
+    prove_gradients,
+)
 from porting.parity.measure import Difference
 from porting.rules import rules
 from porting.synthetic import synthetic_variables
 from pytorch_model.bifpn import Fuse
 from pytorch_model.config import MODELS, model_config
 
-sys.path.insert(0, str(TOOLS))
-
-import _gradients
-
-TOOL = Path(_gradients.__file__).with_name("verify.py")
+TOOL = TOOLS / "verify.py"
 
 
 def verify(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -66,17 +72,13 @@ def test_either_failure_is_the_exit_status(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import verify as tool
-
     found = Difference(0.0 if gradients else 1.0, 0.0)
     result = GradientResult((TensorResult("images", (), 1.0, 1.0, found),), ())
-    outcome = SimpleNamespace(passed=bool(activations), figures=dict)
-    monkeypatch.setattr(tool, "run", lambda *arguments: outcome)
-    monkeypatch.setattr(_gradients, "compare_gradients", lambda *arguments: result)
+    monkeypatch.setattr(command, "_prove", lambda *arguments: (bool(activations), {}))
+    monkeypatch.setattr(gradients_module, "compare_gradients", lambda *arguments: result)
     arguments = ["--ckpt", "synthetic:efficientdet-lite0", "--size", "128", "--gradients", "--json"]
-    monkeypatch.setattr(sys, "argv", ["verify.py", *arguments])
     monkeypatch.chdir(tmp_path)
-    assert tool.main() == status
+    assert execute("verify", arguments) == status
     summary = json.loads(capsys.readouterr().out)
     assert summary["passed"] is (status == 0)
     assert summary["gradients"]["training"]["passed"] is bool(gradients)
@@ -98,7 +100,8 @@ def test_a_fault_is_named(conversion: Conversion, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Fuse, "forward", stopped)
     console = Console(width=120, record=True)
-    results = _gradients.verify_gradients(console, conversion)
+    results = prove_gradients(conversion)
+    print_gradients(console, results)
     text = console.export_text()
     print(text)
     assert not any(result.passed for result in results.values())
@@ -119,13 +122,15 @@ def test_a_fault_is_named(conversion: Conversion, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("tensorflow")
 def test_every_tensor_belongs_to_a_part(conversion: Conversion) -> None:
-    results = _gradients.verify_gradients(Console(quiet=True), conversion)
+    modes: list[str] = []
+    results = prove_gradients(conversion, modes.append)
+    assert modes == list(results) == ["evaluation", "training"]
     for result in results.values():
-        parts = {_gradients.part_of(tensor) for tensor in (*result.gradients, *result.statistics)}
-        assert parts == set(_gradients.PARTS)
+        parts = {part_of(tensor) for tensor in (*result.gradients, *result.statistics)}
+        assert parts == set(PARTS)
 
 
 def test_the_last_level_has_several_pixels() -> None:
     for config in map(model_config, MODELS):
-        rows, columns = config.feature_sizes(_gradients.picture_size(config))[config.max_level]
+        rows, columns = config.feature_sizes(gradient_size(config))[config.max_level]
         assert 2 * rows * columns >= 4

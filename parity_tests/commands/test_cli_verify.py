@@ -1,4 +1,4 @@
-"""tools/verify.py: a right weight file passes, a wrong one is caught, located and explained."""
+"""tools/verify.py: right weights pass; wrong ones are found, located and explained."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CKPT = ("--ckpt", "synthetic/efficientdet-lite0", "--size", "128")
 @pytest.mark.usefixtures("tensorflow")
 def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
     done = verify(
-        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--variants", cwd=folder
+        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--precision", cwd=folder
     )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -64,7 +64,7 @@ def test_wrong_weights_are_located_and_explained(folder: Path) -> None:
     assert "likely cause: kernel layout transposed" in done.stdout
 
 
-def test_another_activation_in_the_weight_file_is_not_believed(folder: Path) -> None:
+def test_a_wrong_activation_in_the_weight_file_is_rejected(folder: Path) -> None:
     """The tensors alone cannot show it, and a reference built by the same setting would agree."""
     state, config, _ = read_weights(folder / "right.safetensors")
     other = dataclasses.replace(config, act_type="swish")
@@ -76,7 +76,7 @@ def test_another_activation_in_the_weight_file_is_not_believed(folder: Path) -> 
 
 
 @pytest.mark.usefixtures("tensorflow")
-def test_what_the_tolerances_do_not_see_is_named(folder: Path) -> None:
+def test_differences_below_the_tolerances_are_named(folder: Path) -> None:
     state, config, _ = read_weights(folder / "right.safetensors")
     state["class_net.predict.pointwise.bias"][37] += 2e-4
     other = dataclasses.replace(config, anchor_scale=9.0)
@@ -103,7 +103,7 @@ def test_what_the_tolerances_do_not_see_is_named(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--ckpt", "synthetic/efficientdet-lite0", "--size", "big"], "--size big is not a size"),
-        (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "cannot run on device 'abacus'"),
+        (["--ckpt", "synthetic/efficientdet-lite0", "--device", "abacus"], "--device abacus cannot be used"),
         (["--ckpt", "nowhere"], "nowhere"),
         (["--ckpt", "synthetic/efficientdet-lite0", "--graph", "x"], "--graph is for --reference meta"),
         (["--ckpt", "synthetic/efficientdet-lite0", "--weights", "none.pth"], "no weight file at none.pth"),
@@ -117,7 +117,7 @@ def test_bad_input_is_one_sentence(arguments: list[str], message: str, folder: P
     assert message in done.stderr
 
 
-def test_two_files_of_one_function_and_two_that_differ(folder: Path) -> None:
+def test_two_files_of_one_function_and_two_different_files(folder: Path) -> None:
     same = verify("--weights", "right.safetensors", "--against", "right.safetensors", cwd=folder)
     assert same.returncode == 0, same.stderr
     assert "same function" in same.stdout
@@ -128,7 +128,7 @@ def test_two_files_of_one_function_and_two_that_differ(folder: Path) -> None:
     assert against.returncode == 0, against.stderr
 
 
-def test_what_is_stored_differently_is_not_listed_as_different(folder: Path) -> None:
+def test_tensors_stored_differently_are_not_listed_as_different(folder: Path) -> None:
     state, config, _ = read_weights(folder / "wrong.safetensors")
     shift = torch.full_like(state["backbone.stem.bn.bias"], 0.5)
     scale = state["backbone.stem.bn.weight"] / (state["backbone.stem.bn.running_var"] + BN_EPSILON).sqrt()

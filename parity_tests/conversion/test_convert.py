@@ -54,10 +54,10 @@ def test_moving_averages_are_used_unless_raw(
 ) -> None:
     name, target = "box_net/box-predict/bias", "box_net.predict.pointwise.bias"
     averaged = port(tmp_path, content, config)
-    assert averaged.weights == "EMA"
+    assert averaged.values_kind == "EMA"
     np.testing.assert_array_equal(averaged.state_dict[target].numpy(), content[name + EMA_SUFFIX])
     raw = port(tmp_path, content, config, raw=True)
-    assert raw.weights == "raw"
+    assert raw.values_kind == "raw"
     np.testing.assert_array_equal(raw.state_dict[target].numpy(), content[name])
     assert raw.digest != averaged.digest
 
@@ -66,7 +66,7 @@ def test_without_moving_averages_the_values_are_raw(
     tmp_path: Path, content: Variables, config: EfficientDetConfig
 ) -> None:
     plain = {name: value for name, value in content.items() if not name.endswith(EMA_SUFFIX)}
-    assert port(tmp_path, plain, config).weights == "raw"
+    assert port(tmp_path, plain, config).values_kind == "raw"
 
 
 def test_the_account_balances(tmp_path: Path, content: Variables, config: EfficientDetConfig) -> None:
@@ -167,7 +167,7 @@ def test_a_variable_without_any_value_is_named(
 
 def test_averages_without_raw_values(tmp_path: Path, content: Variables, config: EfficientDetConfig) -> None:
     only = {name: value for name, value in content.items() if name.endswith(EMA_SUFFIX)}
-    assert port(tmp_path, only, config).weights == "EMA"
+    assert port(tmp_path, only, config).values_kind == "EMA"
     with pytest.raises(ConversionError, match=r"has no raw value, only a moving average; leave out --raw"):
         port(tmp_path, only, config, raw=True)
 

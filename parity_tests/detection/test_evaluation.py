@@ -22,7 +22,7 @@ from rich.console import Console
 
 from parity_tests.helpers.paths import GOLDENS, TOOLS
 from porting.cli import process
-from porting.cli.commands.evaluation import print_parity
+from porting.cli.drawing.evaluation import print_parity
 from porting.cli.main import execute
 from porting.errors import EfficientDetError, OutputError
 from porting.hparams import nms_and_size, read_hparams
@@ -1107,7 +1107,7 @@ def test_a_file_that_takes_one_image_at_a_time(tensorflow: object) -> None:
             raise ValueError("Cannot reshape\nat length")
 
     network = file_network(OneAtATime(), model_config("efficientdet-d0"))
-    message = r"one.meta on 2 pictures at once \(Cannot reshape\); try --batch-size 1"
+    message = r"one.meta on 2 images at once \(Cannot reshape\); try --batch-size 1"
     with pytest.raises(EfficientDetError, match=message):
         network(torch.zeros(2, 3, 64, 64))
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from parity_tests.helpers.paths import GOLDENS, SHARED
 from parity_tests.helpers.recordings import golden_recording, normalise, shared_recording
-from porting.parity.gradients import Outputs
+from porting.parity.backward import Outputs
 from porting.scopes import EMA_SUFFIX, MOMENTUM_SUFFIX
 from pytorch_model.config import EfficientDetConfig
 from tf_reference.variables import variables as catalogue

@@ -68,7 +68,7 @@ def test_a_variable_of_another_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = dict(variable_shapes(TINY))
     name = next(iter(shapes))
     monkeypatch.setattr(reversing, "variable_shapes", lambda config: {**shapes, name: (7, *shapes[name])})
-    with pytest.raises(ConversionError, match=rf"the rules make {name} of shape .* AutoML has \[7, .*; mend"):
+    with pytest.raises(ConversionError, match=rf"the rules make {name} of shape .* AutoML has \[7, .*; fix"):
         reversing.reverse(state_dict, TINY)
 
 

@@ -14,7 +14,7 @@ import torch
 
 import hubconf
 from parity_tests.helpers.paths import ROOT
-from porting.parity.weight_comparison import read_weight_file
+from porting.parity.compared_weights import read_weight_file
 from pytorch_model import ConfigError, EfficientDet, WeightsError, create_model, load_model
 from pytorch_model.config import MODELS, model_config
 from pytorch_model.efficientdet import CLASS_PREDICTOR

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from porting.parity.weight_comparison import read_weight_file
+from porting.parity.compared_weights import read_weight_file
 from pytorch_model import (
     ConfigError,
     EfficientDet,

@@ -14,7 +14,7 @@ from torch import nn
 from parity_tests.helpers.recordings import normalise
 from porting.convert import apply_rules
 from porting.parity import compare, tensorflow_reference
-from porting.parity.diagnose import Diagnosis, diagnose
+from porting.parity.diagnosis.diagnose import Diagnosis, diagnose
 from porting.rules import rules
 from porting.scopes import EMA_SUFFIX
 from porting.synthetic import synthetic_checkpoint, synthetic_image

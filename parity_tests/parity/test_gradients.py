@@ -42,19 +42,16 @@ from parity_tests.helpers.training import (
 from porting.convert import apply_rules
 from porting.errors import ConfigError
 from porting.parity import tapped
-from porting.parity.gradients import (
+from porting.parity.backward import (
     IMAGES,
     Backward,
-    GradientResult,
     Outputs,
-    cancelling,
-    compare_gradients,
     fusion_magnitude,
     pytorch_backward,
     random_projection,
-    shifts,
     tensorflow_backward,
 )
+from porting.parity.gradients import GradientResult, cancelling, compare_gradients, shifts
 from porting.rules import TapPair, rules
 from porting.scopes import EMA_SUFFIX, MOMENTUM_SUFFIX
 from porting.synthetic import synthetic_image, synthetic_variables
@@ -73,7 +70,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def pictures(config: EfficientDetConfig, size: tuple[int, int], count: int = 2) -> np.ndarray:
+def seeded(config: EfficientDetConfig, size: tuple[int, int], count: int = 2) -> np.ndarray:
     return normalise(np.stack([synthetic_image(*size, seed) for seed in range(count)]), config)
 
 
@@ -81,7 +78,7 @@ def pictures(config: EfficientDetConfig, size: tuple[int, int], count: int = 2) 
 
 slow = pytest.mark.slow
 BOTH = (False, True)
-# Two pictures of 136 pixels leave 2×2 at P7, so eight values a channel; D7x, with a P8 of 1×2, four.
+# Two images of 136 pixels leave 2×2 at P7, so eight values per channel; D7x, with a P8 of 1×2, four.
 FAST = [("efficientdet-d0", (136, 136), BOTH), ("efficientdet-lite0", (136, 136), BOTH)]
 SLOW = [
     ("efficientdet-d0", (256, 256), (True,)),
@@ -136,14 +133,14 @@ def test_every_model_is_covered() -> None:
 @pytest.mark.parametrize(("model", "size", "training"), CASES)
 def test_gradients_are_equal(model: str, size: tuple[int, int], training: bool) -> None:
     config = model_config(model)
-    result = compare_gradients(config, weights(model), pictures(config, size), training)
+    result = compare_gradients(config, weights(model), seeded(config, size), training)
     assert result.passed, result.worst
     report(f"{model} {size[0]}×{size[1]}", result)
 
 
 def check_any_configuration(config: EfficientDetConfig) -> None:
     for training in (False, True):
-        images = pictures(config, config.image_size)
+        images = seeded(config, config.image_size)
         result = compare_gradients(config, synthetic_variables(config), images, training)
         assert result.passed, result.worst
 
@@ -165,7 +162,7 @@ def test_many_configurations_are_equal(config: EfficientDetConfig) -> None:
 
 def run_tiny(training: bool, variables: Mapping[str, np.ndarray] | None = None) -> GradientResult:
     config = tiny()
-    images = pictures(config, config.image_size)
+    images = seeded(config, config.image_size)
     return compare_gradients(config, variables or synthetic_variables(config), images, training)
 
 
@@ -207,7 +204,7 @@ def narrow() -> EfficientDetConfig:
 )
 def test_what_cancels_is_known_by_structure(config: EfficientDetConfig, size: tuple[int, int]) -> None:
     """In training exactly the named gradients are zero but for rounding: none is excused that has a value."""
-    images = pictures(config, size, count=4)
+    images = seeded(config, size, count=4)
     result = compare_gradients(config, synthetic_variables(config), images, training=True)
     table = list(rules(config))
     used = [g for g in result.gradients if g.norm > 0 or g.cancels]  # blocks no level uses: exactly zero
@@ -258,12 +255,12 @@ def test_two_values_a_channel_are_ill_conditioned() -> None:
 
     A sum of n terms is off by about √n roundings. Put that error, at random, on every convolution: at 128
     pixels PyTorch's gradient then moves over a hundred times further than at 136, and at both by as much as
-    the two networks differ. So the difference is rounding, and the larger one at 128 pixels is no fault.
+    the two networks differ. So the difference is rounding, and the larger one at 128 pixels is not a fault.
     """
     config, variables = model_config("efficientdet-d2"), weights("efficientdet-d2")
     moved: dict[int, float] = {}
     for size in (128, 136):
-        images = pictures(config, (size, size))
+        images = seeded(config, (size, size))
         ours = gradient_with_rounding(config, variables, images, seed=None)
         turned = [gradient_with_rounding(config, variables, images, seed) for seed in range(4)]
         moved[size] = math.sqrt(sum(relative_l2(other, ours) ** 2 for other in turned) / len(turned))
@@ -302,7 +299,7 @@ def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
 def test_a_folded_bias_in_the_reference(training: bool) -> None:
     """What makes the fold right: d/d bias = −Σ d/d mean in evaluation, and 0 in training."""
     config = tiny()
-    images = pictures(config, config.image_size)
+    images = seeded(config, config.image_size)
     backward = tensorflow_backward(synthetic_variables(config), config, images, random_projection, training)
     means: dict[str, list[str]] = {}
     for rule in rules(config):
@@ -319,7 +316,7 @@ def test_a_folded_bias_in_the_reference(training: bool) -> None:
 @pytest.mark.parametrize("training", [False, True])
 def test_blocks_that_no_level_uses(training: bool) -> None:
     config = tiny().replace(max_level=4)
-    images = pictures(config, config.image_size)
+    images = seeded(config, config.image_size)
     result = compare_gradients(config, synthetic_variables(config), images, training)
     unused = [g for g in result.gradients if g.name.startswith("backbone.blocks.6.")]
     assert [g.norm for g in unused] == [0] * len(unused)
@@ -327,9 +324,9 @@ def test_blocks_that_no_level_uses(training: bool) -> None:
     assert result.passed, result.worst
 
 
-def test_one_value_a_channel_is_refused() -> None:
+def test_one_value_per_channel_is_rejected() -> None:
     config = tiny()
-    images = pictures(config, (128, 128), count=1)
+    images = seeded(config, (128, 128), count=1)
     with pytest.raises(ConfigError, match="a single pixel at level 7"):
         compare_gradients(config, synthetic_variables(config), images, training=True)
 
@@ -477,7 +474,7 @@ UNIT = 2.0**-24  # what one rounding to float32 changes, relatively and at most
 
 @lru_cache(maxsize=1)
 def evaluated() -> Outputs:
-    """D0's float64 outputs on the recorded pictures, by the averaged weights."""
+    """D0's float64 outputs on the recorded images, by the averaged weights."""
     recording = shared_recording("efficientdet-d0", 128)
     model = EfficientDet(recording.config).double().eval()
     model.load_state_dict(apply_rules(rules(recording.config), recording.variables(), "float64"))
@@ -659,7 +656,7 @@ def tensorflow_step(step: TrainStep, images: np.ndarray, loss: LossFunction, dty
 @lru_cache(maxsize=6)
 def our_step(network: str, dtype: str = "float64", turned: bool = False) -> Ours:
     """``turned``: every pixel moved by the last bit of float32, so that rounding falls otherwise."""
-    step = load_step("golden")  # the same weights, pictures and labels as the whole recording's
+    step = load_step("golden")  # the same weights, images and labels as the whole recording's
     losses: list[DetectionLoss] = []
 
     def loss(outputs: Outputs) -> Outputs:

@@ -28,7 +28,7 @@ from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import apply_rules
 from porting.errors import EfficientDetError
 from porting.parity import ParityResult, compare
-from porting.parity.reference import graph as graph_reference
+from porting.parity.reference import graph_session
 from porting.parity.reference.choose import FileReference, open_reference
 from porting.parity.reference.graph import open_meta, open_saved_model
 from porting.parity.reference.graph_taps import find_taps
@@ -147,7 +147,7 @@ def test_one_activation_at_a_time_gives_the_same(
     """However many stretches the graph is run in, to bound the memory."""
     path, config, variables, images = d0
     whole = compared(open_meta(path, config, variables), config, variables, images)
-    monkeypatch.setattr(graph_reference, "_AT_ONCE", 200_000)
+    monkeypatch.setattr(graph_session, "_AT_ONCE", 200_000)
     pieces = compared(open_meta(path, config, variables), config, variables, images)
     assert pieces == whole
 
@@ -155,7 +155,7 @@ def test_one_activation_at_a_time_gives_the_same(
 # --- what cannot be used --------------------------------------------------------------------------------
 
 
-def test_a_training_graph_is_refused(tmp_path: Path) -> None:
+def test_a_training_graph_is_rejected(tmp_path: Path) -> None:
     config = model_config("efficientdet-d0")
     variables = golden_recording("efficientdet-d0").variables()
     with pytest.raises(
@@ -164,11 +164,11 @@ def test_a_training_graph_is_refused(tmp_path: Path) -> None:
         open_meta(unpacked("d0_train", tmp_path), config, variables)
 
 
-def test_what_does_not_fit_is_told(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]) -> None:
+def test_graphs_that_do_not_fit_are_rejected(
+    d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray],
+) -> None:
     path, config, variables, images = d0
-    with pytest.raises(
-        EfficientDetError, match="built for pictures of 128×128, not 96×96; try --size 128x128"
-    ):
+    with pytest.raises(EfficientDetError, match="built for images of 128×128, not 96×96; try --size 128x128"):
         open_meta(path, config, variables).on(np.zeros((1, 96, 96, 3), np.float32))
     with pytest.raises(
         EfficientDetError, match=r"none of the one convolution that reads efficientnet-b1/stem"
@@ -217,7 +217,7 @@ def dropped_connections(nodes: dict[str, Any]) -> None:
         (dropped_connections, r"training run \(efficientnet-b0/blocks_1/se/Sigmoid draws random numbers\)"),
     ],
 )
-def test_other_graphs_of_the_model_are_told(
+def test_other_graphs_of_the_model_are_rejected(
     tensorflow: Any,
     d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray],
     change: Callable[[dict[str, Any]], None],
@@ -231,7 +231,7 @@ def test_other_graphs_of_the_model_are_told(
         open_meta(path, config, variables)
 
 
-def test_saved_models_that_cannot_be_run_are_told(tensorflow: Any, tmp_path: Path) -> None:
+def test_saved_models_that_cannot_be_run_are_rejected(tensorflow: Any, tmp_path: Path) -> None:
     tf, config = tensorflow, small()
     (tmp_path / "saved_model.pb").write_bytes(b"")
     with pytest.raises(EfficientDetError, match=r"saved_model\.pb holds no graph; export the model again"):
@@ -247,7 +247,7 @@ def test_saved_models_that_cannot_be_run_are_told(tensorflow: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x0a\xff\xff"], ids=["empty", "text", "cut"])
-def test_a_file_that_is_no_graph_is_told(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_graph_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.meta").write_bytes(content)
     with pytest.raises(
         EfficientDetError, match=r"model\.meta (is not a graph|has none of the one convolution)"
@@ -255,7 +255,7 @@ def test_a_file_that_is_no_graph_is_told(tmp_path: Path, content: bytes) -> None
         open_meta(tmp_path / "model.meta", model_config("efficientdet-d0"), {})
 
 
-def test_a_missing_graph_is_told(tmp_path: Path) -> None:
+def test_a_missing_graph_is_rejected(tmp_path: Path) -> None:
     config, values = small(), synthetic_variables(small())
     write_bundle(tmp_path / "model", values)
     with open_checkpoint(tmp_path) as checkpoint:
@@ -286,7 +286,7 @@ def test_taps_are_the_tensors_they_should_be(tensorflow: Any, config: EfficientD
     for name, tensor in found.items():
         assert tensor is seen[name], name
     absent = seen.keys() - found.keys()
-    if config.conv_bn_act_pattern:  # a node's end cannot be told there
+    if config.conv_bn_act_pattern:  # a node's end cannot be identified there
         absent = {name for name in absent if not name.rpartition("/")[2].startswith("fnode")}
     if len(config.bifpn_nodes) == 2:  # two levels
         absent = {name for name in absent if not name.startswith("resample_p")}
@@ -306,7 +306,7 @@ def test_absent_activations_are_counted_and_outputs_compared(tensorflow: Any, tm
     assert set(result.absent) == {pair.tap for pair in taps(config)} - {tap.pair.tap for tap in result.taps}
     assert result.absent
     assert all("fnode" in name for name in result.absent)
-    # A figure that covers several layers is held to what rounding makes of several layers.
+    # A figure that covers several layers is compared with the rounding of several layers.
     after_gap = [tap for tap in result.taps if tap.spans > 1]
     assert after_gap
     assert all(tap.allowed[1] == tap.allowed[0] for tap in after_gap)
@@ -372,7 +372,7 @@ def test_saved_models(tensorflow: Any, tmp_path: Path, version: int) -> None:
 # --- TFLite ---------------------------------------------------------------------------------------------
 
 
-def test_a_tflite_file_of_another_model_is_told() -> None:
+def test_a_tflite_file_of_another_model_is_rejected() -> None:
     config = TINY.replace(max_level=TINY.max_level + 1)
     with pytest.raises(EfficientDetError, match=rf"has no class_outputs/{config.max_level}: it is not"):
         TFLiteReference(golden("float32"), config)
@@ -445,15 +445,16 @@ AGAINST = ("--weights", "a", "--against", "b")
         (
             "verify.py",
             [*AGAINST, "--reference", "meta"],
-            "there is no --reference",
+            "so --reference has no effect",
         ),
-        ("verify.py", [*AGAINST, "--variants"], "so there are no --variants"),
+        ("verify.py", [*AGAINST, "--variants"], "so --precision has no effect"),
+        ("verify.py", ["--ckpt", "x", "--against", "b"], "--against is compared with --weights: give both"),
         ("verify.py", [], "give --ckpt, or --weights and --against"),
         ("eval_coco.py", ["--weights", "x", "--out", "y"], "give --coco or --annotations"),
         ("verify.py", ["--ckpt", "x", "--reference", "keras"], "invalid choice: 'keras'"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(tool: str, arguments: list[str], message: str) -> None:
+def test_options_without_effect_are_rejected(tool: str, arguments: list[str], message: str) -> None:
     command = [sys.executable, str(TOOLS / tool), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

@@ -20,7 +20,13 @@ from porting.convert import apply_rules
 from porting.parity import ParityResult, compare, difference
 from porting.parity.lockstep import Reference, tf32
 from porting.parity.measure import FLOAT32_ACCUMULATED_TOLERANCE, FLOAT64_TOLERANCE
-from porting.parity.precision import COMPILED, QUICK, Cost, fuse_batch_norms, measure_variants
+from porting.parity.precision import (
+    COMPILED,
+    QUICK_PRECISIONS,
+    PrecisionCost,
+    fuse_batch_norms,
+    measure_precisions,
+)
 from porting.parity.report.content import Report, report_dict
 from porting.rules import rules
 from porting.synthetic import synthetic_image, synthetic_variables
@@ -45,12 +51,12 @@ def weights(config: EfficientDetConfig, dtype: str = "float32") -> tuple[State, 
 def test_d0_in_every_way_but_the_compiler() -> None:
     recording = golden_recording("efficientdet-d0")
     state = apply_rules(rules(recording.config), recording.variables())
-    costs = {cost.name: cost for cost in measure_variants(recording.config, state, recording.images[:1])}
-    assert tuple(costs) == QUICK
-    for name in QUICK:
+    costs = {cost.name: cost for cost in measure_precisions(recording.config, state, recording.images[:1])}
+    assert tuple(costs) == QUICK_PRECISIONS
+    for name in QUICK_PRECISIONS:
         cost = costs[name]
         if name.startswith("GPU") and not torch.cuda.is_available():
-            assert cost == Cost(name, skipped="no GPU here")
+            assert cost == PrecisionCost(name, skipped="no GPU here")
             continue
         assert cost.classes is not None
         assert cost.boxes is not None
@@ -92,8 +98,8 @@ def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "compile", fail)
     config = small()
-    costs = list(measure_variants(config, *weights(config), names=["float32", COMPILED]))
-    assert costs[1] == Cost(COMPILED, skipped="not possible here: no compiler found")
+    costs = list(measure_precisions(config, *weights(config), names=["float32", COMPILED]))
+    assert costs[1] == PrecisionCost(COMPILED, skipped="not possible here: no compiler found")
     assert costs[0].skipped is None
 
 
@@ -112,7 +118,7 @@ def test_compiled_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as for the compiler, but run operation by operation: compiling itself takes minutes."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", dynamic=False))
     config = small()
-    (cost,) = measure_variants(config, *weights(config), names=[COMPILED])
+    (cost,) = measure_precisions(config, *weights(config), names=[COMPILED])
     assert cost.skipped is None
     assert cost.boxes is not None
     print(f"{cost.boxes.relative:.1e}")
@@ -123,7 +129,7 @@ def test_the_weights_are_left_as_they_were() -> None:
     config = small()
     state, images = weights(config)
     before = {key: tensor.clone() for key, tensor in state.items()}
-    list(measure_variants(config, state, images))
+    list(measure_precisions(config, state, images))
     assert all(torch.equal(state[key], tensor) for key, tensor in before.items())
 
 
@@ -131,11 +137,11 @@ def test_overflow_is_infinite_and_the_report_holds_it() -> None:
     config = small()
     state, images = weights(config)
     state["box_net.predict.pointwise.bias"] += 1e5  # float16 ends at 65504
-    costs = tuple(measure_variants(config, state, images, names=["float16"]))
+    costs = tuple(measure_precisions(config, state, images, names=["float16"]))
     assert costs[0].boxes is not None
     assert math.isinf(costs[0].boxes.relative)
     result = ParityResult((), "float32", ("a", "b"))
-    document = report_dict(Report(config, (result,), variants=costs))
+    document = report_dict(Report(config, (result,), precisions=costs))
     assert document["variants"][0]["boxes"] == {"relative": "Infinity", "maximum": "Infinity"}
     assert document["runs"][0]["absent"] == ["a", "b"]
     assert document["passed"] is False
@@ -143,7 +149,7 @@ def test_overflow_is_infinite_and_the_report_holds_it() -> None:
 
 
 def test_the_proof_runs_without_tf32() -> None:
-    """On a GPU, PyTorch rounds a convolution's factors to 10 bits unless told not to."""
+    """On a GPU, PyTorch rounds a convolution's factors to 10 bits unless that is switched off."""
     config = small()
     state, images = weights(config)
     model = EfficientDet(config).eval()

@@ -75,7 +75,7 @@ def report(config: EfficientDetConfig) -> Report:
 
 
 def strict_json(text: str) -> Any:
-    """Read JSON, refusing the NaN and Infinity that Python's reader would let pass."""
+    """Read JSON, but reject the NaN and Infinity that Python's reader accepts."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -159,7 +159,7 @@ def test_json_names_the_worst_and_the_first(config: EfficientDetConfig) -> None:
     assert [layer["passed"] for layer in document["layers"]].count(False) == 2
 
 
-def test_runs_that_do_not_belong_together_are_refused(config: EfficientDetConfig) -> None:
+def test_runs_that_do_not_belong_together_are_rejected(config: EfficientDetConfig) -> None:
     result = run(config, "float32", 0.0)
     with pytest.raises(ValueError, match="at least one"):
         Report(config, ())
@@ -172,7 +172,7 @@ def test_runs_that_do_not_belong_together_are_refused(config: EfficientDetConfig
 # --- report.html --------------------------------------------------------------------------------------
 
 
-def test_html_embeds_the_json_and_the_pictures(tmp_path: Path, report: Report) -> None:
+def test_html_embeds_the_json_and_the_maps(tmp_path: Path, report: Report) -> None:
     write_html(report, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert text == render(report)
@@ -289,14 +289,14 @@ def test_the_channels_that_differ_and_vary_most_are_kept() -> None:
     assert (varies.difference == MIDDLE).all()
 
 
-def test_two_pictures_show_two_channels() -> None:
+def test_two_maps_show_two_channels() -> None:
     reference = np.zeros((1, 2, 2, 3))
     reference[0, 0, 0] = [1, 5, 2]
     differs, varies = observe(reference * 1.5, reference).maps["tap"]
     assert (differs.channel, varies.channel) == (1, 2)
 
 
-def test_pictures_are_shrunk_by_whole_cells() -> None:
+def test_maps_are_shrunk_by_whole_cells() -> None:
     reference = np.zeros((1, 100, 31, 1))
     reference[0, 99, 30, 0] = 8  # the last row of cells is one pixel high, the last column one wide
     reference[0, 0, 0, 0] = -9
@@ -337,7 +337,7 @@ def test_a_channel_that_is_not_finite_does_not_vary() -> None:
         lambda shape: st.tuples(*[hnp.arrays(np.float32, shape, elements=st.floats(width=32))] * 2)
     )
 )
-def test_any_values_give_pictures_and_a_histogram(arrays: tuple[np.ndarray, np.ndarray]) -> None:
+def test_any_values_give_maps_and_a_histogram(arrays: tuple[np.ndarray, np.ndarray]) -> None:
     ours, reference = arrays
     kept = observe(ours, reference, TapPair("class_net", "class_outputs/3", 0))
     for picture in kept.maps["class_outputs/3"]:

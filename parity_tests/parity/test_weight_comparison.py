@@ -20,14 +20,13 @@ from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import apply_rules, convert
 from porting.errors import ConversionError, WeightsError
 from porting.infer import infer_config
+from porting.parity.compared_weights import ComparedWeights, read_weight_file
 from porting.parity.weight_comparison import (
     CheckpointComparison,
     Verdict,
     WeightComparison,
-    Weights,
     compare_weights,
     compare_with_checkpoint,
-    read_weight_file,
 )
 from porting.rules import rules
 from porting.scopes import EMA_SUFFIX
@@ -68,7 +67,7 @@ def rounded(state: State, dtype: torch.dtype = torch.float32) -> State:
 
 
 def against(a: State, b: State, config: EfficientDetConfig | None = CONFIG) -> WeightComparison:
-    return compare_weights(Weights("a", a, config), Weights("b", b, config))
+    return compare_weights(ComparedWeights("a", a, config), ComparedWeights("b", b, config))
 
 
 def changed(comparison: WeightComparison) -> set[str]:
@@ -96,7 +95,7 @@ def test_counters_and_nan_and_layout_do_not_matter(exact: State) -> None:
     a["backbone.stem.bn.bias"] = b["backbone.stem.bn.bias"] = torch.full((32,), math.nan, dtype=torch.float64)
     comparison = against(a, b)
     assert comparison.verdict is Verdict.EXACT
-    assert comparison.notes == ("the counts of training batches differ, which no evaluation reads",)
+    assert comparison.notes == ("the counts of training batches differ, which evaluation does not read",)
 
 
 def test_zero_has_no_sign_that_matters(exact: State) -> None:
@@ -282,7 +281,7 @@ def test_a_shared_convolution_shows_the_level_that_differs_most(exact: State) ->
     ],
 )
 @pytest.mark.parametrize("method", ["fastattn", "attn"])
-def test_rounding_is_told_from_what_is_more(exact: State, key: str, method: str) -> None:
+def test_rounding_is_distinguished_from_a_larger_change(exact: State, key: str, method: str) -> None:
     """One tensor rounded to float16 is the same; forty roundings off in one number, it is not."""
     config = CONFIG.replace(fpn_weight_method=method)
     half = exact[key].half()
@@ -420,7 +419,9 @@ def test_integers_are_not_compared_as_weights(exact: State) -> None:
 
 def test_settings_that_change_the_network(exact: State) -> None:
     def configured(**changes: object) -> WeightComparison:
-        return compare_weights(Weights("a", exact, CONFIG.replace(**changes)), Weights("b", exact, CONFIG))
+        return compare_weights(
+            ComparedWeights("a", exact, CONFIG.replace(**changes)), ComparedWeights("b", exact, CONFIG)
+        )
 
     assert configured(act_type="relu6").mismatches == ("act_type is relu6 in a, swish in b",)
     assert configured(survival_prob=0.8).verdict is Verdict.DIFFERENT
@@ -439,13 +440,13 @@ def test_settings_that_change_the_network(exact: State) -> None:
 
 
 def test_without_a_configuration(exact: State) -> None:
-    comparison = compare_weights(Weights("a", exact), Weights("b", exact, CONFIG))
+    comparison = compare_weights(ComparedWeights("a", exact), ComparedWeights("b", exact, CONFIG))
     assert comparison.verdict is Verdict.EXACT
-    assert comparison.notes == ("a carries no configuration; the other's is taken to hold for both",)
+    assert comparison.notes == ("a has no configuration; the other's is used for both",)
     shuffled = dict(reversed(exact.items()))
     for key in ("backbone.stem.bn.bias", "class_net.predict.pointwise.bias"):
         shuffled[key] = exact[key] + 1
-    first = compare_weights(Weights("a", shuffled), Weights("b", exact, CONFIG)).first
+    first = compare_weights(ComparedWeights("a", shuffled), ComparedWeights("b", exact, CONFIG)).first
     assert first is not None
     assert first.key == "backbone.stem.bn.bias"
 
@@ -482,7 +483,7 @@ def checkpoint_folder(content: Variables, tmp_path_factory: pytest.TempPathFacto
 
 def compared(state: State, folder: Path) -> CheckpointComparison:
     with open_checkpoint(folder) as checkpoint:
-        return compare_with_checkpoint(Weights("mine", state, LITE), checkpoint, LITE)
+        return compare_with_checkpoint(ComparedWeights("mine", state, LITE), checkpoint, LITE)
 
 
 def ported(folder: Path, raw: bool = False) -> State:
@@ -547,9 +548,9 @@ def test_averages_alone(content: Variables, tmp_path: Path) -> None:
     assert list(comparison.comparisons) == ["EMA"]
 
 
-def test_a_checkpoint_of_another_model_is_refused(checkpoint_folder: Path) -> None:
+def test_a_checkpoint_of_another_model_is_rejected(checkpoint_folder: Path) -> None:
     with open_checkpoint(checkpoint_folder) as checkpoint, pytest.raises(ConversionError):
-        compare_with_checkpoint(Weights("mine", {}), checkpoint, CONFIG)
+        compare_with_checkpoint(ComparedWeights("mine", {}), checkpoint, CONFIG)
 
 
 def opened(path: Path) -> tuple[Checkpoint, EfficientDetConfig]:
@@ -564,7 +565,7 @@ def test_the_public_tflite_file_and_the_checkpoint_made_of_it(shared: Path) -> N
     for name in ("efficientdet_lite0.tflite", "efficientdet-lite0"):
         checkpoint, config = opened(shared / "lite0" / name)
         with checkpoint:
-            states.append(Weights(name, convert(checkpoint, config).state_dict, config))
+            states.append(ComparedWeights(name, convert(checkpoint, config).state_dict, config))
     comparison = compare_weights(*states)
     assert comparison.mismatches == ()
     assert len(comparison.differing) > 500
@@ -584,7 +585,7 @@ def test_our_own_files(exact: State, tmp_path: Path, suffix: str) -> None:
     write_weights(path, rounded(exact), CONFIG, {})
     weights = read_weight_file(path)
     assert (weights.source, weights.config) == (str(path), CONFIG)
-    assert compare_weights(weights, Weights("b", rounded(exact), CONFIG)).verdict is Verdict.EXACT
+    assert compare_weights(weights, ComparedWeights("b", rounded(exact), CONFIG)).verdict is Verdict.EXACT
 
 
 def wrap_nothing(state: State) -> object:
@@ -606,7 +607,7 @@ def test_plain_files(exact: State, tmp_path: Path, wrap: Callable[[State], objec
     torch.save(wrap(exact), path)
     weights = read_weight_file(path)
     assert weights.config is None
-    assert compare_weights(weights, Weights("b", exact, CONFIG)).verdict is Verdict.EXACT
+    assert compare_weights(weights, ComparedWeights("b", exact, CONFIG)).verdict is Verdict.EXACT
 
 
 def test_a_plain_safetensors_file(exact: State, tmp_path: Path) -> None:
@@ -615,7 +616,7 @@ def test_a_plain_safetensors_file(exact: State, tmp_path: Path) -> None:
     save_file(exact, tmp_path / "theirs.safetensors")
     weights = read_weight_file(tmp_path / "theirs.safetensors")
     assert weights.config is None
-    assert compare_weights(weights, Weights("b", exact, CONFIG)).verdict is Verdict.EXACT
+    assert compare_weights(weights, ComparedWeights("b", exact, CONFIG)).verdict is Verdict.EXACT
 
 
 class Malicious:
@@ -627,7 +628,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("content", [{"a": Malicious()}, {"a": 3}, [1, 2], {}, {3: torch.ones(1)}], ids=repr)
-def test_what_holds_no_weights_is_refused(
+def test_a_file_without_weights_is_rejected(
     content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -637,7 +638,7 @@ def test_what_holds_no_weights_is_refused(
     assert not (tmp_path / "executed").exists()
 
 
-def test_missing_and_damaged_files_are_refused(exact: State, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_rejected(exact: State, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="no weight file at"):
         read_weight_file(tmp_path / "none.pt")
     path = tmp_path / "cut.pth"

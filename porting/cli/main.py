@@ -21,9 +21,9 @@ PROGRAM = "efficientdet-porting"
 
 @dataclass(frozen=True)
 class Command:
-    """One command. ``module``: of that name in ``arguments`` and in ``commands``. ``script``: in ``tools/``.
+    """One command. ``module``: its name in ``arguments`` and in ``commands``. ``script``: in ``tools/``.
 
-    ``one_thread``: what it writes must not depend on the number of threads, whose sums end in other digits.
+    ``one_thread``: run on one thread, because sums end in other digits on more, and the files must not.
     """
 
     name: str
@@ -36,6 +36,10 @@ class Command:
 COMMANDS: Mapping[str, Command] = {
     command.name: command
     for command in (
+        Command("convert", "port a TensorFlow checkpoint to PyTorch weights", "convert", "convert.py"),
+        Command(
+            "verify", "prove weights layer by layer, or compare two sets of weights", "verify", "verify.py"
+        ),
         Command(
             "eval",
             "COCO's figures of a weight file, next to those of a TensorFlow reference",
@@ -45,12 +49,22 @@ COMMANDS: Mapping[str, Command] = {
         Command("detect", "detect objects in images or a video", "detect", "detect.py"),
         Command("export", "write PyTorch weights in the format of another program", "export", "export.py"),
         Command(
+            "audit", "count parameters and multiply-adds, compared with the paper's", "audit", "audit.py"
+        ),
+        Command(
             "release",
             "put weights and their evidence into one folder that can be checked",
             "release",
             "release.py",
             one_thread=True,
         ),
+        Command(
+            "inspect",
+            "show what a checkpoint holds, without converting it",
+            "inspect",
+            "inspect_checkpoint.py",
+        ),
+        Command("bench", "measure speed as ratios", "bench", "bench.py"),
     )
 }
 

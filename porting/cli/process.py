@@ -108,7 +108,7 @@ def _is_failed_check(error: Exception) -> bool:
 
 
 def _end(number: int, _: object) -> NoReturn:
-    """The handler. It stays in place, because what it raises may be swallowed, by a ``__del__`` for example."""
+    """The handler. It stays in place, because its exception may be swallowed, as in a ``__del__``."""
     raise Ended(number)
 
 

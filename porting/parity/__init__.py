@@ -1,6 +1,7 @@
 """The proof: both networks on the same input, compared at every tap.
 
-Names are imported when they are first used, so that ``porting.parity.reference`` alone does not load torch.
+Names are imported when they are first used, so that importing ``porting.parity.reference`` does not load
+torch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from porting.parity.lockstep import ParityResult, TapResult, compare, tapped, tensorflow_reference
     from porting.parity.measure import Difference, difference, tolerances
+    from porting.parity.proof import Listener, Proof, prove
 
 _HOMES = {
     "Difference": "measure",
+    "Listener": "proof",
     "ParityResult": "lockstep",
+    "Proof": "proof",
     "TapResult": "lockstep",
     "compare": "lockstep",
     "difference": "measure",
+    "prove": "proof",
     "tapped": "lockstep",
     "tensorflow_reference": "lockstep",
     "tolerances": "measure",
@@ -25,10 +30,13 @@ _HOMES = {
 
 __all__ = [
     "Difference",
+    "Listener",
     "ParityResult",
+    "Proof",
     "TapResult",
     "compare",
     "difference",
+    "prove",
     "tapped",
     "tensorflow_reference",
     "tolerances",

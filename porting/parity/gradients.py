@@ -1,80 +1,63 @@
-"""The backward pass: PyTorch's autograd against TensorFlow's gradient tape on the reference, in float64.
+"""Compare gradients: PyTorch's autograd with TensorFlow's gradient tape on the reference, in float64.
 
-A transform of the rule table that only permutes or stacks takes gradients as it takes values: the gradient
-of a PyTorch tensor is the transform of its variables' gradients. A bias folded into a running mean is the
-exception, for PyTorch has no parameter there: see :func:`_folded_biases`.
+A transform of the rule table that only permutes or stacks applies to gradients as it does to values: the
+gradient of a PyTorch tensor is the transform of its variables' gradients. A bias folded into a running mean
+is the exception, because PyTorch has no parameter there: see :func:`_folded_biases`.
 
-**What an error is measured against.** The gradient itself, ‖ours − reference‖₂ / ‖reference‖₂, but for the
-two kinds of parameter whose gradient cancels by construction. There, a relative error would measure rounding
-and nothing else, so the error is measured against what is summed:
+**The measure of an error.** It is the gradient itself, ‖ours − reference‖₂ / ‖reference‖₂, except for two
+kinds of parameter whose gradient cancels by construction. For them a relative error would measure only
+rounding, so the measure is the sum of the magnitudes of the terms:
 
-- In training, a parameter that only shifts whole channels on their way to a batch norm (:func:`shifts`) has
-  the gradient Σ gᵢ = 0 over batch and pixels, however large the gᵢ. Were every gᵢ right to a relative 1e-9,
-  their sum would be right to 1e-9 · Σ|gᵢ|; so Σ|gᵢ| is the measure, and the tolerance stays what it is.
-- Fusion weights w act through w′ = w/(Σw + ε) (or softmax), which hardly changes when all of them grow; where
-  a single one is positive, w′ = w/(w + 1e-4) hardly depends on w at all. With h = d/dw′, the gradient is the
+- In training, a parameter that only shifts whole channels before a batch norm (:func:`shifts`) has the
+  gradient Σ gᵢ = 0 over batch and pixels, however large the gᵢ are. If every gᵢ is right to a relative 1e-9,
+  their sum is right to 1e-9 · Σ|gᵢ|. So Σ|gᵢ| is the measure, and the tolerance stays the same.
+- Fusion weights w act through w′ = w/(Σw + ε) (or softmax), which hardly changes when all of them grow. If
+  only one is positive, w′ = w/(w + 1e-4) hardly depends on w at all. With h = d/dw′, the gradient is the
   difference of hⱼ/(Σw + ε) and Σᵢ w′ᵢhᵢ/(Σw + ε); the measure is the sum of their magnitudes.
 
-Stochastic depth (AutoML's ``drop_connect``) is left out of training mode: it is random in one framework and
-could not be the same in the other.
+Stochastic depth (AutoML's ``drop_connect``) is switched off in training mode, because it is random and cannot
+be the same in both frameworks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from porting.convert import apply_rules
+from porting.convert import Conversion, apply_rules
 from porting.errors import ConfigError
+from porting.parity.backward import IMAGES, Backward, pytorch_backward, random_projection, tensorflow_backward
+from porting.parity.inputs import seeded_images
 from porting.parity.measure import Difference, difference
+from porting.parity.reference.choose import require_tensorflow
 from porting.rules import Rule, rules
 from porting.transforms import FOLD_BIAS_INTO_MEAN
-from pytorch_model.bifpn import FASTATTN_EPSILON, Fuse
 from pytorch_model.config import BN_EPSILON, EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
 
-#: Relative L2 allowed for one gradient, or one moving statistic, in float64: an order above what activations
-#: are allowed, for a gradient has been through the network twice.
+#: Relative L2 allowed for one gradient, or one moving statistic, in float64: ten times that of activations,
+#: because a gradient has passed through the network twice.
 GRADIENT_TOLERANCE = 1e-9
 
-IMAGES = "images"
+EVALUATION, TRAINING = "evaluation", "training"  # modes of batch norm
 
-#: Class and box outputs of one network, one array [N, H_l, W_l, outputs] a level.
-Outputs = tuple[list[np.ndarray], list[np.ndarray]]
+#: The parts of the network by which gradients are summarised.
+PARTS = (IMAGES, "backbone", "resample", "bifpn", "class_net", "box_net")
 
-#: The gradient of a loss with respect to the outputs, in the outputs' shapes.
-LossGradient = Callable[[Outputs], Outputs]
-
-
-@dataclass(frozen=True)
-class Backward:
-    """One network, once forward and once backward. Names are the network's own.
-
-    ``gradients``: by parameter, and under ``images`` the input's, [N, H, W, 3]. ``statistics``: every moving
-    statistic as the forward pass left it. Arrays have the layout of the framework they come from.
-
-    ``summed``, from PyTorch only: the magnitude Σ|term| of what a gradient is the sum of, under a batch
-    norm's ``bias`` and ``running_mean`` (a shift behind it, and one ahead of it) and under fusion weights.
-    """
-
-    outputs: Outputs
-    gradients: dict[str, np.ndarray]
-    statistics: dict[str, np.ndarray]
-    summed: dict[str, np.ndarray] = field(default_factory=dict)
+IMAGE_COUNT = 2  # seeded images in the comparison of a conversion's gradients
 
 
 @dataclass(frozen=True)
 class TensorResult:
     """One compared tensor: a gradient, or a batch norm's statistic after the forward pass.
 
-    ``name`` is PyTorch's, or AutoML's for a folded bias. ``norm``: the reference's L2. ``error.relative`` is
-    relative to ``measure``: the norm, or where it ``cancels`` by construction the L2 of what is summed.
+    ``name``: PyTorch's, or AutoML's for a folded bias. ``norm``: the reference's L2. ``error.relative`` is
+    relative to ``measure``: the norm, or the L2 of the sums of magnitudes if the gradient ``cancels`` by
+    construction.
     """
 
     name: str
@@ -96,9 +79,9 @@ class TensorResult:
 class GradientResult:
     """``gradients`` and ``statistics`` in execution order; the images' gradient first.
 
-    ``gradients`` holds every parameter and every folded bias. A fault of the backward pass spoils the
-    gradients of everything before it, so the last that fails is nearest to it. ``statistics`` is empty in
-    evaluation mode, which changes none.
+    ``gradients`` has every parameter and every folded bias. A fault of the backward pass makes all gradients
+    before it wrong, so the last wrong one is nearest to it. ``statistics`` is empty in evaluation mode, which
+    changes none.
     """
 
     gradients: tuple[TensorResult, ...]
@@ -120,20 +103,67 @@ class GradientResult:
         return next((result for result in [*failures[::-1], *self.statistics] if not result.passed), None)
 
 
+def prove_gradients(
+    conversion: Conversion, listener: Callable[[str], None] = lambda mode: None
+) -> dict[str, GradientResult]:
+    """Compare every gradient of a conversion with the reference's, in both modes of batch norm.
+
+    Returns mode (``evaluation``, ``training``) → result. The images are seeded, and small because a backward
+    pass keeps every activation. ``listener`` is called with each mode before it runs. Raises
+    :class:`EfficientDetError` if TensorFlow is not installed.
+    """
+    require_tensorflow()
+    images = seeded_images(conversion.config, gradient_size(conversion.config), IMAGE_COUNT)
+    results = {}
+    for mode in (EVALUATION, TRAINING):
+        listener(mode)
+        results[mode] = compare_gradients(conversion.config, conversion.variables, images, mode == TRAINING)
+    return results
+
+
+def gradient_size(config: EfficientDetConfig) -> tuple[int, int]:
+    """A small (height, width) that leaves batch norm enough pixels at the last level.
+
+    136×136 leaves 2×2 at P7, 136×272 leaves 1×2 at P8.
+    """
+    return 136, max(136, 17 << (config.max_level - 4))
+
+
+def gradient_figures(results: Mapping[str, GradientResult]) -> dict[str, Any]:
+    """A summary that JSON can hold, by mode."""
+    return {
+        mode: {
+            "passed": result.passed,
+            "gradients": len(result.gradients),
+            "statistics": len(result.statistics),
+            "worst": result.worst.error.relative,
+            "worst_at": result.worst.name,
+        }
+        for mode, result in results.items()
+    }
+
+
+def part_of(tensor: TensorResult) -> str:
+    """The part of the network, one of :data:`PARTS`. A folded bias, named as in AutoML, counts too."""
+    scope = tensor.name.split("/" if "/" in tensor.name else ".")[0]
+    return {"fpn_cells": "bifpn"}.get(scope, "resample" if scope.startswith("resample") else scope)
+
+
 def compare_gradients(
     config: EfficientDetConfig, variables: Mapping[str, np.ndarray], images: np.ndarray, training: bool
 ) -> GradientResult:
     """Differentiate one scalar in both networks, with respect to every parameter and the images.
 
-    The scalar weighs every class and box output at random (:func:`random_projection`). ``variables``: AutoML
-    name → array. ``images``: [N, H, W, 3], normalised. ``training`` lets batch norms use the batch's
-    statistics, and compares what that leaves in the moving ones. Give the last level more than two values a
-    channel (for P7, two pictures of more than 128 pixels): of two, some channel's lie so close together that
-    their variance is far below ε, and each batch norm on the way multiplies rounding, in either framework, by
-    up to 1/√ε. Everything runs in float64.
+    The scalar weights every class and box output at random (:func:`random_projection`). ``variables``: AutoML
+    name → array. ``images``: [N, H, W, 3], normalised. With ``training``, batch norms use the statistics of
+    the batch, and the moving statistics after the pass are compared too. Everything runs in float64.
 
-    Raises :class:`ConfigError` where training is asked for and a level has a single value a channel, of which
-    PyTorch takes no variance. Imports TensorFlow.
+    The last level needs more than two values per channel (for P7, two images of more than 128 pixels). With
+    two, some channel's values are so close together that their variance is far below ε, and each batch norm
+    multiplies rounding, in either framework, by up to 1/√ε.
+
+    Raises :class:`ConfigError` if ``training`` and a level has a single value per channel, for which PyTorch
+    computes no variance. Imports TensorFlow.
     """
     if training:
         _check_batch(config, images)
@@ -148,141 +178,12 @@ def compare_gradients(
     )
 
 
-def random_projection(outputs: Outputs) -> Outputs:
-    """The gradient of a scalar of order one, ``Σ_levels ⟨r, outputs⟩ / √size``: seeded r, standard normal."""
-    rng = np.random.default_rng(0)
-    classes, boxes = ([rng.standard_normal(x.shape) / np.sqrt(x.size) for x in kind] for kind in outputs)
-    return classes, boxes
-
-
-def pytorch_backward(model: EfficientDet, images: np.ndarray, loss_gradient: LossGradient) -> Backward:
-    """``model`` forward and backward on ``images`` [N, H, W, 3], in its own mode, float type and device.
-
-    In training mode the model's running statistics move, as in any training step. Parameters keep their
-    ``grad`` fields untouched.
-    """
-    parameters = dict(model.named_parameters())
-    like = next(iter(parameters.values()))
-    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(like).requires_grad_()
-    with _magnitudes(model) as summed:
-        outputs = [y for kind in model(x) for y in kind]
-        arrays = [y.detach().permute(0, 2, 3, 1).cpu().numpy() for y in outputs]
-        levels = len(arrays) // 2
-        class_gradients, box_gradients = loss_gradient((arrays[:levels], arrays[levels:]))
-        found = torch.autograd.grad(
-            outputs,
-            [x, *parameters.values()],
-            [torch.from_numpy(g).to(x).permute(0, 3, 1, 2) for g in class_gradients + box_gradients],
-            materialize_grads=True,  # blocks above max_level reach no output: zeros
-        )
-    gradients = {
-        name: gradient.detach().cpu().numpy() for name, gradient in zip(parameters, found[1:], strict=True)
-    }
-    gradients[IMAGES] = found[0].permute(0, 2, 3, 1).cpu().numpy()
-    statistics = {name: buffer.cpu().numpy().copy() for name, buffer in model.named_buffers()}
-    magnitudes = {name: total.cpu().numpy() for name, total in summed.items()}
-    return Backward((arrays[:levels], arrays[levels:]), gradients, statistics, magnitudes)
-
-
-@contextmanager
-def _magnitudes(model: EfficientDet) -> Iterator[dict[str, torch.Tensor]]:
-    """While it lasts, a backward pass fills in :attr:`Backward.summed`; zeros where no gradient comes by."""
-    found: dict[str, torch.Tensor] = {}
-
-    def watch(name: str, x: torch.Tensor, magnitude: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        found[name] = magnitude(torch.zeros_like(x))
-        x.register_hook(lambda g: found.__setitem__(name, magnitude(g)))  # type: ignore[no-untyped-call]
-
-    def shift(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.abs().sum(dim=(0, 2, 3))
-
-    def batch_norm_hook(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-            watch(f"{name}.running_mean", inputs[0], shift)
-            watch(f"{name}.bias", output, shift)
-
-        return hook
-
-    def fuse_hook(name: str) -> Callable[..., None]:
-        def hook(module: Fuse, inputs: tuple[list[torch.Tensor]], output: torch.Tensor) -> None:
-            terms = [x.detach() for x in inputs[0]]
-            watch(f"{name}.weights", output, lambda g: fusion_magnitude(module, terms, g))
-
-        return hook
-
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            handles.append(module.register_forward_hook(batch_norm_hook(name)))
-        elif isinstance(module, Fuse) and module.weights is not None:
-            handles.append(module.register_forward_hook(fuse_hook(name)))
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def fusion_magnitude(fuse: Fuse, inputs: list[torch.Tensor], gradient: torch.Tensor) -> torch.Tensor:
-    """|dw′ⱼ/dwⱼ at Σw held| · (|hⱼ| + Σᵢ w′ᵢ|hᵢ|), in the shape of the fusion weights; h = d/dw′."""
-    assert fuse.weights is not None
-    weights = fuse.weights.detach()
-    axes = (0, 2, 3) if weights.dim() == 2 else (0, 1, 2, 3)
-    h = torch.stack([(gradient * x).sum(dim=axes).abs() for x in inputs])
-    if fuse.method.endswith("fastattn"):
-        positive = torch.relu(weights)
-        total = positive.sum(dim=0) + FASTATTN_EPSILON
-        normalised, slope = positive / total, (weights > 0) / total
-    else:
-        normalised = slope = torch.softmax(weights, dim=0)
-    return slope * (h + (normalised * h).sum(dim=0))
-
-
-def tensorflow_backward(
-    variables: Mapping[str, np.ndarray],
-    config: EfficientDetConfig,
-    images: np.ndarray,
-    loss_gradient: LossGradient,
-    training: bool,
-    tap: Callable[[str, Any], Any] = lambda name, x: x,
-    dtype: str = "float64",
-) -> Backward:
-    """The reference forward and backward on ``images`` [N, H, W, 3], in ``dtype``. Imports TensorFlow.
-
-    ``tap`` is :func:`tf_reference.efficientdet.efficientdet`'s; it may replace an activation. ``gradients``
-    holds the moving statistics' too: in training nothing depends on them, and they are zero.
-    """
-    import tensorflow as tf
-
-    from tf_reference.efficientdet import as_tensors, efficientdet
-
-    tensors = as_tensors({**variables, IMAGES: images}, dtype)
-    updates: dict[str, tf.Tensor] | None = {} if training else None
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        classes, boxes = efficientdet(tensors, config, tensors[IMAGES], tap, updates)
-    outputs = [y.numpy() for y in classes], [y.numpy() for y in boxes]
-    class_gradients, box_gradients = loss_gradient(outputs)
-    found = tape.gradient(
-        classes + boxes,
-        tensors,
-        [tf.constant(g, dtype) for g in class_gradients + box_gradients],
-        unconnected_gradients=tf.UnconnectedGradients.ZERO,
-    )
-    after = {**tensors, **(updates or {})}
-    return Backward(
-        outputs,
-        {name: gradient.numpy() for name, gradient in found.items()},
-        {name: value.numpy() for name, value in after.items() if "/moving_" in name},
-    )
-
-
 def _check_batch(config: EfficientDetConfig, images: np.ndarray) -> None:
     count, height, width = images.shape[:3]
     if count == 1 and _last_level_is_a_pixel(config, (height, width)):
         raise ConfigError(
-            f"{config.name} on one {height}×{width} picture has a single pixel at level {config.max_level}, "
-            "too few for batch norm in training; use a larger picture, or two"
+            f"{config.name} on one {height}×{width} image has a single pixel at level {config.max_level}, "
+            "too few for batch norm in training; use a larger image, or two"
         )
 
 
@@ -291,14 +192,14 @@ def _last_level_is_a_pixel(config: EfficientDetConfig, image_size: tuple[int, in
 
 
 def shifts(config: EfficientDetConfig, image_size: tuple[int, int]) -> tuple[str, ...]:
-    """The batch norms' biases that do nothing in training: the next batch norm takes every shift out again.
+    """The biases of batch norms without effect in training, because the next batch norm removes any shift.
 
-    They are those of projections: no activation follows, and neither a shortcut nor a max-pool nor a 1×1
-    convolution makes anything but a constant of a constant, up to the batch norm of the next expansion or of
-    the level's way into the BiFPN. Not so where a projection reaches a block without expansion (a depthwise
-    convolution pads with zeros: a constant is none at the border) or a level as wide as the BiFPN (which has
-    no convolution of its own there). A map of one pixel has no border: there the last cell's last node, which
-    only the heads read, shifts too. Biases of convolutions ahead of a batch norm are not parameters here.
+    They are those of projections. No activation follows, and a shortcut, a max-pool and a 1×1 convolution all
+    turn a constant into a constant, up to the batch norm of the next expansion or of the level's resampling
+    for the BiFPN. Exceptions: a projection before a block without expansion (a depthwise convolution pads
+    with zeros, so a constant does not stay one at the border), and a level as wide as the BiFPN (which has no
+    convolution there). A map of one pixel has no border: there the last cell's last node, which only the
+    heads read, shifts too. Biases of convolutions before a batch norm are not parameters here.
     """
     endpoints = {
         block: level for level, block in config.backbone.reduction_blocks.items() if level in config.levels
@@ -332,12 +233,12 @@ def _compare_gradients(
             name, gradient, expected = rule.target, ours.gradients[rule.target], _gradient_of(rule, reference)
             yield _compare(name, rule.sources, gradient, expected, summed.get(name))
         elif rule.transform is FOLD_BIAS_INTO_MEAN and rule.sources[1] in biases:
-            name = rule.sources[1]  # once, though every level of a head folds the same bias
+            name = rule.sources[1]  # once, although every level of a head folds the same bias
             yield _compare(name, (name,), biases.pop(name), reference.gradients[name], summed.get(name))
 
 
 def cancelling(table: list[Rule], model: EfficientDet, ours: Backward) -> dict[str, np.ndarray]:
-    """Every parameter whose gradient cancels by construction → Σ|term| of what it is the sum of.
+    """Every parameter whose gradient Σ term cancels by construction → Σ|term|.
 
     Names and shapes as in :class:`GradientResult`: PyTorch's, or AutoML's for folded biases. See the module's
     docstring.
@@ -360,10 +261,10 @@ def _gradient_of(rule: Rule, reference: Backward) -> np.ndarray:
 
 
 def _folded_biases(table: list[Rule], model: EfficientDet, ours: Backward) -> dict[str, np.ndarray]:
-    """AutoML bias → the gradient PyTorch implies for it.
+    """AutoML bias → its gradient, derived from PyTorch's gradients.
 
-    In training a bias ahead of a batch norm does nothing: zero. In evaluation it lowers the running mean of
-    each batch norm it was folded into, and d/d mean = −γ/√(variance + ε) · d/d beta.
+    In training a bias before a batch norm has no effect: its gradient is zero. In evaluation it lowers the
+    running mean of each batch norm it was folded into, and d/d mean = −γ/√(variance + ε) · d/d beta.
     """
     biases: dict[str, np.ndarray] = {}
     for rule in table:
@@ -395,7 +296,7 @@ def _compare(
     reference: np.ndarray,
     summed: np.ndarray | None = None,
 ) -> TensorResult:
-    """``summed``: the magnitudes to measure the error against, where not the reference's own."""
+    """``summed``: the magnitudes that the error is relative to, by default the reference's own."""
     error, norm = difference(ours, reference), _norm(reference)
     measure = norm if summed is None else _norm(summed)
     if summed is not None and math.isfinite(error.maximum) and measure > 0:

@@ -1,12 +1,12 @@
 """Run both networks side by side and compare every tap as it is produced.
 
-PyTorch runs once on a doubled batch. The first half is left alone: its differences are *accumulated*. The
-second half is reset to the reference's activation at every tap, so each module works on the reference's own
-input: its differences are *isolated*, and a fault shows where it is. Evaluation-mode layers never mix
-images of a batch, so the halves do not touch each other.
+PyTorch runs once on a doubled batch. The first half runs unchanged: its differences are *accumulated*. The
+second half is set to the reference's activation at every tap, so that each module gets the reference's input:
+its differences are *isolated*, and a fault shows in its own layer. Layers in evaluation mode never mix the
+images of a batch, so the halves do not affect each other.
 
-The reference runs in a thread that waits until each of its activations has been taken; no more than a few
-are alive at once, whatever the network's depth.
+The reference runs in a thread that waits until each of its activations has been taken. So only a few are in
+memory at once, however deep the network is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from porting.errors import EfficientDetError
+from porting.errors import CheckFailedError
 from porting.parity.measure import Difference, difference, tolerances
 from porting.rules import TapPair, taps
 from pytorch_model.efficientdet import EfficientDet
@@ -29,7 +29,7 @@ from pytorch_model.efficientdet import EfficientDet
 #: Calls its argument with (tap name, NHWC array) at every tap, in execution order.
 Reference = Callable[[Callable[[str, np.ndarray], None]], None]
 
-#: Sees (pair, ours, reference's) at every tap: both [N, H, W, C], each network on its own activations.
+#: Called with (pair, ours, reference's) at every tap: both [N, H, W, C], each network on its own activations.
 Observer = Callable[[TapPair, np.ndarray, np.ndarray], None]
 
 
@@ -37,8 +37,9 @@ Observer = Callable[[TapPair, np.ndarray, np.ndarray], None]
 class TapResult:
     """One compared activation. ``shape`` is the reference's, [N, H, W, C].
 
-    ``spans``: how many taps' worth of layers the isolated figure covers; more than one where the reference
-    could not show the activations before this one. Rounding then adds up as it does from the image on.
+    ``spans``: the number of taps whose layers the isolated figure covers. It is more than one if the
+    reference does not show the activations before this one; rounding then adds up as it does from the image
+    on.
     """
 
     pair: TapPair
@@ -64,8 +65,8 @@ class TapResult:
 class ParityResult:
     """Every compared tap of one run, in execution order.
 
-    ``absent``: those the reference could not show. ``judged``: False where the reference's own arithmetic is
-    coarser than the float type's tolerances, so that they say nothing about the port.
+    ``absent``: the taps that the reference does not show. ``judged``: False if the reference's arithmetic is
+    coarser than the tolerances of the float type, so that they prove nothing.
     """
 
     taps: tuple[TapResult, ...]
@@ -79,7 +80,7 @@ class ParityResult:
 
     @property
     def first_divergence(self) -> TapResult | None:
-        """The earliest tap whose *isolated* error is out of tolerance; failing that, whose accumulated is."""
+        """The earliest tap whose *isolated* error is out of tolerance, or else whose accumulated error is."""
         for tap in self.taps:
             if not tap.isolated.relative <= tap.allowed[1]:
                 return tap
@@ -87,7 +88,7 @@ class ParityResult:
 
     @property
     def divergence(self) -> str | None:
-        """The first divergence in one line, named on both sides; None where there is none."""
+        """The first divergence in one line, with the names of both sides; None if there is none."""
         tap = self.first_divergence
         if tap is None:
             return None
@@ -128,15 +129,15 @@ def compare(
 ) -> ParityResult:
     """Compare ``model`` (in evaluation mode, on any device) with ``reference``, both on ``images``.
 
-    ``images``: [N, H, W, 3], normalised; taken to the model's own float type. ``progress`` sees each tap as
-    it is compared, ``observe`` the two activations themselves. ``shown``: the taps that the reference has,
-    None for all. Raises whatever the reference raises.
+    ``images``: [N, H, W, 3], normalised; converted to the model's float type. ``progress`` is called with
+    each result, ``observe`` with the two activations. ``shown``: the taps that the reference has, None for
+    all. Errors of the reference are raised here.
     """
     parameter = next(model.parameters())
     dtype = str(parameter.dtype).removeprefix("torch.")
     results: list[TapResult] = []
     absent: list[str] = []
-    compared = 0  # taps passed, absent ones included, when the last one was compared
+    compared = 0  # taps up to the last compared one, absent ones included
 
     def visit(pair: TapPair, ours: torch.Tensor) -> torch.Tensor:
         nonlocal compared
@@ -172,7 +173,7 @@ def compare(
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether a GPU may round the factors of float32 products to 10 bits. PyTorch lets convolutions."""
+    """Set whether a GPU may round factors of float32 products to 10 bits, as PyTorch's convolutions do."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     try:
@@ -183,7 +184,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def tapped(model: EfficientDet, visit: Callable[[TapPair, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """While it lasts, ``visit`` sees every tapped activation [N, C, H, W] and returns what flows on."""
+    """In this context, ``visit`` gets every tapped activation [N, C, H, W] and returns its replacement."""
     by_module: dict[str, list[TapPair]] = {}
     for pair in taps(model.config):
         by_module.setdefault(pair.module, []).append(pair)
@@ -210,16 +211,18 @@ def tapped(model: EfficientDet, visit: Callable[[TapPair, torch.Tensor], torch.T
 
 
 class _StoppedError(Exception):
-    """Ends the reference's thread early, once nobody is listening."""
+    """Ends the reference's thread early, when its activations are no longer needed."""
 
 
 class _Stream:
-    """The reference in a thread of its own, handing over one activation at a time."""
+    """The reference in its own thread, from which one activation at a time is taken."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
         self._queue: queue.Queue[tuple[str, np.ndarray] | BaseException | None] = queue.Queue(maxsize=1)
-        self._early: dict[str, np.ndarray] = {}  # heads finish level by level here, all at once in PyTorch
+        self._early: dict[
+            str, np.ndarray
+        ] = {}  # the heads finish level by level here, but all at once in PyTorch
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reference", daemon=True)
 
@@ -252,12 +255,12 @@ class _Stream:
             pass
 
     def take(self, name: str) -> np.ndarray:
-        """The reference's activation at tap ``name``. Raises EfficientDetError if it never gets there."""
+        """The reference's activation at tap ``name``. Raises CheckFailedError if there is none."""
         while name not in self._early:
             item = self._queue.get()
             if item is None:
-                raise EfficientDetError(
-                    f"porting/rules.py names the tap {name}, which the reference does not have; mend it there"
+                raise CheckFailedError(
+                    f"porting/rules.py names the tap {name}, which the reference does not have; fix it there"
                 )
             if isinstance(item, BaseException):
                 raise item

@@ -1,8 +1,8 @@
-"""What other ways of running the same weights cost in accuracy: half precision, another layout, fused layers.
+"""The accuracy that other ways of running the weights cost: half precision, another layout, fused layers.
 
-The proof compares two networks in one arithmetic. A user may run another: each row here is the network's own
-outputs, computed so, against the same network in float64, which the proof ties to TensorFlow's. Nothing is
-judged: how much accuracy a use can spare is the user's to say.
+The proof compares two networks in one arithmetic, and a user may run another. Each row here compares the
+network's outputs, computed in one such way, with those of the same network in float64, which the proof
+compares with TensorFlow's. Nothing is judged: the user decides how much accuracy a use can spare.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pytorch_model.layers import ConvBnAct
 COMPILED = "torch.compile"
 
 #: The rows, in their order.
-NAMES = (
+PRECISIONS = (
     "float32",
     "channels_last",
     "fused batch norm",
@@ -38,18 +38,18 @@ NAMES = (
     "GPU, TF32 on",
 )
 
-#: All but the one whose compiler takes minutes on a CPU.
-QUICK = tuple(name for name in NAMES if name != COMPILED)
+#: All except the one whose compiler takes minutes on a CPU.
+QUICK_PRECISIONS = tuple(name for name in PRECISIONS if name != COMPILED)
 
-#: Class logits and box regressions, each all levels in one: float64 [values].
+#: Class logits and box regressions, each with all levels in one array: float64 [values].
 Outputs = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Cost:
-    """One way of running the network. ``score``: the largest change of any class score, in 0…1.
+class PrecisionCost:
+    """The errors of one way of running the network. ``score``: the largest change of any class score, in 0…1.
 
-    ``skipped``: why it could not be run here; the figures are None then.
+    ``skipped``: why it could not be run here; then the figures are None.
     """
 
     name: str
@@ -60,39 +60,40 @@ class Cost:
 
 
 class _SkippedError(Reason):
-    """Why a way cannot be run here."""
+    """The reason why the network cannot be run in this way here."""
 
 
-def measure_variants(
+def measure_precisions(
     config: EfficientDetConfig,
     state_dict: Mapping[str, torch.Tensor],
     images: np.ndarray,
     device: str = "cpu",
-    names: Collection[str] = QUICK,
-) -> Iterator[Cost]:
-    """Each row of ``names``, some of :data:`NAMES`, as it is measured; plain float32 comes first.
+    names: Collection[str] = QUICK_PRECISIONS,
+) -> Iterator[PrecisionCost]:
+    """Measure the rows ``names``, some of :data:`PRECISIONS`, and yield each when it is done, float32 first.
 
-    ``images``: float32 [N, H, W, 3], normalised. ``device``: where all but the GPU's own rows run. Beside
-    what a run of the network takes, holds the outputs of the float64 network and a copy of the weights.
+    ``images``: float32 [N, H, W, 3], normalised. ``device``: where all rows except the GPU's run. In addition
+    to the memory of one run, this holds the outputs of the float64 network and a copy of the weights. Raises
+    :class:`WeightsError` unless ``state_dict`` fits ``config``.
     """
     model = EfficientDet.from_state_dict(state_dict, config)
     x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     exact = _outputs(copy.deepcopy(model).double(), x.double())
-    for name in (name for name in NAMES if name in names):
+    for name in (name for name in PRECISIONS if name in names):
         run = _WAYS[name]
         try:
             yield _cost(name, run(copy.deepcopy(model), x, device), exact)
         except _SkippedError as reason:
-            yield Cost(name, skipped=str(reason))
-        except Exception as error:  # a missing kernel, a failing compiler: torch has many names for it
+            yield PrecisionCost(name, skipped=str(reason))
+        except Exception as error:  # a missing kernel, a failing compiler: torch raises many types
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            yield Cost(name, skipped=f"not possible here: {first[:200]}")
+            yield PrecisionCost(name, skipped=f"not possible here: {first[:200]}")
 
 
 def fuse_batch_norms(model: EfficientDet) -> int:
-    """Fold every batch norm with a convolution of its own into it, in place. Returns how many.
+    """Fold every batch norm that has its own convolution into it, in place. Returns how many.
 
-    The heads keep theirs: one convolution feeds as many batch norms as there are levels.
+    The heads keep their batch norms: there, one convolution feeds one batch norm per level.
     """
     count = 0
     for module in model.modules():
@@ -116,10 +117,10 @@ def _joined(levels: list[torch.Tensor]) -> np.ndarray:
     return torch.cat([level.double().cpu().reshape(-1) for level in levels]).numpy()
 
 
-def _cost(name: str, ours: Outputs, exact: Outputs) -> Cost:
+def _cost(name: str, ours: Outputs, exact: Outputs) -> PrecisionCost:
     scores, expected = (1 / (1 + np.exp(-np.clip(x[0], -700, 700))) for x in (ours, exact))
     change = float(np.abs(scores - expected).max())
-    return Cost(name, difference(ours[0], exact[0]), difference(ours[1], exact[1]), change)
+    return PrecisionCost(name, difference(ours[0], exact[0]), difference(ours[1], exact[1]), change)
 
 
 # --- the ways, each on a copy of the model ---------------------------------------------------------------

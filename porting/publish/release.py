@@ -110,7 +110,7 @@ def _proven(conversion: Conversion, images: np.ndarray, source: str, prove: Prov
         config=conversion.config,
         metadata={
             "source": source,
-            "values": conversion.weights,
+            "values": conversion.values_kind,
             "variables_sha256": conversion.digest,
             "picture": f"{images.shape[1]}×{images.shape[2]}, seeded",
             "torch": torch.__version__,

@@ -95,6 +95,11 @@ def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
     return ModelOptions(arguments.model, arguments.hparams)
 
 
+def add_size_option(parser: argparse._ActionsContainer) -> None:
+    """``--size``, which :func:`porting.parity.inputs.verification_size` reads."""
+    parser.add_argument("--size", default="", help=SIZE_HELP)
+
+
 def add_hparams_option(parser: argparse._ActionsContainer) -> None:
     """``--hparams``; a bad one is rejected before anything is downloaded."""
     parser.add_argument(

@@ -1,1 +1,1 @@
-"""One module per command: ``run(options)`` calls the library, draws what it hears, returns the exit status."""
+"""One module per command: ``run(options)`` calls the library, prints the results, returns the exit status."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from porting.cli.arguments.detect import DetectOptions
-from porting.cli.commands.progress import ImageBar
+from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.hparams import nms_and_size
 from pytorch_model import load_model

@@ -5,9 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 
 from porting.cli.arguments.eval import EvalOptions
-from porting.cli.commands.evaluation import figures_table, per_class_table, print_notes, print_parity
-from porting.cli.commands.progress import ImageBar
 from porting.cli.commands.source import open_checkpoint
+from porting.cli.drawing.evaluation import figures_table, per_class_table, print_notes, print_parity
+from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, end_at_once_on_signals, print_json
 from porting.convert import convert
 from porting.hparams import nms_and_size

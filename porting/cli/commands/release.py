@@ -13,9 +13,11 @@ from rich.table import Table
 from porting.cli.arguments.release import ReleaseOptions
 from porting.cli.arguments.shared import SourceOptions
 from porting.cli.commands.source import find_config, open_checkpoint
+from porting.cli.drawing.proof import ProofLines, print_verdict
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.convert import Conversion, convert
-from porting.parity import ParityResult
+from porting.parity import ParityResult, prove
+from porting.parity.inputs import seeded_images, verification_size
 from porting.parity.lockstep import Observer
 from porting.parity.reference.choose import require_tensorflow
 from porting.publish.release import ReleaseRequest, make_release
@@ -55,12 +57,14 @@ def _check(options: ReleaseOptions, console: Console, folder: Path) -> Sequence[
 def _make(
     options: ReleaseOptions, console: Console, source: SourceOptions, out: Path
 ) -> tuple[Path, Sequence[Check]]:
-    from _verify import picture_size, synthetic_input, verify
-
-    def prove(conversion: Conversion, images: np.ndarray, observe: Observer) -> Sequence[ParityResult]:
-        results = verify(console, conversion, images, observe=observe).results
+    def prove_and_print(
+        conversion: Conversion, images: np.ndarray, observe: Observer
+    ) -> Sequence[ParityResult]:
+        with ProofLines(console) as lines:
+            proof = prove(conversion, images, None, lines, observe=observe)
+        print_verdict(console, proof)
         console.print()
-        return results
+        return proof.results
 
     require_tensorflow()
     request = ReleaseRequest(
@@ -78,8 +82,8 @@ def _make(
             request,
             checkpoint,
             find_config(options.model, checkpoint),
-            lambda config: synthetic_input(config, picture_size(config, options.size)),
-            prove,
+            lambda config: seeded_images(config, verification_size(config, options.size)),
+            prove_and_print,
             lambda check: _print_check(console, check),
         )
     console.print(f"[bold]wrote[/] {escape(str(made.folder))}", soft_wrap=True)

@@ -59,7 +59,7 @@ def describe(config: EfficientDetConfig) -> str:
 
 
 def describe_settings(checkpoint: Checkpoint, overrides: Collection[str] = ()) -> str:
-    """Settings that the file states beside its weights and the user does not override; often none."""
+    """Settings that the file has in addition to its weights, without those that the user overrides."""
     return "; ".join(
         f"{name} {setting_text(value)}"
         for name, value in checkpoint.settings.items()

@@ -1,8 +1,8 @@
-"""What ``--reference`` chooses from: our reading of AutoML's network, or a file that holds the network.
+"""Choose the reference: our reading of AutoML's network, or a file that holds the network.
 
 ``ops`` is :mod:`tf_reference`. The others run a file: ``meta`` the graph saved with a checkpoint,
-``savedmodel`` an exported model, ``tflite`` an EfficientDet-Lite file. A file's own arithmetic is float32 or
-less, its pictures' size is usually settled, and it may not show every activation.
+``savedmodel`` an exported model, ``tflite`` an EfficientDet-Lite file. A file computes in float32 or coarser,
+usually takes images of one size, and may not show every activation.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from pytorch_model.config import EfficientDetConfig
 class FileReference(Protocol):
     """A network in a file.
 
-    ``source``: the file. ``size``: the (height, width) of its pictures, None for any. ``exact``: it computes
-    in float32 throughout, so that the float32 tolerances hold. ``taps``: what it shows, once :meth:`on` ran.
+    ``source``: the file. ``size``: the (height, width) of its images, None for any. ``exact``: it computes in
+    float32 throughout, so that the float32 tolerances apply. ``taps``: those that it shows, known after
+    :meth:`on`.
     """
 
     @property
@@ -77,11 +78,11 @@ def open_reference(
     config: EfficientDetConfig,
     variables: Mapping[str, np.ndarray],
 ) -> FileReference:
-    """The reference of ``kind`` (any of ``KINDS`` but ``ops``), in ``graph`` or else with the checkpoint.
+    """The reference of ``kind`` (any of ``KINDS`` except ``ops``), from ``graph`` or the checkpoint's own.
 
-    ``checkpoint`` is open; ``variables`` are what was chosen of it, moving averages or raw. A ``meta`` graph
-    computes with them; the other kinds carry their own. Imports TensorFlow. Raises :class:`EfficientDetError`
-    where there is no such file or it is not ``config``'s network.
+    ``checkpoint`` is open. ``variables``: its values, moving averages or raw. A ``meta`` graph computes with
+    them; the other kinds have their own. Imports TensorFlow. Raises :class:`EfficientDetError` if there is no
+    such file or it is not ``config``'s network.
     """
     if kind == META:
         path = graph or meta_beside(checkpoint.location)

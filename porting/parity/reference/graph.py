@@ -1,15 +1,15 @@
-"""The other reference: a graph that TensorFlow saved, such as the ``model.meta`` beside a checkpoint.
+"""A reference from a file: a graph that TensorFlow saved, such as the ``model.meta`` next to a checkpoint.
 
-This is Google's network as Google's code built it, where :mod:`tf_reference` is our reading of it. The part
-between the normalised picture and the heads is cut out of the graph, its variables are replaced by values,
-and what is left runs in a TensorFlow 1 session, operation by operation as it was saved. Nothing depends on
-the names of operations: the picture goes in where the stem's convolution reads it.
+This is Google's network as Google's code built it, whereas :mod:`tf_reference` is our reading of it. The part
+between the normalised image and the heads is cut out of the graph, its variables are replaced by values, and
+the result runs in a TensorFlow 1 session, operation by operation as it was saved. Nothing depends on the
+names of operations: the image is fed to the input of the stem's convolution.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import numpy as np
 
 from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
+from porting.parity.reference.graph_session import run_graph
 from porting.parity.reference.graph_taps import SAME_VALUE, find_taps
 from pytorch_model.config import EfficientDetConfig
 from tf_reference.variables import variable_shapes
 
-_PICTURE = "parity/picture"  # the node that takes the place of whatever fed the stem
+_IMAGE = "parity/picture"  # the node that replaces the input of the stem
 _VARIABLES = frozenset({"Variable", "VariableV2", "VarHandleOp", "AutoReloadVariable"})
 _RANDOM = frozenset(
     {"RandomUniform", "RandomStandardNormal", "StatelessRandomUniform", "StatelessRandomUniformV2"}
@@ -32,16 +33,13 @@ _BIASED = frozenset({"BiasAdd", "Add", "AddV2"})
 _LAST_BIASES = frozenset({"class_net/class-predict/bias", "box_net/box-predict/bias"})
 _ELSEWHERE = "use --reference ops"
 
-#: Bytes of activations fetched at once, at most: what a run holds beside those still needed.
-_AT_ONCE = 1 << 28
-
 
 @dataclass
 class GraphReference:
-    """A saved graph, cut down to the network and with its weights in it.
+    """A saved graph, reduced to the network, with its weights in it. It is a ``FileReference``.
 
-    ``source``: the file, for messages. ``size``: the pictures' (height, width) it was built for, None where
-    any will do. ``taps`` are known after :meth:`on`, as they depend on nothing else but the graph.
+    ``source``: the file, for messages. ``size``: the (height, width) of the images it was built for, None for
+    any. ``taps`` are known after :meth:`on`.
     """
 
     source: str
@@ -55,14 +53,14 @@ class GraphReference:
     def on(self, images: np.ndarray) -> Reference:
         """The reference on ``images``, float32 [N, H, W, 3], normalised.
 
-        Raises :class:`EfficientDetError` where the graph does not take such images or lacks an output.
+        Raises :class:`EfficientDetError` if the graph does not take such images or lacks an output.
         """
-        graph, picture = _import(self, images.shape)
+        graph, image = _import(self, images.shape)
         tensors = find_taps(graph, self.variables, self.config)
         self.taps = frozenset(tensors)
 
         def run(emit: Callable[[str, np.ndarray], None]) -> None:
-            _run(graph, picture, tensors, images, emit)
+            run_graph(graph, image, tensors, images, emit)
 
         return run
 
@@ -70,10 +68,10 @@ class GraphReference:
 def open_meta(
     path: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
 ) -> GraphReference:
-    """The graph in a ``.meta`` file, computing with ``variables``: AutoML name → float array.
+    """The graph in a ``.meta`` file, with the values of ``variables``: AutoML name → float array.
 
-    Imports TensorFlow. Raises :class:`EfficientDetError` for a file that is none or is damaged, for a graph that
-    trains, and for one that is not ``config``'s.
+    Imports TensorFlow. Raises :class:`EfficientDetError` for a damaged file or one of another kind, for a
+    graph of a training run, and for a graph of another model than ``config``.
     """
     import tensorflow as tf
 
@@ -84,9 +82,9 @@ def open_meta(
 def open_saved_model(
     folder: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
 ) -> GraphReference:
-    """The graph of a SavedModel folder, by TensorFlow 1 or 2, computing with ``variables``, its own.
+    """The graph of a SavedModel of TensorFlow 1 or 2, with the values of ``variables``: the folder's own.
 
-    Raises as :func:`open_meta`.
+    Raises the same errors as :func:`open_meta`.
     """
     from tensorflow.core.protobuf import saved_model_pb2
 
@@ -101,7 +99,7 @@ def open_saved_model(
 
 
 def meta_beside(source: str) -> Path:
-    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises EfficientDetError without one."""
+    """The ``.meta`` file of the checkpoint with prefix ``source``. Raises EfficientDetError if absent."""
     path = Path(f"{source}.meta")
     if path.is_file():
         return path
@@ -143,13 +141,18 @@ def _reference(
 def _keras_reference(
     folder: str | os.PathLike[str], config: EfficientDetConfig, variables: Mapping[str, np.ndarray]
 ) -> GraphReference:
-    """TensorFlow 2 saves functions that call functions, over variables without AutoML's names. Frozen, they
-    are one graph of constants, and a constant is the variable that has its values."""
+    """The graph of a SavedModel of TensorFlow 2.
+
+    It consists of functions that call functions, over variables without AutoML's names. Frozen, they are one
+    graph of constants, and the variable of a constant is the one with the same values.
+    """
     import tensorflow as tf
     from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
     try:
-        loaded = tf.saved_model.load(os.fspath(folder))  # held on to: its functions do not own its variables
+        loaded = tf.saved_model.load(
+            os.fspath(folder)
+        )  # kept, because its functions do not own its variables
         served = loaded.signatures["serving_default"]
         graph_def = convert_variables_to_constants_v2(served).graph.as_graph_def()
     except KeyError:
@@ -167,7 +170,7 @@ def _keras_reference(
     for node in graph_def.node:
         if node.op == "Const" and node.attr["dtype"].type == tf.float32.as_datatype_enum:
             same = by_value.get(_identity(tf.make_ndarray(node.attr["value"].tensor)), [])
-            # Variables of equal values, biases of zero say, are told apart by the scope in the node's name.
+            # Of variables with equal values, such as biases of zero, the scope in the node's name decides.
             mine = (
                 same
                 if len(same) == 1
@@ -191,7 +194,7 @@ def _cut(
     config: EfficientDetConfig,
     values: Mapping[str, np.ndarray],
 ) -> GraphReference:
-    """Keep what lies between the stem and the predictions; put ``values`` in place of variables."""
+    """Keep the nodes between the stem and the predictions; replace variables by ``values``."""
     import tensorflow as tf
 
     variable_of = {name: _variable_of(name, nodes, holders) for name in nodes}
@@ -202,7 +205,7 @@ def _cut(
         if node.op in _BIASED and any(variable_of.get(_node_of(x)) in _LAST_BIASES for x in node.input)
     ]
     kept = _ancestors(nodes, ends, stem)
-    _refuse_training(nodes, kept, holders, source)
+    _reject_training(nodes, kept, holders, source)
     cut = tf.compat.v1.GraphDef(library=graph_def.library, versions=graph_def.versions)
     for name in kept:
         node = cut.node.add()
@@ -213,8 +216,8 @@ def _cut(
         for attribute in ("_class", "_output_shapes"):
             node.attr.pop(attribute, None)
         _fill(node, holders, values, source)
-    picture = next(node for node in cut.node if node.name == stem)
-    picture.input[0] = _PICTURE
+    first = next(node for node in cut.node if node.name == stem)
+    first.input[0] = _IMAGE
     size = _size(cut, config)
     return GraphReference(source, config, cut, {n: holders[n] for n in kept if n in holders}, size)
 
@@ -224,7 +227,7 @@ def _node_of(tensor: str) -> str:
 
 
 def _variable_of(name: str, nodes: Mapping[str, Any], holders: Mapping[str, str]) -> str | None:
-    """The variable whose value the node passes on, if any."""
+    """The variable whose value the node passes on, or None."""
     for _ in range(20):
         if name in holders:
             return holders[name]
@@ -247,8 +250,8 @@ def _stem(
     if len(found) != 1:
         have = "none" if not found else f"{len(found)}"
         raise EfficientDetError(
-            f"{source} has {have} of the one convolution that reads {kernel}, where the picture goes in; it "
-            f"is no graph of {config.name}, or {_ELSEWHERE}"
+            f"{source} has {have} of the one convolution that reads {kernel}, the input of the image; it is "
+            f"not a graph of {config.name}, or {_ELSEWHERE}"
         )
     if nodes[found[0]].attr["T"].type != _FLOAT32:
         raise EfficientDetError(
@@ -264,7 +267,7 @@ def _stem(
 
 
 def _ancestors(nodes: Mapping[str, Any], ends: list[str], stem: str) -> list[str]:
-    """Nodes that the ends depend on, in the graph's own order; nothing behind the stem's picture."""
+    """The nodes that ``ends`` depend on, in the graph's order, without those before the stem."""
     wanted, pending = set(ends), list(ends)
     while pending:
         name = pending.pop()
@@ -276,10 +279,10 @@ def _ancestors(nodes: Mapping[str, Any], ends: list[str], stem: str) -> list[str
     return [name for name in nodes if name in wanted]
 
 
-def _refuse_training(
+def _reject_training(
     nodes: Mapping[str, Any], kept: list[str], holders: Mapping[str, str], source: str
 ) -> None:
-    """A graph saved while training normalises by the batch and drops connections at random."""
+    """Reject the graph of a training run: it normalises by the batch and drops connections at random."""
     for name in kept:
         node = nodes[name]
         batch = node.op.startswith("FusedBatchNorm") and node.attr["is_training"].b
@@ -299,7 +302,7 @@ def _refuse_training(
 
 
 def _fill(node: Any, holders: Mapping[str, str], values: Mapping[str, np.ndarray], source: str) -> None:
-    """Turn a variable into a constant, and the reading of a variable into passing it on."""
+    """Turn a variable into a constant, and an operation that reads a variable into an identity."""
     import tensorflow as tf
 
     if node.op == "ReadVariableOp":
@@ -323,7 +326,7 @@ def _fill(node: Any, holders: Mapping[str, str], values: Mapping[str, np.ndarray
 
 
 def _size(graph_def: Any, config: EfficientDetConfig) -> tuple[int, int] | None:
-    """The picture's size, from the sizes that maps are enlarged to: the largest is the finest level's."""
+    """The image's size, from the sizes to which maps are enlarged: the largest is the finest level's."""
     import tensorflow as tf
 
     constants = {node.name: node for node in graph_def.node if node.op == "Const"}
@@ -346,90 +349,26 @@ def _halved(side: int, times: int) -> int:
     return side
 
 
-# --- running it --------------------------------------------------------------------------------------
-
-
 def _import(reference: GraphReference, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """The graph with a picture of ``shape`` at its start."""
+    """The graph with an image input of ``shape``, and that input."""
     import tensorflow as tf
 
     graph = tf.Graph()
     with graph.as_default():
-        picture = tf.compat.v1.placeholder(tf.float32, shape, _PICTURE)
+        image = tf.compat.v1.placeholder(tf.float32, shape, _IMAGE)
         try:
-            tf.import_graph_def(reference.graph_def, {_PICTURE: picture}, name="")
+            tf.import_graph_def(reference.graph_def, {_IMAGE: image}, name="")
         except (ValueError, tf.errors.OpError) as error:
             wanted = reference.size
             why = (
-                f"it was built for pictures of {wanted[0]}×{wanted[1]}, not {shape[1]}×{shape[2]}; try "
+                f"it was built for images of {wanted[0]}×{wanted[1]}, not {shape[1]}×{shape[2]}; try "
                 f"--size {wanted[0]}x{wanted[1]}"
                 if wanted and wanted != shape[1:3]
                 else f"{_first_line(error)}; {_ELSEWHERE}"
             )
             raise EfficientDetError(f"TensorFlow cannot run the graph in {reference.source}: {why}") from None
-    return graph, picture
+    return graph, image
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _run(
-    graph: Any,
-    picture: Any,
-    tensors: Mapping[str, Any],
-    images: np.ndarray,
-    emit: Callable[[str, np.ndarray], None],
-) -> None:
-    """A stretch of taps at a time: each starts from the earlier taps it needs, which are then let go."""
-    import tensorflow as tf
-
-    options = tf.compat.v1.ConfigProto()
-    # Off: it would fuse, fold and reorder what is to be compared.
-    options.graph_options.rewrite_options.disable_meta_optimizer = True
-    stretches = list(_stretches(tensors))
-    needs = [_needs(names, tensors, picture, stretches[:i]) for i, names in enumerate(stretches)]
-    held: dict[str, np.ndarray] = {picture.name: np.asarray(images, np.float32)}
-    with tf.compat.v1.Session(graph=graph, config=options) as session:
-        for i, names in enumerate(stretches):
-            fed = {key: held[key] for key in needs[i]}
-            # Two taps may be one tensor: a resampling that has nothing to do.
-            asked = {tensors[name].name: tensors[name] for name in names if tensors[name].name not in fed}
-            values = {**fed, **session.run(asked, fed)}
-            later = set().union(*needs[i + 1 :])
-            held = {key: value for key, value in {**held, **values}.items() if key in later}
-            for name in names:
-                # A session's arrays may be views of TensorFlow's memory; torch wants ones it may write to.
-                emit(name, np.array(values[tensors[name].name]))
-
-
-def _stretches(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
-    names: list[str] = []
-    total = 0
-    for name, tensor in tensors.items():
-        size = int(np.prod([n or 1 for n in tensor.shape])) * tensor.dtype.size
-        if names and total + size > _AT_ONCE:
-            yield names
-            names, total = [], 0
-        names.append(name)
-        total += size
-    if names:
-        yield names
-
-
-def _needs(names: list[str], tensors: Mapping[str, Any], picture: Any, before: list[list[str]]) -> set[str]:
-    """The earlier taps, or the picture, that these are computed from."""
-    known = {tensors[name].name for stretch in before for name in stretch} | {picture.name}
-    needed: set[str] = set()
-    pending = [tensors[name] for name in names]
-    seen = {tensor.name for tensor in pending}
-    while pending:
-        tensor = pending.pop()
-        if tensor.name in known:
-            needed.add(tensor.name)
-            continue
-        for parent in tensor.op.inputs:
-            if parent.name not in seen:
-                seen.add(parent.name)
-                pending.append(parent)
-    return needed

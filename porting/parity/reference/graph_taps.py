@@ -1,8 +1,8 @@
-"""Where the taps are in a TensorFlow graph: found by the variables each operation reads, not by its name.
+"""Find the taps in a TensorFlow graph by the variables that each operation reads, not by its name.
 
-Operation names change with TensorFlow's version and with the building code; which convolution reads
-``efficientnet-b0/blocks_3/conv2d/kernel`` does not. From there a tap is a step or two along the tensors.
-What cannot be told for certain is left out.
+Operation names change with TensorFlow's version and with the code that built the graph. But exactly one
+convolution reads ``efficientnet-b0/blocks_3/conv2d/kernel``, and from there a tap is one or two steps along
+the tensors. Taps that cannot be identified for certain are left out.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from pytorch_model.config import Block, EfficientDetConfig, Node
 Tensor = Any  # tf.Tensor and tf.Operation; TensorFlow ships no types mypy can follow
 Operation = Any
 
-#: Pass their first input on unchanged.
+#: Operations that pass on their first input unchanged.
 SAME_VALUE = frozenset({"Identity", "ReadVariableOp", "StopGradient", "PreventGradient", "Enter", "Snapshot"})
 
 _RESHAPED = SAME_VALUE | {"Cast", "Reshape", "ExpandDims"}
 _SCALED = frozenset({"Mul", "RealDiv", "Div", "DivNoNan"})
 _ADDED = frozenset({"Add", "AddV2", "AddN"})
-_FURTHEST = 40  # operations an activation or a batch norm may be made of
+_FURTHEST = 40  # operations that an activation or a batch norm may consist of
 
 
 def find_taps(graph: Any, variables: Mapping[str, str], config: EfficientDetConfig) -> dict[str, Tensor]:
-    """Tap name → tensor [N, H, W, C], in the order of :func:`porting.rules.taps`; those that are there.
+    """Tap name → tensor [N, H, W, C], in the order of :func:`porting.rules.taps`, for the taps found.
 
     ``graph``: a ``tf.Graph`` whose shapes are known. ``variables``: name of the operation that holds a
-    variable → AutoML's name of it. Raises :class:`EfficientDetError` unless all outputs of the network are found.
+    variable → AutoML's name of it. Raises :class:`EfficientDetError` unless all outputs of the network are
+    found.
     """
     finder = _Finder(graph, variables, config)
     finder.backbone()
@@ -52,7 +53,7 @@ def find_taps(graph: Any, variables: Mapping[str, str], config: EfficientDetConf
 
 
 class _Finder:
-    """``found``: the taps so far. ``uses``: variable → (operation, number of the input) that read it."""
+    """``found``: the taps so far. ``uses``: variable → (operation, number of its input) that reads it."""
 
     def __init__(self, graph: Any, variables: Mapping[str, str], config: EfficientDetConfig) -> None:
         self.config = config
@@ -79,7 +80,7 @@ class _Finder:
         return _only(op for op, number in self.uses.get(kernel, ()) if number == 1 and "Conv" in op.type)
 
     def convolved(self, kernel: str) -> Tensor | None:
-        """What the convolution of ``kernel`` takes, before any padding."""
+        """The input of the convolution with ``kernel``, before any padding."""
         operation = self.convolution(kernel)
         if operation is None:
             return None
@@ -87,14 +88,14 @@ class _Finder:
         return tensor.op.inputs[0] if tensor.op.type in ("Pad", "PadV2") else tensor
 
     def batch_norm(self, scope: str) -> Tensor | None:
-        """The batch norm's output: the first map on the way from its beta, fused or spelt out."""
+        """The batch norm's output: the first map after its beta, whether it is one operation or several."""
         return _only(
             {
                 id(t): t for op, _ in self.uses.get(f"{scope}/beta", ()) if (t := _first_map(op)) is not None
             }.values()
         )
 
-    # --- the rooms of the network ---
+    # --- the parts of the network ---
 
     def backbone(self) -> None:
         name, blocks = self.config.backbone.name, self.config.backbone.blocks
@@ -150,12 +151,12 @@ class _Finder:
             ):
                 self.keep(f"{scope}/resample_{number}_{source}_{node.id}", x)
             self.keep(f"{scope}/fuse", fused)
-        # With its activation last, a node ends in an operation that nothing here tells from the next.
+        # If a node's activation comes last, nothing distinguishes its last operation from the next ones.
         if not self.config.conv_bn_act_pattern or self.config.act_type == "identity":
             self.keep(scope, self.batch_norm(f"{after}/bn"))
 
     def sum_before(self, x: Tensor | None) -> Tensor | None:
-        """The sum of maps that ``x``, or the activation that made it, starts from."""
+        """The sum of maps from which ``x``, or the activation that made it, is computed."""
         for operation in [] if x is None else _upstream(x):
             inputs = [_rank(tensor) for tensor in operation.inputs]
             if operation.type in _ADDED and len(inputs) == len(operation.inputs) and set(inputs) == {4}:
@@ -165,7 +166,7 @@ class _Finder:
         return None
 
     def terms(self, fused: Tensor, count: int) -> list[Tensor]:
-        """The ``count`` maps that a fusion adds up, in order, before each was weighted; none if too few."""
+        """The ``count`` maps that a fusion adds, in order, before their weighting; empty if fewer."""
         operation = fused.op
         if operation.type == "Sum":  # over a stack of the inputs, times their weights
             packs = [op for op in _upstream(operation.inputs[0]) if op.type == "Pack"]
@@ -177,7 +178,7 @@ class _Finder:
         return [self.unweighted(x) for x in terms] if len(terms) == count else []
 
     def unweighted(self, x: Tensor) -> Tensor:
-        """``x`` before it was multiplied or divided by what comes of fusion weights."""
+        """``x`` before its multiplication or division by values computed from fusion weights."""
         while x.op.type in _SCALED:
             maps = [y for y in x.op.inputs if _rank(y) == 4]
             others = [y for y in x.op.inputs if _rank(y) != 4]
@@ -220,7 +221,7 @@ def _rank(tensor: Tensor) -> int | None:
 
 
 def _only(candidates: Iterable[Any]) -> Any | None:
-    """The one candidate, or None where there are none or several."""
+    """The one candidate, or None if there are none or several."""
     found = list(candidates)
     return found[0] if len(found) == 1 else None
 
@@ -232,7 +233,7 @@ def _source(tensor: Tensor) -> Tensor:
 
 
 def _consumers(tensor: Tensor) -> list[Operation]:
-    """Operations that read ``tensor``, looking through those that only pass it on."""
+    """Operations that read ``tensor``, directly or through operations that only pass it on."""
     found = []
     for consumer in tensor.consumers():
         found += _consumers(consumer.outputs[0]) if consumer.type in SAME_VALUE else [consumer]
@@ -261,7 +262,7 @@ def _walk(start: Operation, onward: Callable[[Operation], Iterable[Operation]]) 
 
 
 def _upstream(tensor: Tensor) -> Iterable[Operation]:
-    """Operations behind ``tensor``, nearest first, along maps only."""
+    """Operations from which ``tensor`` is computed, nearest first, along maps only."""
     return _walk(
         tensor.op, lambda op: [x.op for x in op.inputs if (_rank(x) or 0) >= 4 or op.type in ("Mul", "Sum")]
     )

@@ -1,7 +1,7 @@
-"""References as networks: the input of ours in, head outputs as ours has them out.
+"""References with the inputs and outputs of our network, so that one postprocessing serves both sides.
 
 Each takes float32 [N, 3, H, W], normalised, and returns (class_outputs, box_outputs) by level, float32
-[N, C, h, w], so that one postprocessing serves both sides.
+[N, C, h, w].
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ def ops_network(
 
 
 def file_network(reference: FileReference, config: EfficientDetConfig) -> Network:
-    """A network in a file: a saved graph, a SavedModel, a TFLite file with its own rounding.
+    """A network in a file: a saved graph, a SavedModel, or a TFLite file with its own rounding.
 
-    The network raises :class:`EfficientDetError` where the file cannot take as many pictures at once.
+    The network raises :class:`EfficientDetError` if the file cannot take a batch of that size.
     """
     import tensorflow as tf
 
     wanted = [[f"{kind}_outputs/{level}" for level in config.levels] for kind in ("class", "box")]
 
     def network(images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        shown: dict[str, np.ndarray] = {}
+        outputs: dict[str, np.ndarray] = {}
 
         def take(name: str, value: np.ndarray) -> None:
             if name.startswith(("class_outputs/", "box_outputs/")):
-                shown[name] = value
+                outputs[name] = value
 
         try:
             reference.on(_to_nhwc(images))(take)
         except (ValueError, tf.errors.OpError) as error:
             raise EfficientDetError(
-                f"TensorFlow cannot run {reference.source} on {len(images)} pictures at once "
+                f"TensorFlow cannot run {reference.source} on {len(images)} images at once "
                 f"({str(error).splitlines()[0]}); try --batch-size 1"
             ) from None
         class_outputs, box_outputs = (
-            _from_nhwc([shown[name] for name in names], images.device) for names in wanted
+            _from_nhwc([outputs[name] for name in names], images.device) for names in wanted
         )
         return class_outputs, box_outputs
 

@@ -1,7 +1,7 @@
-"""The other reference: a TFLite file itself, run by TensorFlow Lite's interpreter.
+"""A reference from a file: a TFLite file, run by TensorFlow Lite's interpreter.
 
-What an int8 file computes differs from its ported weights by the rounding of its activations, so this shows
-what quantisation did, layer by layer, where :mod:`tf_reference` shows whether the port is right.
+The activations of an int8 file are rounded, those of its ported weights are not. So this shows the effect of
+quantisation, layer by layer, whereas :mod:`tf_reference` shows whether the port is right.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pytorch_model.config import EfficientDetConfig
 class TFLiteReference:
     """The EfficientDet-Lite file at ``path`` as a reference for ``config``, see :class:`FileReference`.
 
-    It shows what its convolutions end in, activation and batch norm included; where AutoML's tap lies between
-    the two, or after a pooling, it shows nothing. Raises :class:`CheckpointError` for another file and
-    :class:`EfficientDetError` where it lacks an output of ``config``.
+    It shows the outputs of its convolutions, activation and batch norm included. It shows nothing for
+    AutoML's taps between the two or after a pooling. Raises :class:`CheckpointError` for a file of another
+    kind and :class:`EfficientDetError` if it lacks an output of ``config``.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: EfficientDetConfig) -> None:
@@ -71,8 +71,8 @@ def tflite_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str
     """The head outputs of the file at ``path``: ``class_outputs/3``, …, ``box_outputs/7``, by name.
 
     ``images``: [N, H, W, 3], normalised, of the file's own size. Each output is float32 [N, H_l, W_l, C],
-    before any sigmoid or decoding, dequantised where the file is quantised. Imports TensorFlow. Raises
-    :class:`CheckpointError` for a file that is no EfficientDet-Lite, :class:`EfficientDetError` for another size.
+    before any sigmoid or decoding, dequantised if the file is quantised. Imports TensorFlow. Raises
+    :class:`CheckpointError` for a file of another kind, :class:`EfficientDetError` for another size.
     """
     return tflite_tensors(path, images, TFLiteCheckpoint(path).outputs)
 
@@ -104,18 +104,20 @@ def _interpreter(path: str | os.PathLike[str]):  # type: ignore[no-untyped-def] 
     import tensorflow as tf
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TensorFlow announces that the interpreter will move house
+        warnings.simplefilter(
+            "ignore"
+        )  # TensorFlow announces that the interpreter will move to another package
         interpreter = tf.lite.Interpreter(
             os.fspath(path),
             experimental_op_resolver_type=tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
-            experimental_preserve_all_tensors=True,  # else their memory is used again, layer after layer
+            experimental_preserve_all_tensors=True,  # otherwise later layers reuse their memory
         )
     interpreter.allocate_tensors()
     return interpreter
 
 
 def _quantize(values: np.ndarray, detail: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Real values → what the tensor of ``detail`` takes."""
+    """Real values → values in the type of the tensor of ``detail``."""
     dtype = np.dtype(detail["dtype"])
     scale, zero_point = detail["quantization"]
     if not scale:

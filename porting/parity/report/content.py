@@ -1,20 +1,20 @@
-"""What a parity run found, as one JSON document: for machines to read, and for the HTML report to draw.
+"""The results of a proof as one JSON document, for programs to read and for the HTML report to draw.
 
 Schema, version 1. Figures are relative L2 differences and largest absolute ones (:class:`Difference`). JSON
-has no infinity: a figure that is one is the string ``"Infinity"``, ``"-Infinity"`` or ``"NaN"``, which
+has no infinity and no NaN: such a figure is the string ``"Infinity"``, ``"-Infinity"`` or ``"NaN"``, which
 JavaScript's ``Number`` and Python's ``float`` both read back. ::
 
     schema      1
-    passed      bool: every run passed; null where none was judged
+    passed      bool: every run passed; null if none was judged
     model       the configuration: EfficientDetConfig.to_dict(), plus "levels" [min … max]
     metadata    the caller's own facts about checkpoint and run, unchanged
-    diagnosis   str or null: what is wrong, where that was found out
+    diagnosis   str or null: the cause, if it is known
     runs        one object per run, in the caller's order:
         dtype             "float64"
         passed            bool
-        judged            bool: false where the reference is too coarse for the tolerances to mean anything
+        judged            bool: false if the reference is too coarse for the tolerances
         activations       int: compared taps
-        absent            taps that the reference could not show
+        absent            taps that the reference does not show
         tolerances        {"accumulated": number, "isolated": number}
         worst             {"accumulated": {"layer": index, "relative": number}, "isolated": {…}};
                           each null without layers
@@ -51,7 +51,7 @@ import numpy as np
 
 from porting.parity.lockstep import ParityResult, TapResult
 from porting.parity.measure import Difference, tolerances
-from porting.parity.precision import Cost
+from porting.parity.precision import PrecisionCost
 from porting.parity.report.thumbnails import Thumbnails, bin_edges
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import replacing
@@ -61,15 +61,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report is made of.
+    """The content of a report.
 
-    ``results``: one or more runs of the same network on the same picture, each in another float type.
-    ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in its order.
-    ``diagnosis``: what is wrong and where, in words. ``thumbnails``: what an observer kept of one run.
-    ``variants``: the same weights run in other ways. ``not_the_port``: the weights of the runs, held against
-    the port tensor by tensor, are something else, whatever the layers let pass.
+    ``results``: one or more runs of the same network on the same image, each in a different float type.
+    ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in this order.
+    ``diagnosis``: the cause of a failure, in words. ``thumbnails``: the observer of one run. ``precisions``:
+    the same weights run in other ways. ``not_the_port``: compared tensor by tensor, the weights of the runs
+    are not the port, even if all layers passed.
 
-    Raises ``ValueError`` where the runs do not belong together.
+    Raises ``ValueError`` if the runs do not belong together.
     """
 
     config: EfficientDetConfig
@@ -77,21 +77,21 @@ class Report:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     diagnosis: str | None = None
     thumbnails: Thumbnails | None = None
-    variants: tuple[Cost, ...] = ()
+    precisions: tuple[PrecisionCost, ...] = ()
     not_the_port: bool = False
 
     def __post_init__(self) -> None:
         if not self.results:
             raise ValueError("a report needs at least one run")
         if len({result.dtype for result in self.results}) != len(self.results):
-            raise ValueError("two runs of one float type cannot be told apart")
+            raise ValueError("a report cannot have two runs of one float type")
         pairs = [tap.pair for tap in self.results[0].taps]
         if any([tap.pair for tap in result.taps] != pairs for result in self.results):
             raise ValueError("the runs compared different layers")
 
     @property
     def passed(self) -> bool | None:
-        """Whether every judged run passed, of the right weights; None where there is none."""
+        """Whether every judged run passed, with the right weights; None if none was judged."""
         if self.not_the_port:
             return False
         judged = [result.passed for result in self.results if result.judged]
@@ -115,7 +115,7 @@ def report_dict(report: Report) -> dict[str, Any]:
             _layer({result.dtype: tap for result, tap in zip(report.results, taps, strict=True)})
             for taps in zip(*(result.taps for result in report.results), strict=True)
         ],
-        "variants": variant_rows(report.variants),
+        "variants": precision_rows(report.precisions),
         "histograms": _histograms(report.thumbnails),
     }
     plain: dict[str, Any] = _plain(document)
@@ -125,7 +125,7 @@ def report_dict(report: Report) -> dict[str, Any]:
 def write_json(report: Report, path: str | os.PathLike[str]) -> None:
     """Write :func:`report_dict` to ``path``, indented, complete or not at all.
 
-    Raises :class:`OutputError` where the disk refuses.
+    Raises :class:`OutputError` if it cannot be written.
     """
     text = json.dumps(report_dict(report), indent=1, allow_nan=False)
     with replacing(path) as temporary:
@@ -173,7 +173,7 @@ def _layer(by_dtype: Mapping[str, TapResult]) -> dict[str, Any]:
     }
 
 
-def variant_rows(costs: Iterable[Cost]) -> list[dict[str, Any]]:
+def precision_rows(costs: Iterable[PrecisionCost]) -> list[dict[str, Any]]:
     """``variants`` of the document, infinities as strings."""
     rows = [
         {
@@ -211,7 +211,7 @@ def _histograms(thumbnails: Thumbnails | None) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` in JSON's own types; what JSON has no number for becomes a string."""
+    """``value`` in JSON's own types; NaN and infinity become strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,12 +1,12 @@
 """The report as one HTML file that needs nothing else: no network, no fonts, no scripts from elsewhere.
 
-``report.html`` beside this module holds the page and draws it from a block of JSON, which is put in here:
-:func:`porting.parity.report.content.report_dict` plus the small pictures::
+``report.html`` next to this module is the page, which draws itself from a block of JSON. The JSON is that of
+:func:`porting.parity.report.content.report_dict` and the feature maps::
 
-    thumbnails  null, or {"dtype": "float32", "maps": {tap: [picture, …]}}
-        picture     the scalars of Thumbnail, "height" and "width", and three strings of base64, a byte a
-                    pixel, row by row: "ours", "reference", "difference". "reference" is null where it
-                    equals "ours", "difference" where it is zero everywhere.
+    thumbnails  null, or {"dtype": "float32", "maps": {tap: [map, …]}}
+        map         the scalars of Thumbnail, "height" and "width", and three strings of base64, one byte
+                    per pixel, row by row: "ours", "reference", "difference". "reference" is null if it
+                    equals "ours", "difference" if it is zero everywhere.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SLOT = re.compile(r"\{\{(title|summary|data)\}\}")
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
     """Write ``report`` to ``path``, complete or not at all.
 
-    Some 14 kB a layer with thumbnails, 1 kB without. Raises :class:`OutputError` where the disk refuses.
+    About 14 kB per layer with thumbnails, 1 kB without. Raises :class:`OutputError` if it cannot be written.
     """
     text = render(report)
     with replacing(path) as temporary:
@@ -41,7 +41,7 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 
 
 def render(report: Report) -> str:
-    """The page. Whatever the report's names and texts hold stays text."""
+    """The page. Names and texts of the report are escaped, so that they stay text."""
     document = {**report_dict(report), "thumbnails": _thumbnails(report.thumbnails)}
     verdict = {True: "passed", False: "failed", None: "measured, not judged"}[report.passed]
     layers = len(report.results[0].taps)
@@ -51,7 +51,7 @@ def render(report: Report) -> str:
         "data": _embeddable(document),
     }
     page = resources.files("porting.parity.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # One pass, so that a slot's name inside a value is left alone.
+    # One pass, so that a slot's name inside a value is not replaced.
     return _SLOT.sub(lambda slot: values[slot[1]], page)
 
 
@@ -64,26 +64,26 @@ def _embeddable(document: dict[str, Any]) -> str:
 def _thumbnails(thumbnails: Thumbnails | None) -> dict[str, Any] | None:
     if thumbnails is None:
         return None
-    maps = {tap: [_picture(picture) for picture in pictures] for tap, pictures in thumbnails.maps.items()}
+    maps = {tap: [_map(thumbnail) for thumbnail in pair] for tap, pair in thumbnails.maps.items()}
     return {"dtype": thumbnails.dtype, "maps": maps}
 
 
-def _picture(picture: Thumbnail) -> dict[str, Any]:
-    same = np.array_equal(picture.ours, picture.reference)
-    zero = bool((picture.difference == MIDDLE).all())
+def _map(thumbnail: Thumbnail) -> dict[str, Any]:
+    same = np.array_equal(thumbnail.ours, thumbnail.reference)
+    zero = bool((thumbnail.difference == MIDDLE).all())
     return {
-        "why": picture.why,
-        "image": picture.image,
-        "channel": picture.channel,
-        "cell": picture.cell,
-        "lowest": picture.lowest,
-        "highest": picture.highest,
-        "largest": picture.largest,
-        "height": picture.ours.shape[0],
-        "width": picture.ours.shape[1],
-        "ours": _base64(picture.ours),
-        "reference": None if same else _base64(picture.reference),
-        "difference": None if zero else _base64(picture.difference),
+        "why": thumbnail.why,
+        "image": thumbnail.image,
+        "channel": thumbnail.channel,
+        "cell": thumbnail.cell,
+        "lowest": thumbnail.lowest,
+        "highest": thumbnail.highest,
+        "largest": thumbnail.largest,
+        "height": thumbnail.ours.shape[0],
+        "width": thumbnail.ours.shape[1],
+        "ours": _base64(thumbnail.ours),
+        "reference": None if same else _base64(thumbnail.reference),
+        "difference": None if zero else _base64(thumbnail.difference),
     }
 
 

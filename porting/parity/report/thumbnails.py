@@ -1,8 +1,8 @@
-"""Small pictures of what two networks made of the same image: an observer of :func:`porting.parity.compare`.
+"""Small maps of the activations of both networks: an observer of :func:`porting.parity.compare`.
 
-Activations of a large model are gigabytes and gone as soon as they are compared. What is kept here is
-bounded: for each tap two channels at no more than 48×48, one byte a pixel, and for the network's outputs a
-histogram of their differences.
+The activations of a large model take gigabytes and are dropped as soon as they are compared. The memory used
+here is bounded: for each tap two channels of at most 48×48 pixels, one byte per pixel, and for the network's
+outputs a histogram of their differences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from porting.rules import TapPair
 
 SIDE = 48  # pixels a side, at most
 
-#: One byte a pixel: 0 where the value is not a finite number, else 1…255.
+#: One byte per pixel: 0 for NaN and infinity, 1…255 for other values.
 NOT_FINITE, LOWEST, MIDDLE, HIGHEST = 0, 1, 128, 255
 
 OUTPUTS = ("class_outputs/", "box_outputs/")  # taps that get a histogram
@@ -29,11 +29,11 @@ _BLOCK = 1 << 20  # values worked on at once
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """One channel of one image of the batch. All three pictures are uint8 [h, w], h and w at most 48.
+    """One channel of one image of the batch. All three maps are uint8 [h, w], h and w at most 48.
 
     ``ours`` and ``reference`` are means over cells of ``cell`` × ``cell`` pixels, on one scale: 1 is
     ``lowest``, 255 is ``highest``. ``difference`` is ours − reference where it is furthest from zero in the
-    cell: 1 is −``largest``, 128 is zero, 255 is +``largest``. 0 everywhere means NaN or infinite.
+    cell: 1 is −``largest``, 128 is zero, 255 is +``largest``. In all three, 0 means NaN or infinite.
     """
 
     why: str  # how the channel was chosen
@@ -80,8 +80,7 @@ class Thumbnails:
 
     ``dtype``: the run's float type, "" before the first tap. ``maps``: tap → the channel that differs most
     and the one that varies most. ``histograms``: output tap → its differences. A tap whose two sides have
-    different shapes gets neither. Memory: at most 14 kB a tap, 1 kB more for an output, whatever the image's
-    size.
+    different shapes gets neither. Memory: at most 14 kB per tap, 1 kB more for an output, for any image size.
     """
 
     def __init__(self) -> None:
@@ -90,17 +89,17 @@ class Thumbnails:
         self.histograms: dict[str, Histogram] = {}
 
     def __call__(self, pair: TapPair, ours: np.ndarray, reference: np.ndarray) -> None:
-        """Take what is kept of one tap. ``ours`` and ``reference``: float [N, H, W, C]."""
+        """Keep the maps and the histogram of one tap. ``ours`` and ``reference``: float [N, H, W, C]."""
         self.dtype = str(reference.dtype)
         if ours.shape != reference.shape or not ours.size:
             return
-        # Infinities and NaN are what a faulty network makes; they are drawn, not warned about.
+        # A faulty network makes infinities and NaN; they are drawn without a warning.
         with np.errstate(invalid="ignore", over="ignore"):
             differences, variances = _per_channel(ours, reference)
             image, first = np.unravel_index(int(differences.argmax()), differences.shape)
             choice = [("differs most", int(first))]
             if differences.shape[1] > 1:
-                variances[image, first] = -1.0  # the second picture should show another channel
+                variances[image, first] = -1.0  # the second map should show a different channel
                 choice.append(("varies most", int(variances[image].argmax())))
             self.maps[pair.tap] = tuple(
                 _thumbnail(why, int(image), channel, ours, reference) for why, channel in choice
@@ -124,8 +123,8 @@ def _blocks(ours: np.ndarray, reference: np.ndarray) -> Iterator[tuple[int, np.n
 def _per_channel(ours: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of every image and channel, float64 [N, C]: squared error, and the reference's variance.
 
-    A variance that is no finite number counts as zero. An error that is none stays: argmax takes NaN, too,
-    for the largest.
+    A variance that is NaN or infinite counts as zero. Such an error stays, because argmax treats NaN as the
+    largest.
     """
     count, height, width, channels = ours.shape
     error, total, squares = np.zeros((3, count, channels))

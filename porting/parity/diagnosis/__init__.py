@@ -1,0 +1,1 @@
+"""The diagnosis: why the first layer that differs is wrong."""
