@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from porting.errors import CheckFailedError, CheckpointError, ConversionError, EfficientDetError
     from porting.hparams import Hparams, read_hparams
     from porting.infer import Inference, infer_config, named_config
+    from porting.parity import prove
     from porting.sources.open import open_source
 
-__version__ = "0.1.0"  # the only place of the version: pyproject.toml reads it here
+__version__ = "0.2.0"  # the only place of the version: pyproject.toml reads it here
 
 _HOMES = {
     "CheckFailedError": "errors",
@@ -32,6 +33,7 @@ _HOMES = {
     "named_config": "infer",
     "open_checkpoint": "checkpoint",
     "open_source": "sources.open",
+    "prove": "parity",
     "read_hparams": "hparams",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "named_config",
     "open_checkpoint",
     "open_source",
+    "prove",
     "read_hparams",
 ]
 

@@ -208,7 +208,7 @@ def test_nan_is_rejected(tmp_path: Path, content: dict[str, np.ndarray]) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "efficientdet-d0"], "these are efficientdet-lite0's variables"),
+        (["--model", "efficientdet-d0"], "these are the variables of efficientdet-lite0"),
         (["--out", "weights.bin"], "use a name that ends in .safetensors or .pth"),
         (["--out", "nowhere/w.pth"], "there is no folder nowhere"),
         (["--size", "128"], "--size is the image size at which --verify compares; add --verify"),
