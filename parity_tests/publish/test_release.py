@@ -565,7 +565,7 @@ def test_a_release_as_a_library_call(checkpoint: Path, tmp_path: Path) -> None:
         assert problems(made.folder, convert(opened, inference.config)) == []
         assert heard == list(made.checks)
         assert "licence of the weights: unknown" in (made.folder / CARD).read_text()
-        with pytest.raises(OutputError, match="something in it"):
+        with pytest.raises(OutputError, match="it is not empty"):
             make_release(request, opened, inference, lambda config: images, prove)
 
 
@@ -727,7 +727,7 @@ def test_a_new_folder_is_complete_or_absent(tmp_path: Path) -> None:
     with new_folder(tmp_path / "a") as folder:
         (folder / "whole").touch()
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["whole"]
-    for path, message in ((tmp_path / "a", "something in it"), (tmp_path / "no" / "a", "there is no folder")):
+    for path, message in ((tmp_path / "a", "it is not empty"), (tmp_path / "no" / "a", "there is no folder")):
         with pytest.raises(OutputError, match=message), new_folder(path):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
