@@ -456,7 +456,7 @@ FORGERIES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a tensor": (change_one_tensor, r"backbone\.stem\.bn\.bias differs"),
     "the name of the .pth": (rename_weights, "SHA-256 different from the one in its name"),
-    "the configuration": (lambda f: edit(f / CONFIG_FILE, other_classes), "for another configuration"),
+    "the configuration": (lambda f: edit(f / CONFIG_FILE, other_classes), "does not have the configuration"),
     "the parameters": (
         lambda f: edit(f / CONFIG_FILE, lambda c: c["metadata"].update(parameters=1)),
         "something else of the weights' origin",
