@@ -18,7 +18,7 @@ SCRIPTS = {f"tools/{command.script}": command for command in COMMANDS.values()}
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of every command in a code block or a table cell that starts one of this project's programs."""
+    """The words of every command of this project in a code block or between backquotes."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.M | re.S)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]

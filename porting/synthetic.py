@@ -42,11 +42,12 @@ def synthetic_checkpoint(
     content: dict[str, np.ndarray] = {"global_step": np.array(GLOBAL_STEP, np.int64)}
     trainable = {variable.name for variable in variables(config) if variable.trainable}
     for name, average in synthetic_variables(config, seed).items():
-        noise = _rng(seed, "raw", name).standard_normal(average.shape, np.float32)
+        # In float64: float32's exp and std differ between machines in their last digits.
+        noise = _rng(seed, "raw", name).standard_normal(average.shape, np.float32).astype(np.float64)
         if name.endswith("moving_variance"):
             raw = average * np.exp(0.1 * noise)
         else:
-            raw = average + 0.1 * (float(np.std(average)) + 0.02) * noise
+            raw = average + 0.1 * (float(np.std(average, dtype=np.float64)) + 0.02) * noise
         content[name] = np.asarray(raw, np.float32)
         content[name + EMA_SUFFIX] = average
         if momentum and name in trainable:

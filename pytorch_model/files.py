@@ -111,7 +111,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write ``content`` as JSON on one line, atomically. Raises :class:`OutputError` if it cannot be written."""
+    """Write ``content`` as JSON on one line, atomically. Raises :class:`OutputError` if the disk refuses."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
 

@@ -33,7 +33,7 @@ def h5_paths(config: EfficientDetConfig) -> dict[str, str]:
     return {name: f"{name.split('/')[0]}/{name}:0" for name in variable_shapes(config)}
 
 
-# --- files that Google wrote ----------------------------------------------------------------------------------
+# --- files that Google wrote ---------------------------------------------------------------------------
 
 
 def test_google_weights_are_the_ema_values(shared: Path) -> None:

@@ -292,7 +292,8 @@ def test_statistics_are_their_own_averages() -> None:
         assert checkpoint[name].tobytes() == value.tobytes()
     count = sum(name.endswith(STATISTICS) for name in values)
     assert checkpoint.notes == (
-        f"the optimizer does not average {count} batch-norm statistics: their raw values are used as averages",
+        f"the optimizer does not average {count} batch-norm statistics: "
+        "their raw values are used as averages",
     )
     assert choose_variables(checkpoint, config, raw=False)[2] == "EMA"
 

@@ -124,7 +124,7 @@ def test_trained_weights_on_158_photographs(shared: Path, trained_lite0: Efficie
 
 
 # Seeded weights on real photographs, which differ from the images their batch norms were calibrated on. There
-# Lite0's logits change by 5e-4 between float32 and float64, a score by 5e-5. D0's change by 2e-5 only, but its
+# Lite0's logits change by 5e-4 between float32 and float64, a score by 5e-5. D0's change by 2e-5, but its
 # recording differs by 9e-5 from both our float32 and our float64, as if its batch-norm statistics had another
 # fifth digit; D0's recorded head outputs and their detections agree to 5e-7. A wrong decode changes scores by
 # 1e-2.

@@ -278,7 +278,7 @@ def _damaged(archive: Path, error: Exception) -> NoReturn:
 
 
 def no_room(archive: Path, error: OSError) -> NoReturn:
-    """Raise the CheckpointError for an archive that cannot be read, or has no room in the temporary folder."""
+    """Raise the error for an archive that cannot be read, or that the temporary folder cannot hold."""
     raise CheckpointError(
         f"{archive} cannot be unpacked into {tempfile.gettempdir()}: {error.strerror or error}; "
         "check the path, free some space, or set TMPDIR to a folder with room"
