@@ -350,7 +350,9 @@ def test_the_backbones_name_may_be_given_too(tmp_path: Path) -> None:
         named = infer_config(*about, {"backbone": whole.backbone}, checkpoint.settings)
         assert named.config == found.config
         other = {"backbone": model_config("efficientdet-d3").backbone}
-        with pytest.raises(ConversionError, match=r"backbone is efficientnet-b3 .* say efficientnet-b1"):
+        with pytest.raises(
+            ConversionError, match=r"backbone was given as efficientnet-b3, .* say efficientnet-b1"
+        ):
             infer_config(*about, other, checkpoint.settings)
 
 

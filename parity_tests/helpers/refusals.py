@@ -25,6 +25,7 @@ from parity_tests.helpers.paths import ROOT
 
 FOLDERS = ("porting", "pytorch_model", "tools")
 FAMILY = ("EfficientDetError", "Reason")
+ENTRIES = ("run", "main", "run_command")  # they never return, and end a process whatever its status
 FOLDER = "PORTING_REFUSALS"  # environment variable: the folder into which processes write
 DEPTH = 6  # calls between a function that rejects and the function that says why
 
@@ -137,7 +138,7 @@ def _refusing(tree: ast.Module, family: set[str]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.returns is not None:
             returned = _name(node.returns)
-            if returned in family or (returned == "NoReturn" and node.name != "run"):
+            if returned in family or (returned == "NoReturn" and node.name not in ENTRIES):
                 yield node.name
 
 

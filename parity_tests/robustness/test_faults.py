@@ -218,7 +218,7 @@ def test_two_evaluations_at_once(coco: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         done = run(coco, EVAL)
     assert done.returncode == 2
-    assert "error: another evaluation is at work in eval; let it end, or choose another --out" in done.stderr
+    assert "error: another evaluation is running in eval; wait for it, or choose another --out" in done.stderr
     assert [path.name for path in (coco / "eval").rglob("*.*")] == [".lock"]
     command = [sys.executable, str(TOOLS / EVAL[0]), *EVAL[1:]]
     both = [subprocess.Popen(command, cwd=coco, stderr=subprocess.DEVNULL) for _ in range(2)]
@@ -402,11 +402,17 @@ def test_signals_end_a_process_that_waits_for_another(
         port = str(free.getsockname()[1])
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     environment = {**os.environ, **where, "PYTHONPATH": str(TOOLS.parent)}
+
+    def handlers() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored if the tests run under nohup
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
     waiting = subprocess.Popen(
         [sys.executable, TOOLS / EVAL[0], *EVAL[1:]],
         cwd=coco,
         env={**environment, "RANK": "1"},
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in ignored],
+        preexec_fn=handlers,
     )
     first = subprocess.Popen(
         [sys.executable, "-c", SLEEPER], env={**environment, "RANK": "0"}, stdout=subprocess.PIPE, text=True
