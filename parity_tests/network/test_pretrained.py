@@ -179,7 +179,7 @@ def test_a_release_is_compared_with_the_hash_in_its_name(tmp_path: Path, network
     data[bytes(data).index(value) + 5] ^= 1
     path.write_bytes(data)
     refused = pytest.raises(
-        WeightsError, match=rf"does not begin with the {path.stem[-8:]} in its name; fetch it again"
+        WeightsError, match=rf"does not begin with the {path.stem[-8:]} in its name; download it again"
     )
     for read in (load_model, read_weight_file):
         with refused:
@@ -195,7 +195,7 @@ def test_only_a_file_of_tensors_is_compared_with_digits_in_its_name(
     tmp_path: Path, network: EfficientDet
 ) -> None:
     path = named_by_hash(tmp_path, network).rename(tmp_path / "lite0-20240131.pth")
-    with pytest.raises(WeightsError, match="these eight digits for something else, rename it"):
+    with pytest.raises(WeightsError, match="these digits mean something else, rename it"):
         load_model(path)
     for name in ("lite0_20240131.pth", "lite0-20240131-best.pth", "lite0-2024013.pth"):
         assert same(load_model(path.rename(tmp_path / name)), network)

@@ -45,7 +45,7 @@ def _front_matter(name: str, origin: Mapping[str, Any], metrics: Metrics | None)
     }
     if metrics:
         results = [{"type": figure, "value": value} for figure, value in _measured(metrics).items()]
-        dataset = {"name": f"COCO annotations, {metrics.images} pictures", "type": "coco"}
+        dataset = {"name": f"COCO annotations, {metrics.images} images", "type": "coco"}
         task = {"type": "object-detection"}
         front["model-index"] = [
             {"name": name, "results": [{"task": task, "dataset": dataset, "metrics": results}]}
@@ -78,7 +78,7 @@ def _introduction(name: str, about: Mapping[str, Any]) -> Iterator[str]:
     yield f"- written by {origin['tool']} {origin['tool_version']}"
     yield f"- licence of the weights: {origin['license']}"
     if origin["assumed"]:
-        yield f"- not told by the weights, and assumed: {'; '.join(origin['assumed'])}"
+        yield f"- assumed, because the weights do not show it: {'; '.join(origin['assumed'])}"
 
 
 def _loading(name: str, about: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> Iterator[str]:
@@ -96,9 +96,9 @@ def _loading(name: str, about: Mapping[str, Any], files: Mapping[str, tuple[int,
 def _evidence(parity: Mapping[str, Any]) -> Iterator[str]:
     yield "\n## Parity with TensorFlow\n"
     yield (
-        "Every layer compared with a TensorFlow reference of AutoML's network on one picture "
-        f"({parity['metadata']['picture']}), as relative L2; *isolated*: each layer fed the reference's own "
-        "input. Details: `parity.html`.\n"
+        "Every layer was compared with a TensorFlow reference of AutoML's network on one image "
+        f"({parity['metadata']['picture']}). Errors are relative L2. *Accumulated*: both networks run from "
+        "the image. *Isolated*: our layer gets the reference's input. Details: `parity.html`.\n"
     )
     yield "| | activations | accumulated, worst | allowed | isolated, worst | allowed |"
     yield "|---|---|---|---|---|---|"
@@ -122,7 +122,7 @@ def _figures(origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str
         yield "These weights were not evaluated here."
         return
     ours = _measured(metrics)
-    yield f"Measured with these weights, on {metrics.images} pictures (`coco_metrics.json`):\n"
+    yield f"Measured with these weights, on {metrics.images} images (`coco_metrics.json`):\n"
     yield f"| {' | '.join(ours)} |"
     yield "|---" * len(ours) + "|"
     yield f"| {' | '.join(f'{value:.4f}' for value in ours.values())} |"

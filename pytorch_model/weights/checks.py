@@ -51,7 +51,7 @@ def plain_tensors(
     if needed > size:
         raise WeightsError(
             f"{source} describes {needed} bytes of tensors and has {size}; it is damaged or made to exhaust "
-            "memory: fetch it again, or save each tensor with .contiguous()"
+            "memory: download it again, or save each tensor with .contiguous()"
         )
     plain = {view: tensor.detach().contiguous() for view, tensor in views.items()}
     return {key: plain[keys[key]] if key in keys else value for key, value in state_dict.items()}

@@ -159,7 +159,7 @@ def _read_config_file(path: Path) -> tuple[EfficientDetConfig, dict[str, str]]:
     except (OSError, ConfigError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise WeightsError(
-            f"{path} is not an EfficientDet configuration ({reason}); fetch it again"
+            f"{path} is not an EfficientDet configuration ({reason}); download it again"
         ) from None
 
 

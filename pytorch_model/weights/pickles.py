@@ -96,7 +96,7 @@ def load_pth(path: Path) -> Any:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > path.stat().st_size:
             raise WeightsError(
-                f"{path} unpacks to more than its size, which torch.save never writes; fetch it again"
+                f"{path} unpacks to more than its size, which torch.save never writes; download it again"
             )
     try:
         check_pickles(path)
@@ -114,7 +114,7 @@ def load_pth(path: Path) -> Any:
     if named and not _has_digest(content) and not sha256_of_file(path).startswith(named[1]):
         raise WeightsError(
             f"{path} is damaged or misnamed: its SHA-256 does not begin with the {named[1]} in its name; "
-            "fetch it again, or, if you chose these eight digits for something else, rename it"
+            "download it again, or, if these digits mean something else, rename it"
         )
     return content
 

@@ -123,7 +123,7 @@ def _read_file(path: Path) -> bytes:
         raise unreadable(path, error) from None
     if data[4:8] != IDENTIFIER:
         raise CheckpointError(
-            f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; fetch it again"
+            f"{path} is not a TFLite file: bytes 4 to 7 are not {IDENTIFIER.decode()}; download it again"
         )
     return data
 

@@ -158,7 +158,7 @@ def _open_shard(index: BundleIndex, shard: int, stop: int, name: str) -> BinaryI
             return open(path, "rb", buffering=0)
     except FileNotFoundError:
         raise CheckpointError(
-            f"{index.path} exists but its data file {path.name} does not; put it beside the index"
+            f"{index.path} exists but its data file {path.name} does not; put both in one folder"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None

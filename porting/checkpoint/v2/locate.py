@@ -71,7 +71,7 @@ def _from_prefix(path: Path, step: int | None) -> Path:
         if steps:
             return _pick(path.parent, steps, step)
     if prefix != path and path.exists():
-        raise CheckpointError(f"{path} exists but its index {index.name} does not; put it beside the data")
+        raise CheckpointError(f"{path} exists but its index {index.name} does not; put both in one folder")
     if path.exists():
         raise CheckpointError(
             f"{path} is not a TensorFlow V2 checkpoint: there is no {index.name} beside it; "

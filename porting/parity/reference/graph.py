@@ -121,7 +121,7 @@ def _parse(kind: Any, path: str | os.PathLike[str], what: str) -> Any:
         raise EfficientDetError(f"cannot read {path}: {error.strerror or error}; check --graph") from None
     except DecodeError:
         raise EfficientDetError(
-            f"{path} is not {what}, or is damaged; fetch it again, or {_ELSEWHERE}"
+            f"{path} is not {what}, or is damaged; download it again, or {_ELSEWHERE}"
         ) from None
     return message
 
