@@ -132,10 +132,10 @@ def test_the_effect_of_quantised_activations(
     The only difference is the rounding of activations: a few steps of the outputs' scales (0.087 for the
     logits, 0.018 for the boxes).
     """
-    from porting.parity.reference.tflite import tflite_outputs
+    from porting.parity.reference.tflite import tflite_tensors
 
     path, config = shared / "lite0/efficientdet_lite0.tflite", model_config("efficientdet-lite0")
-    theirs = tflite_outputs(path, recorded["input"])
+    theirs = tflite_tensors(path, recorded["input"], TFLiteCheckpoint(path).outputs)
     ours = head_outputs(dict(lite0), config, recorded["input"], "float32")
     assert theirs.keys() == ours.keys()
     for name in ours:
@@ -310,11 +310,11 @@ def test_every_kind_of_conversion(converted: tuple[str, Path]) -> None:
 
 def test_outputs_against_the_interpreter(converted: tuple[str, Path]) -> None:
     """The port of a file compared with the file itself, run by TensorFlow Lite."""
-    from porting.parity.reference.tflite import tflite_outputs
+    from porting.parity.reference.tflite import tflite_tensors
 
     kind, path = converted
     images = pictures(TINY, 2)
-    theirs = tflite_outputs(path, images)
+    theirs = tflite_tensors(path, images, TFLiteCheckpoint(path).outputs)
     ours = head_outputs(dict(TFLiteCheckpoint(path)), TINY, images, "float64")
     figure, where = worst(theirs, ours)
     print(f"{kind}: {figure:.1e} at {where}")
@@ -395,7 +395,7 @@ def test_every_layer_of_an_int8_file_against_the_interpreter(tensorflow: object)
 
 
 def test_interpreter_rejects_another_size(tensorflow: object) -> None:
-    from porting.parity.reference.tflite import tflite_outputs
+    from porting.parity.reference.tflite import tflite_tensors
 
     with pytest.raises(EfficientDetError, match=r"takes images of \[96, 72, 3\], not \[96, 96, 3\]"):
-        tflite_outputs(golden("int8"), np.zeros((1, 96, 96, 3), np.float32))
+        tflite_tensors(golden("int8"), np.zeros((1, 96, 96, 3), np.float32), {})

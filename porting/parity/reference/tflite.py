@@ -67,22 +67,14 @@ def _layer_taps(checkpoint: TFLiteCheckpoint, config: EfficientDetConfig) -> Ite
                 yield scope, output
 
 
-def tflite_outputs(path: str | os.PathLike[str], images: np.ndarray) -> dict[str, np.ndarray]:
-    """The head outputs of the file at ``path``: ``class_outputs/3``, …, ``box_outputs/7``, by name.
-
-    ``images``: [N, H, W, 3], normalised, of the file's own size. Each output is float32 [N, H_l, W_l, C],
-    before any sigmoid or decoding, dequantised if the file is quantised. Imports TensorFlow. Raises
-    :class:`CheckpointError` for a file of another kind, :class:`EfficientDetError` for another size.
-    """
-    return tflite_tensors(path, images, TFLiteCheckpoint(path).outputs)
-
-
 def tflite_tensors(
     path: str | os.PathLike[str], images: np.ndarray, tensors: Mapping[str, int]
 ) -> dict[str, np.ndarray]:
-    """Any activations of a TFLite file: ``tensors`` is name → number of the tensor in the file.
+    """Activations of the file at ``path``: ``tensors`` is name → number of the tensor in the file.
 
-    Returns name → float32 [N, …], one batch entry per image. Otherwise as :func:`tflite_outputs`.
+    ``images``: [N, H, W, 3], normalised, of the file's own size. Returns name → float32 [N, …], one entry per
+    image, dequantised if the file is quantised. Imports TensorFlow. Raises :class:`EfficientDetError` for
+    another size.
     """
     interpreter = _interpreter(path)
     (image,) = interpreter.get_input_details()
