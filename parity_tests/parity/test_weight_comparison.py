@@ -425,6 +425,14 @@ def test_settings_that_change_the_network(exact: State) -> None:
 
     assert configured(act_type="relu6").mismatches == ("act_type is relu6 in a, swish in b",)
     assert configured(survival_prob=0.8).verdict is Verdict.DIFFERENT
+    deeper = dataclasses.replace(CONFIG.backbone, stem_filters=40)
+    assert configured(backbone=deeper).mismatches[0] == (
+        f"backbone.stem_filters is 40 in a, {CONFIG.backbone.stem_filters} in b"
+    )
+    other = dataclasses.replace(deeper, name="efficientnet-b3")
+    assert configured(backbone=other).mismatches[0] == (
+        f"backbone is efficientnet-b3 in a, {CONFIG.backbone.name} in b"
+    )
     renamed = dataclasses.replace(CONFIG.backbone, name="efficientnet-mine")
     harmless_changes: list[dict[str, object]] = [
         {"name": "mine"},

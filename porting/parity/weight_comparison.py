@@ -22,7 +22,7 @@ from porting.parity.measure import Difference, relative_l2
 from porting.parity.weight_parts import batch_norms, bias_of, kernels_before, parts_of, tensor_difference
 from porting.rules import rules
 from porting.scopes import STATISTICS
-from pytorch_model.config import EfficientDetConfig
+from pytorch_model.config import EfficientDetConfig, shown
 from pytorch_model.errors import EfficientDetError
 
 _COUNTER = ".num_batches_tracked"  # only read by training with a momentum of None, which no EfficientDet uses
@@ -326,11 +326,19 @@ def network_settings_that_differ(a: ComparedWeights, b: ComparedWeights) -> list
     if a.config is None or b.config is None:
         return []
     ours, theirs = _network_settings(a.config), _network_settings(b.config)
+    differing = {name: (value, theirs[name]) for name, value in ours.items() if value != theirs[name]}
+    names = a.config.backbone.name, b.config.backbone.name
+    if any(name.startswith("backbone.") for name in differing) and names[0] != names[1]:
+        others = {name: pair for name, pair in differing.items() if not name.startswith("backbone.")}
+        differing = {"backbone": names, **others}
     return [
-        f"{name} is {value} in {a.source}, {theirs[name]} in {b.source}"
-        for name, value in ours.items()
-        if value != theirs[name]
+        f"{name} is {_in_message(mine)} in {a.source}, {_in_message(other)} in {b.source}"
+        for name, (mine, other) in differing.items()
     ]
+
+
+def _in_message(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def check_same_network(weights: ComparedWeights, checkpoint: ComparedWeights) -> None:
@@ -347,11 +355,12 @@ def check_same_network(weights: ComparedWeights, checkpoint: ComparedWeights) ->
 
 
 def _network_settings(config: EfficientDetConfig) -> dict[str, Any]:
-    """The settings that the network reads in evaluation."""
+    """The settings that the network reads in evaluation; those of the backbone as ``backbone.stages``, …"""
     settings = config.to_dict()
     for name in ("name", *_AROUND_THE_NETWORK):
         del settings[name]
-    del settings["backbone"]["name"]
+    backbone = settings.pop("backbone")
+    settings.update({f"backbone.{name}": value for name, value in backbone.items() if name != "name"})
     if settings["act_type"] in ("silu", "swish_native"):  # AutoML's other names for it
         settings["act_type"] = "swish"
     settings["survival_prob"] = bool(settings["survival_prob"])  # set, heads add a residual
