@@ -434,6 +434,6 @@ def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | No
     hint = (
         "leave out --model"
         if likely in ("custom", config.name)
-        else f"these are the variables of {likely}: give that"
+        else f"these are the variables of {likely}: give --model {likely}"
     )
     return f"{what}; {hint}"

@@ -251,7 +251,9 @@ def test_other_anchors_must_be_given() -> None:
 
 def test_for_a_wrong_model_name_the_right_one_is_suggested() -> None:
     shapes = shapes_of("efficientdet-d0")
-    with pytest.raises(ConversionError, match="these are the variables of efficientdet-d0: give that"):
+    with pytest.raises(
+        ConversionError, match="these are the variables of efficientdet-d0: give --model efficientdet-d0"
+    ):
         named_config("efficientdet-d1", shapes)
     with pytest.raises(ConversionError, match=r"efficientnet-b0/stem/conv2d/kernel has shape \[5\]"):
         named_config("efficientdet-d0", {**shapes, "efficientnet-b0/stem/conv2d/kernel": (5,)})

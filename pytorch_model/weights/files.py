@@ -87,8 +87,8 @@ def read_weights(
         return state_dict, *_read_config_file(path.parent / CONFIG_FILE)
     if "config" not in metadata:
         raise WeightsError(
-            f"{path} carries no EfficientDet configuration, and there is no {CONFIG_FILE} beside it; put the "
-            f"original {CONFIG_FILE} there, or name the model (hubconf.py)"
+            f"{path} carries no EfficientDet configuration, and there is no {CONFIG_FILE} in its folder; put "
+            f"its own {CONFIG_FILE} there"
         )
     return state_dict, _stored_config(metadata.pop("config"), path), metadata
 

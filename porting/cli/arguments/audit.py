@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass
 
 from porting.cli.process import EXIT_CODES
@@ -45,5 +46,6 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     if arguments.markdown and arguments.models != "all":
         parser.error("--markdown is the table of all releases; leave out --models")
     names = MODELS if arguments.models == "all" else arguments.models.split(",")
-    models = tuple(model_config(name.strip()).name for name in names)
+    full = ("efficientdet-" + re.sub("^efficientdet[-_]", "", name.strip().lower()) for name in names)
+    models = tuple(model_config(name).name for name in full)
     return AuditOptions(models, arguments.markdown, arguments.json)

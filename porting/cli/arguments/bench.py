@@ -36,7 +36,7 @@ class BenchOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=(CONVERT, READ, DETECT))
+    parser.add_argument("what", choices=(CONVERT, READ, DETECT), metavar=f"{CONVERT}|{READ}|{DETECT}")
     parser.add_argument("--model", default="efficientdet-d0", help="default: efficientdet-d0")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each side, interleaved (default: 5)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per batch, for detect (default: 8)")
