@@ -238,6 +238,8 @@ def test_a_rule_that_does_not_fit_is_a_failed_check(tmp_path: Path, checkpoint: 
 def test_a_path_that_is_not_there(tmp_path: Path) -> None:
     check_rejected(convert("--ckpt", "no/such/thing", cwd=tmp_path), tmp_path, "no/such/thing")
     check_rejected(convert("--ckpt", "synthetic:resnet", cwd=tmp_path), tmp_path, "unknown model 'resnet'")
+    done = convert("--ckpt", f"synthetic:{MODEL}", "--step", 5, cwd=tmp_path)
+    check_rejected(done, tmp_path, f"synthetic:{MODEL} has one step; leave out --step")
 
 
 def test_a_name_too_long_to_write(tmp_path: Path, checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from porting.checkpoint import Checkpoint, open_checkpoint
+from porting.errors import EfficientDetError
 from porting.sources import SYNTHETIC
 from porting.sources.download import Listener
 from porting.sources.google_releases import fetch, google_release_named
@@ -26,6 +27,8 @@ def open_source(
     what to do.
     """
     if spec.startswith(SYNTHETIC):
+        if step is not None:
+            raise EfficientDetError(f"{spec} has one step; leave out --step, which selects one of several")
         return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
     release = google_release_named(spec, cache)
     if release:
