@@ -50,7 +50,7 @@ class VideoReader:
                 self._container = opened.enter_context(
                     self._av.open(
                         file,
-                        metadata_errors="replace",  # titles are not used
+                        **_replacing_metadata(self._av),
                         options={"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": "none"},
                     )
                 )
@@ -154,6 +154,11 @@ class VideoWriter:
             f"cannot write the video {self.path.name}: {_reason(error)}; free some space or choose "
             "another --out"
         )
+
+
+def _replacing_metadata(av: Any) -> dict[str, str]:
+    """Titles are not used, so bytes in them that are not text must not matter; PyAV before 19 needs this."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def is_video(path: Path) -> bool:
