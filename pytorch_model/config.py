@@ -175,6 +175,8 @@ class EfficientDetConfig:
     """Everything that defines an EfficientDet: its variables, its function, its input and its anchors.
 
     ``image_size`` is (height, width). ``mean_rgb`` and ``stddev_rgb`` are in grey levels, 0…255.
+    ``class_names``: one for each class id from 1, empty where a class has no name; None if they are unknown.
+    They do not take part in comparisons: two networks are equal whatever their classes are called.
     Raises :class:`ConfigError` on a value that cannot be built.
     """
 
@@ -197,6 +199,7 @@ class EfficientDetConfig:
     survival_prob: float | None = None  # if set, the heads add a residual, also at inference
     mean_rgb: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
     stddev_rgb: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    class_names: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -278,8 +281,11 @@ class EfficientDetConfig:
             raise ConfigError(f"{self.name}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dict; :meth:`from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        """A JSON-serialisable dict without unknown class names; :meth:`from_dict` reads it back."""
+        fields = dataclasses.asdict(self)
+        if self.class_names is None:
+            del fields["class_names"]
+        return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EfficientDetConfig:
@@ -344,6 +350,7 @@ def _check(config: EfficientDetConfig) -> None:
     _check_numbers(config, require)
     _check_ratios(config.aspect_ratios, require)
     _check_levels(config, require)
+    _check_class_names(config, require)
     require(
         config.fpn_weight_method in WEIGHT_METHODS,
         f"fpn_weight_method is {shown(config.fpn_weight_method)}, must be one of {', '.join(WEIGHT_METHODS)}",
@@ -394,6 +401,20 @@ def _check_ratios(ratios: tuple[Any, ...], require: _Require) -> None:
         all(not isinstance(ratio, tuple) or len(ratio) == 2 for ratio in ratios),
         f"aspect_ratios is {shown(ratios)}, must be numbers or (width, height) pairs",
     )
+
+
+def _check_class_names(config: EfficientDetConfig, require: _Require) -> None:
+    names = config.class_names
+    if names is None:
+        return
+    fine = isinstance(names, tuple) and all(isinstance(name, str) and len(name) <= 1_000 for name in names)
+    require(fine, f"class_names is {shown(names)}, must be a list of short texts")
+    require(
+        len(names) == config.num_classes,
+        f"class_names are {len(names)}, must be one for each of the {config.num_classes} classes",
+    )
+    for name in names:
+        require(not name or name.isprintable(), f"the class name {shown(name)} is not one line of text")
 
 
 def _check_levels(config: EfficientDetConfig, require: _Require) -> None:
