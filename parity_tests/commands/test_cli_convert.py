@@ -292,7 +292,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process.stdout.readline()  # it has begun
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     if process.returncode == 0:
         pytest.skip("it had finished already")
     assert process.returncode == 130
@@ -309,7 +309,7 @@ def test_ctrl_c_while_starting_is_quiet(tmp_path: Path, checkpoint: Path, second
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     if seconds > 0.1:  # before that Python itself is starting and answers for itself
         assert process.returncode in (0, 130)
         assert "Traceback" not in errors
