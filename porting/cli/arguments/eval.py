@@ -61,6 +61,7 @@ class EvalOptions:
     reference: ReferenceOptions | None
     raw: bool
     decoder: str
+    nms: str
     hparams: Hparams
     tta: str
     device: str
@@ -122,6 +123,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         reference=read_reference_options(arguments) if arguments.reference else None,
         raw=arguments.raw,
         decoder=arguments.decoder,
+        nms=arguments.nms,
         hparams=arguments.hparams,
         tta=arguments.tta,
         device=arguments.device,
