@@ -42,6 +42,14 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
+class ValuesOptions:
+    """Which of the checkpoint's values, as :func:`porting.convert.convert` takes them."""
+
+    raw: bool = False
+    ema_or_raw: bool = False
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """Which model, as far as the user says. Raises :class:`ConfigError` if the two say different models."""
 
@@ -81,6 +89,22 @@ def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = 
 
 def read_checkpoint_options(arguments: argparse.Namespace) -> SourceOptions:
     return SourceOptions(arguments.ckpt, arguments.step, arguments.cache_dir)
+
+
+def add_values_options(parser: argparse._ActionsContainer) -> None:
+    """``--raw``, ``--ema-or-raw``."""
+    values = parser.add_mutually_exclusive_group()
+    values.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
+    values.add_argument(
+        "--ema-or-raw",
+        action="store_true",
+        help="the moving average of a variable if it has one, else its raw value, as AutoML's Keras code "
+        "restores them (default: all averages, or none)",
+    )
+
+
+def read_values_options(arguments: argparse.Namespace) -> ValuesOptions:
+    return ValuesOptions(arguments.raw, arguments.ema_or_raw)
 
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:

@@ -83,7 +83,7 @@ def _reference(options: EvalOptions, console: Console, detector: Detector) -> Re
     require_tensorflow()
     kind, graph = options.reference.kind, options.reference.graph
     with open_checkpoint(options.source, console, options.out) as checkpoint:
-        conversion = convert(checkpoint, detector.model.config, raw=options.raw)
+        conversion = convert(checkpoint, detector.model.config, **vars(options.values))
         reference = choose_reference(kind, graph, checkpoint, conversion)
     return reference_network(kind, conversion, reference, detector)
 
