@@ -147,13 +147,14 @@ def test_recorded_end_to_end(shared: Path, name: str, size: int, photograph: str
     }
     model = EfficientDet(config).eval()
     model.load_state_dict(apply_rules(rules(config), variables))
-    file, nms = shared / "images" / photograph, NMSConfig(max_nms_inputs=0)
-    with np.load(shared / f"oracle/{name}/e2e_s{size}.npz") as stored:
-        parts = ("boxes", "scores", "classes")
-        rows = np.column_stack([stored[f"{photograph}/per_class/{part}"][0] for part in parts])
-    found = Detector(model, nms=nms)([file])[0]
-    expected = rows[:, [1, 0, 3, 2, 4, 5]]
-    print(match(found, expected, SEEDED_SCORE_TOLERANCE, SEEDED_BOX_TOLERANCE))
+    for scope, recorded in (("per-class", "per_class"), ("global", "global")):
+        with np.load(shared / f"oracle/{name}/e2e_s{size}.npz") as stored:
+            parts = ("boxes", "scores", "classes")
+            rows = np.column_stack([stored[f"{photograph}/{recorded}/{part}"][0] for part in parts])
+        detector = Detector(model, nms=NMSConfig(max_nms_inputs=0, scope=scope))
+        found = detector([shared / "images" / photograph])[0]
+        expected = rows[:, [1, 0, 3, 2, 4, 5]]
+        print(match(found, expected, SEEDED_SCORE_TOLERANCE, SEEDED_BOX_TOLERANCE))
 
 
 # --- the Detector -------------------------------------------------------------------------------------
@@ -397,6 +398,25 @@ def test_detect_takes_hyper_parameters(weights: Path, album: Path, tmp_path: Pat
     assert run_detect(weights, album / "b.png", tmp_path / "out", *more) == 0
     assert len(json.loads((tmp_path / "out/detections.json").read_text())) == 7
     assert run_detect(weights, album / "b.png", tmp_path / "no", "--hparams", "num_classes=3") == 2
+
+
+def test_detect_suppresses_across_classes(
+    weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--score-threshold", "0", "--nms", "global"]
+    assert run_detect(weights, album / "b.png", tmp_path / "out", *more) == 0
+    chosen = json.loads((tmp_path / "out/summary.json").read_text())["nms_configs"]
+    assert (chosen["scope"], chosen["max_nms_inputs"]) == ("global", 0)
+    height, width = Image.open(album / "b.png").size[::-1]
+    side = max(height, width)  # the network's input is square
+    for row in json.loads((tmp_path / "out/detections.json").read_text()):
+        x, y, box_width, box_height = row["bbox"]
+        assert min(x, y) >= 0
+        assert x + box_width <= side + 1e-3
+        assert y + box_height <= side + 1e-3
+    pyfunc = ["--nms", "global", "--hparams", "nms_configs.pyfunc=true"]
+    assert run_detect(weights, album / "b.png", tmp_path / "no", *pyfunc) == 2
+    assert "cannot be combined with global" in capsys.readouterr().err
 
 
 def test_detect_results_are_coco_results(weights: Path, album: Path, tmp_path: Path) -> None:

@@ -492,6 +492,14 @@ def test_hparams_reach_suppression_and_size() -> None:
     assert nms_and_size(read_hparams(""), config) == (NMSConfig(), (512, 512))
 
 
+def test_global_suppression_takes_the_settings_of_exported_models() -> None:
+    config = model_config("efficientdet-d0")
+    assert nms_and_size(read_hparams(""), config, "global")[0] == NMSConfig(scope="global", max_nms_inputs=0)
+    read = read_hparams("nms_configs.max_nms_inputs=50,nms_configs.method=hard")
+    expected = NMSConfig(scope="global", max_nms_inputs=50, method="hard")
+    assert nms_and_size(read, config, "global")[0] == expected
+
+
 @pytest.mark.parametrize("text", ["num_classes=20", "anchor_scale=5.0", "name=efficientdet-d1"])
 def test_hparams_of_another_network(text: str) -> None:
     with pytest.raises(ConfigError, match=r"the weights"):
@@ -791,7 +799,7 @@ def test_all_that_detections_depend_on_is_a_setting(small_weights: Path, coco: P
         return {key for key in plain if plain[key] != other[key]}
 
     assert changed() == set()
-    for nms in ({"method": "hard"}, {"sigma": 0.25}, {"score_thresh": 0.1}, {"max_nms_inputs": 0}):
+    for nms in ({"method": "hard"}, {"sigma": 0.25}, {"score_thresh": 0.1}, {"scope": "global"}):
         assert changed(detector={"nms": NMSConfig(**nms)}) == {"nms_configs"}
     assert changed(detector={"decoder": "fast-dct"}) == {"decoder"}
     assert changed(detector={"tta": "flip"}) == {"tta"}

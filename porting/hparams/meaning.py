@@ -22,7 +22,7 @@ from pytorch_model.config import (
     backbone_config,
     model_config,
 )
-from pytorch_model.detection.settings import NMSConfig
+from pytorch_model.detection.settings import SCOPES, NMSConfig
 
 #: Hyper-parameters of training, data and evaluation. No weight and no activation depends on them.
 IGNORED = frozenset(
@@ -71,9 +71,12 @@ class Hparams:
     ignored: tuple[str, ...]
 
 
-def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfig, tuple[int, int]]:
+def nms_and_size(
+    hparams: Hparams, config: EfficientDetConfig, scope: str = "per-class"
+) -> tuple[NMSConfig, tuple[int, int]]:
     """The suppression and the input size (height, width) to use with weights that are already ported.
 
+    ``scope``: one of ``SCOPES``, whose settings hold where ``hparams`` have none.
     Raises :class:`ConfigError` if ``hparams`` describe a network different from ``config``.
     """
     if hparams.model not in (None, config.name):
@@ -84,7 +87,8 @@ def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfi
                 f"--hparams say {name}={value}, the weights were ported with {getattr(config, name)}; leave "
                 "it out, or port them again with --hparams"
             )
-    return NMSConfig(**hparams.nms), hparams.overrides.get("image_size", config.image_size)
+    nms = NMSConfig(scope=scope, **{**SCOPES[scope], **hparams.nms})
+    return nms, hparams.overrides.get("image_size", config.image_size)
 
 
 class _Wrong(Reason):

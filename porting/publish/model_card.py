@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from porting.convert import values_sentence
 from pytorch_model.evaluation.figures import FIGURES
 from pytorch_model.evaluation.metrics import Metrics
 
@@ -58,7 +59,7 @@ def _front_matter(name: str, origin: Mapping[str, Any], metrics: Metrics | None)
 def _introduction(name: str, about: Mapping[str, Any]) -> Iterator[str]:
     config, origin = about["config"], about["metadata"]
     height, width = config["image_size"]
-    values = "the exponential moving averages" if origin["weights"] == "EMA" else "the raw values"
+    values = f"the {values_sentence(origin['weights'])}"
     step = "" if origin["step"] is None else f", training step {origin['step']:,}"
     removed = origin["automl_parameters"] - origin["parameters"]
     yield f"\n# {name}\n"

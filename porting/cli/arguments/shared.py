@@ -11,7 +11,7 @@ from porting.hparams import Hparams, read_hparams
 from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
-from pytorch_model.detection.settings import DECODERS
+from pytorch_model.detection.settings import DECODERS, SCOPES
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
@@ -25,6 +25,10 @@ LABELS_HELP = (
 DECODER_HELP = (
     "how JPEG files are decoded; fast-dct equals tf.io.decode_jpeg and needs simplejpeg (default: pillow)"
 )
+NMS_HELP = (
+    "per-class: as AutoML's COCO evaluation; global: across all classes, as AutoML's exported models, also "
+    "with nms_configs.max_nms_inputs=0 and boxes clipped to the network's input (default: per-class)"
+)
 JSON_HELP = "print a machine-readable summary on stdout"
 
 
@@ -35,6 +39,14 @@ class SourceOptions:
     ckpt: str
     step: int | None = None
     cache_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class ValuesOptions:
+    """Which of the checkpoint's values, as :func:`porting.convert.convert` takes them."""
+
+    raw: bool = False
+    ema_or_raw: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +89,22 @@ def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = 
 
 def read_checkpoint_options(arguments: argparse.Namespace) -> SourceOptions:
     return SourceOptions(arguments.ckpt, arguments.step, arguments.cache_dir)
+
+
+def add_values_options(parser: argparse._ActionsContainer) -> None:
+    """``--raw``, ``--ema-or-raw``."""
+    values = parser.add_mutually_exclusive_group()
+    values.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
+    values.add_argument(
+        "--ema-or-raw",
+        action="store_true",
+        help="the moving average of a variable if it has one, else its raw value, as AutoML's Keras code "
+        "restores them (default: all averages, or none)",
+    )
+
+
+def read_values_options(arguments: argparse.Namespace) -> ValuesOptions:
+    return ValuesOptions(arguments.raw, arguments.ema_or_raw)
 
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:
@@ -131,9 +159,10 @@ def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
 
 
 def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -> None:
-    """``--labels``, ``--decoder``, ``--hparams``, ``--device``, ``--batch-size``."""
+    """``--labels``, ``--decoder``, ``--nms``, ``--hparams``, ``--device``, ``--batch-size``."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help=LABELS_HELP)
     parser.add_argument("--decoder", choices=DECODERS, default="pillow", help=DECODER_HELP)
+    parser.add_argument("--nms", choices=tuple(SCOPES), default="per-class", help=NMS_HELP)
     add_hparams_option(parser)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument(

@@ -21,7 +21,7 @@ from porting.cli.commands.source import (
     setting_text,
 )
 from porting.cli.process import EXIT_FAILED, print_json
-from porting.convert import Conversion, convert, metadata, write_conversion
+from porting.convert import Conversion, convert, metadata, values_sentence, write_conversion
 from porting.errors import EfficientDetError
 from porting.hparams import Hparams
 from porting.infer import Inference
@@ -40,7 +40,7 @@ def run(options: ConvertOptions) -> int:
             make_folder(folder)
             file = folder / (inference.config.name.replace("-", "_") + ".safetensors")
             _check_output(file)
-        conversion = convert(checkpoint, inference.config, raw=options.raw)
+        conversion = convert(checkpoint, inference.config, **vars(options.values))
         _print_conversion(console, checkpoint, inference, options.model.hparams, conversion)
         summary = _summary(checkpoint, inference, options.model.hparams, conversion, file)
         if options.verify and not _is_proven(options, console, checkpoint, conversion, summary):
@@ -120,8 +120,7 @@ def _print_conversion(
         table.add_row("ignored", f"{', '.join(without_effect)}: no weight depends on these hparams")
     for note in checkpoint.notes:
         table.add_row("note", escape(note))
-    is_averaged = conversion.values_kind == "EMA"
-    table.add_row("weights", "moving averages (EMA)" if is_averaged else "raw values")
+    table.add_row("weights", values_sentence(conversion.values_kind))
     _add_account(table, conversion)
     console.print(table)
 

@@ -26,7 +26,7 @@ def run(options: DetectOptions) -> int:
     prepare_folder(options.out, files)
     model = load_model(options.weights).to(choose_device(options.device))
     names = load_names(options.labels, model.config.num_classes)
-    nms, image_size = nms_and_size(options.hparams, model.config)
+    nms, image_size = nms_and_size(options.hparams, model.config, options.nms)
     detector = Detector(
         model,
         image_size=image_size,

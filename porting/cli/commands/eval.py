@@ -72,7 +72,7 @@ def run(options: EvalOptions) -> int:
 def _detector(options: EvalOptions, processes: Processes) -> Detector:
     device = choose_device(options.device, processes.local_rank)
     model = load_model(options.weights).to(device)
-    nms, image_size = nms_and_size(options.hparams, model.config)
+    nms, image_size = nms_and_size(options.hparams, model.config, options.nms)
     return Detector(model, image_size=image_size, nms=nms, decoder=options.decoder, tta=options.tta)
 
 
@@ -83,7 +83,7 @@ def _reference(options: EvalOptions, console: Console, detector: Detector) -> Re
     require_tensorflow()
     kind, graph = options.reference.kind, options.reference.graph
     with open_checkpoint(options.source, console, options.out) as checkpoint:
-        conversion = convert(checkpoint, detector.model.config, raw=options.raw)
+        conversion = convert(checkpoint, detector.model.config, **vars(options.values))
         reference = choose_reference(kind, graph, checkpoint, conversion)
     return reference_network(kind, conversion, reference, detector)
 
@@ -95,6 +95,8 @@ def _draw(
     decoders = ", ".join(f"{name} ({count})" for name, count in metrics.decoders.items())
     height, width = detector.image_size
     title = f"{detector.model.config.name} at {height}×{width}, {metrics.images} images, read by {decoders}"
+    if detector.nms.scope == "global":
+        title += ", suppressed across classes"
     if detector.tta != "none":
         title += f", tta {detector.tta}"
     console.print(title, markup=False, soft_wrap=True)
