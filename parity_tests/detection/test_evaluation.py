@@ -29,7 +29,6 @@ from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
 from pytorch_model.config import model_config
 from pytorch_model.detection.detector import Detector
-from pytorch_model.detection.labels import COCO_NAMES
 from pytorch_model.detection.results import server_file_name, server_results, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.errors import ConfigError
@@ -43,6 +42,7 @@ from pytorch_model.evaluation.processes import Processes, joined
 from pytorch_model.evaluation.run import EvaluationOptions, evaluate_dataset
 from pytorch_model.evaluation.shards import ShardError, Shards
 from pytorch_model.evaluation.streams import settings as settings_of
+from pytorch_model.labels.known import COCO_NAMES
 from pytorch_model.weights.files import write_weights
 
 EVAL_COCO = str(TOOLS / "eval_coco.py")

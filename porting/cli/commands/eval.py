@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from porting.cli.arguments.eval import EvalOptions
@@ -16,7 +18,7 @@ from porting.parity.reference.evaluation import reference_network
 from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.devices import choose_device
-from pytorch_model.evaluation.classes import class_to_category
+from pytorch_model.evaluation.classes import class_to_category, left_out
 from pytorch_model.evaluation.dataset import Dataset, read_dataset
 from pytorch_model.evaluation.processes import Processes, has_others, joined
 from pytorch_model.evaluation.run import (
@@ -43,7 +45,8 @@ def run(options: EvalOptions) -> int:
         with processes.first_ahead():
             dataset = read_dataset(options.coco, options.annotations, options.images, options.limit)
             detector = _detector(options, processes)
-            categories = class_to_category(dataset, detector.model.config.num_classes, options.labels)
+            config = detector.model.config
+            categories = class_to_category(dataset, config.num_classes, options.labels, config.class_names)
             reference = _reference(options, console, detector)
         several = f" (process 1 of {processes.count})" if processes.count > 1 else ""
         with ImageBar(console, f"detecting{several}") as bar:
@@ -58,7 +61,7 @@ def run(options: EvalOptions) -> int:
             )
     if result is None:
         return 0
-    _draw(options, console, detector, dataset, result)
+    _draw(options, console, detector, dataset, result, left_out(dataset, categories))
     console.print(
         f"{result.metrics.images} images, {bar.seconds:.1f} s; wrote {options.out}",
         markup=False,
@@ -89,7 +92,12 @@ def _reference(options: EvalOptions, console: Console, detector: Detector) -> Re
 
 
 def _draw(
-    options: EvalOptions, console: Console, detector: Detector, dataset: Dataset, result: EvaluationResult
+    options: EvalOptions,
+    console: Console,
+    detector: Detector,
+    dataset: Dataset,
+    result: EvaluationResult,
+    notes: Sequence[str],
 ) -> None:
     metrics = result.metrics
     decoders = ", ".join(f"{name} ({count})" for name, count in metrics.decoders.items())
@@ -114,4 +122,4 @@ def _draw(
         console.print(f"{dataset.annotations.name} holds no annotations: no figures", markup=False)
     if result.parity:
         print_parity(console, result.parity, result.exact)
-    print_notes(console, dataset.notes, result.outcome.unreadable, len(result.outcome.resized))
+    print_notes(console, (*dataset.notes, *notes), result.outcome.unreadable, len(result.outcome.resized))
