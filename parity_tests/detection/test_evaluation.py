@@ -523,7 +523,7 @@ def test_the_models_own_names(coco: Path) -> None:
     assert class_to_category(dataset, 2, None, ("ant", "bee")) == {1: 1, 2: 2}
     assert class_to_category(dataset, 2, None, ("bee", "Ant")) == {1: 2, 2: 1}  # names decide
     assert class_to_category(dataset, 2, None, ("ant", "")) == {1: 1, 2: 2}  # not all are named
-    with pytest.raises(DatasetError, match="the label map kept with the weights does not name 'bee'"):
+    with pytest.raises(DatasetError, match="the label map of the model does not name 'bee'"):
         class_to_category(dataset, 2, None, ("ant", "wasp"))
     rewrite(coco, with_categories({0: "ant", 1: "bee"}))
     assert class_to_category(read_dataset(coco), 2, None, ("ant", "bee")) == {1: 0, 2: 1}

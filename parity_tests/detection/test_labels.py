@@ -315,7 +315,7 @@ def test_labels_of_another_model(text: str, num_classes: int, reason: str, tmp_p
         find_names(tmp_path / "labels", num_classes)
 
 
-def annotations(names: Mapping[int, str], used: Iterable[int]) -> bytes:
+def coco_file(names: Mapping[int, str], used: Iterable[int]) -> bytes:
     categories = [{"id": index, "name": name} for index, name in names.items()]
     entries = [{"category_id": index} for index in used]
     return json.dumps({"categories": categories, "annotations": entries}).encode()
@@ -323,15 +323,15 @@ def annotations(names: Mapping[int, str], used: Iterable[int]) -> bytes:
 
 def test_an_unused_category_that_no_class_can_be_is_left_out() -> None:
     parent = {0: "insects", 1: "ant", 2: "bee", 9: "wasp"}
-    assert class_names(parse_names(annotations(parent, (1, 2))), 2) == ANT
+    assert class_names(parse_names(coco_file(parent, (1, 2))), 2) == ANT
     with pytest.raises(Reason, match="it names class 9"):
-        class_names(parse_names(annotations(parent, (1, 9))), 2)
+        class_names(parse_names(coco_file(parent, (1, 9))), 2)
     with pytest.raises(Reason, match=r"its ids are 0 \('insects'\) to 2"):
-        class_names(parse_names(annotations(parent, (0, 2))), 2)
+        class_names(parse_names(coco_file(parent, (0, 2))), 2)
     with pytest.raises(Reason, match=r"no annotation has its category 0 \('ant'\), so its ids may be"):
-        class_names(parse_names(annotations({0: "ant", 1: "bee"}, (1,))), 2)
-    assert class_names(parse_names(annotations({0: "ant", 1: "bee"}, (0, 1))), 2) == ANT
-    assert class_names(parse_names(annotations({0: "_background_", 1: "ant", 2: "bee"}, (1,))), 2) == ANT
+        class_names(parse_names(coco_file({0: "ant", 1: "bee"}, (1,))), 2)
+    assert class_names(parse_names(coco_file({0: "ant", 1: "bee"}, (0, 1))), 2) == ANT
+    assert class_names(parse_names(coco_file({0: "_background_", 1: "ant", 2: "bee"}, (1,))), 2) == ANT
 
 
 # --- where the names are from -------------------------------------------------------------------------

@@ -38,13 +38,18 @@ class ClassNames:
         return {index: name or f"class {index}" for index, name in enumerate(self.names, start=1)}
 
 
-def find_names(path: Path | None, num_classes: int, own: Sequence[str] | None = None) -> ClassNames:
-    """The names in the file at ``path``, else the model's ``own``, else COCO's for 90 classes, else none.
+def find_names(
+    path: Path | None, num_classes: int, own: Sequence[str] | None = None, given: Sequence[str] | None = None
+) -> ClassNames:
+    """The names in the file at ``path``, else those ``given`` with ``--hparams``, else the model's ``own``.
 
-    Raises :class:`EfficientDetError` if the file cannot be read, has an unknown form, or does not fit.
+    Else a model of 90 classes is assumed to have COCO's, and the classes of another have none. Raises
+    :class:`EfficientDetError` if the file cannot be read, has an unknown form, or does not fit.
     """
     if path is not None:
         return ClassNames(read_names(path, num_classes), path.name)
+    if given is not None:
+        return ClassNames(tuple(given), "the label_map of --hparams")
     if own is not None:
         return ClassNames(tuple(own), "kept with the weights")
     if num_classes == len(COCO_NAMES):

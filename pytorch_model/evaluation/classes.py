@@ -31,7 +31,7 @@ def class_to_category(
         return {category: category for category in fitting}
     if own is None:
         raise problem
-    return _by_name(dataset, names, "the label map kept with the weights")
+    return _by_name(dataset, names, "the label map of the model")
 
 
 def left_out(dataset: Dataset, categories: Mapping[int, int]) -> list[str]:

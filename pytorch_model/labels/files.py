@@ -14,7 +14,7 @@ import re
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pytorch_model.errors import Reason
@@ -125,13 +125,18 @@ def _from_content(content: Any) -> Names:
     if len(keys) > 1:
         raise Reason(f"it has both {keys[0]} and {keys[1]}; leave one of them")
     if not keys:
-        return Names(_by_id((str(key), name) for key, name in content.items()))
+        return parse_pairs(content)
     inner = content[keys[0]]
     if isinstance(inner, list):
         return _listed(inner)
     if not isinstance(inner, dict):
         raise Reason(f"its {keys[0]} is {reprlib.repr(inner)}, neither a list nor {{id: name}}")
-    return Names(_by_id((str(key), name) for key, name in inner.items()))
+    return parse_pairs(inner)
+
+
+def parse_pairs(content: Mapping[Any, Any]) -> Names:
+    """Id → name from a mapping of YAML or JSON, where ids may be text. Raises :class:`Reason`."""
+    return Names(_by_id((str(key), name) for key, name in content.items()))
 
 
 def _from_coco(content: Any) -> Names:

@@ -12,7 +12,7 @@ from rich.table import Table
 from porting.cli.arguments.detect import DetectOptions
 from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, print_json
-from porting.hparams import nms_and_size
+from porting.hparams import given_names, nms_and_size
 from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import ClassNames, find_names
@@ -25,7 +25,8 @@ def run(options: DetectOptions) -> int:
     files = list_images(options.images)
     prepare_folder(options.out, files)
     model = load_model(options.weights).to(choose_device(options.device))
-    classes = find_names(options.labels, model.config.num_classes, model.config.class_names)
+    count, own = model.config.num_classes, model.config.class_names
+    classes = find_names(options.labels, count, own, given_names(options.hparams, count))
     nms, image_size = nms_and_size(options.hparams, model.config)
     detector = Detector(
         model,

@@ -12,7 +12,7 @@ from porting.cli.drawing.evaluation import figures_table, per_class_table, print
 from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, end_at_once_on_signals, print_json
 from porting.convert import convert
-from porting.hparams import nms_and_size
+from porting.hparams import given_names, nms_and_size
 from porting.parity.reference.choose import choose_reference, require_tensorflow
 from porting.parity.reference.evaluation import reference_network
 from pytorch_model import load_model
@@ -46,7 +46,8 @@ def run(options: EvalOptions) -> int:
             dataset = read_dataset(options.coco, options.annotations, options.images, options.limit)
             detector = _detector(options, processes)
             config = detector.model.config
-            categories = class_to_category(dataset, config.num_classes, options.labels, config.class_names)
+            own = given_names(options.hparams, config.num_classes) or config.class_names
+            categories = class_to_category(dataset, config.num_classes, options.labels, own)
             reference = _reference(options, console, detector)
         several = f" (process 1 of {processes.count})" if processes.count > 1 else ""
         with ImageBar(console, f"detecting{several}") as bar:
