@@ -12,6 +12,7 @@ from porting.cli.arguments.shared import (
     SourceOptions,
     ValuesOptions,
     add_checkpoint_options,
+    add_labels_to_keep,
     add_model_options,
     add_reference_options,
     add_size_option,
@@ -63,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser)
     add_model_options(parser)
     add_values_options(parser)
+    add_labels_to_keep(parser)
     parser.add_argument(
         "--out",
         help=f"weight file, {' or '.join(SUFFIXES)}, or a folder for it, which exists or ends in / "

@@ -13,6 +13,7 @@ from porting.cli.arguments.shared import (
     SourceOptions,
     ValuesOptions,
     add_checkpoint_options,
+    add_labels_to_keep,
     add_model_options,
     add_values_options,
     read_checkpoint_options,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser, required=False)
     add_model_options(parser)
     add_values_options(parser)
+    add_labels_to_keep(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put the folder NAME")
     parser.add_argument("--name", help="name of the folder and the .pth (default: the model's or release's)")
     parser.add_argument(
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ReleaseOptions:
     if arguments.verify_release:
-        values = (arguments.raw, arguments.ema_or_raw)
+        values = (arguments.raw, arguments.ema_or_raw, arguments.labels)
         if any((arguments.out, arguments.name, arguments.license, arguments.coco_metrics, *values)):
             parser.error("--verify-release takes --ckpt, --model and --hparams, nothing else")
     elif not (arguments.ckpt and arguments.out):
