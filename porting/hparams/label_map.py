@@ -42,7 +42,7 @@ def read_label_map(value: Any, folders: Sequence[Path]) -> Mapping[int, str] | N
     elif isinstance(value, str) and value in LABEL_MAPS:
         names = LABEL_MAPS[value]
     elif isinstance(value, str):
-        names = parse_names(value.encode()) if value.startswith("{") else _from_file(value, folders)
+        names = parse_names(value.encode(), ".yaml") if value.startswith("{") else _from_file(value, folders)
     else:
         raise Reason("it must be {id: name}, coco, voc, waymo, or a .yaml file")
     if not is_no_class(names.get(0, "")):
