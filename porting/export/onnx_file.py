@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from porting.errors import OutputError
+from porting.export import Weights
 from porting.export.network import quiet
 from pytorch_model.files import check_writable
 
@@ -32,11 +34,11 @@ def check_onnx(out: Path) -> None:
 
 
 def export_onnx(
-    module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, about: dict[str, str]
+    module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, metadata: dict[str, str]
 ) -> None:
     """Trace ``module`` on ``inputs`` (name → example, batch first) and write it. The batch stays free.
 
-    ``about`` is written as the file's metadata. Raises :class:`OutputError` if PyTorch's exporter fails.
+    ``metadata`` is written into the file. Raises :class:`OutputError` if PyTorch's exporter fails.
     """
     import onnx
 
@@ -59,8 +61,16 @@ def export_onnx(
         ) from error
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, about)
+    onnx.helper.set_model_props(model, metadata)
     onnx.save_model(model, path)
+
+
+def about(weights: Weights) -> dict[str, str]:
+    """The file's metadata: that of the weights, and what prepares an image for the input (in JSON)."""
+    config = weights.config
+    prepares = {"image_size": config.image_size, "mean_rgb": config.mean_rgb, "stddev_rgb": config.stddev_rgb}
+    texts = {name: json.dumps(value) for name, value in prepares.items()}
+    return {**weights.metadata, **texts, "model": config.name}
 
 
 def run_onnx(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
