@@ -99,7 +99,7 @@ def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
         raise ConversionError(
             f"the box net predicts {anchors} anchors per location, but num_scales={config.num_scales} and "
             f"{len(config.aspect_ratios)} aspect_ratios make {config.num_anchors}; give "
-            "--hparams num_scales=…,aspect_ratios=[…]"
+            "--hparams num_scales=…,aspect_ratios=…*…*…"
         )
 
 

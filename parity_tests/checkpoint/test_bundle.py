@@ -141,6 +141,10 @@ def test_golden_checkpoint_of_tensorflow() -> None:
             name = np.dtype(dtype).name
             assert_same_bits(checkpoint[name], (np.arange(6) - 2).reshape(2, 3).astype(dtype), name)
         assert_same_bits(checkpoint["bfloat16"], checkpoint["float32"], "bfloat16")
+        assert [note.split(" variables")[0] for note in checkpoint.notes] == [
+            "values stored as bfloat16: 1",
+            "values stored as float16: 1",
+        ]
         assert checkpoint["empty"].shape == (0, 3)
         assert checkpoint.step == 7
         assert checkpoint.read_string("string") == b"text" * 40

@@ -37,7 +37,7 @@ def test_writes_a_checkpoint_and_says_what_was_checked(tmp_path: Path, weights: 
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["files"] == [
-        f"back/{name}" for name in ("checkpoint", "model.data-00000-of-00001", "model.index")
+        f"back/{name}" for name in ("checkpoint", "config.yaml", "model.data-00000-of-00001", "model.index")
     ]
     assert "588 variables, as many moving averages of the same values, global_step 123" in summary["facts"]
     with open_checkpoint(tmp_path / "back") as checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -15,15 +16,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from parity_tests.helpers.paths import ROOT, SHARED
 from parity_tests.helpers.recordings import Recording, golden_recording, shared_recording, tap_of
+from porting.checkpoint import open_checkpoint
 from porting.convert import apply_rules
 from porting.errors import CheckFailedError, ConversionError, EfficientDetError, OutputError
-from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file
+from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file, tf_checkpoint
+from porting.hparams import read_hparams
+from porting.hparams.meaning import FIELDS
+from porting.hparams.written import hparams_yaml
+from porting.infer import named_config
 from porting.parity.lockstep import tapped
 from porting.rules import TapPair, rules
-from pytorch_model.config import MODELS, model_config
+from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 
@@ -79,6 +86,66 @@ def assert_within_googles_rounding(recording: Recording, found: Sequence[np.ndar
         assert error <= bound, f"{key}: relative L2 {error:.2e}, allowed {bound:.2e}"
         worst = max(worst, error / bound)
     print(f"{recording.name}: at most {worst:.2f} of what is allowed")
+
+
+# --- AutoML's checkpoint ---------------------------------------------------------------------------------
+
+
+CONFIGS = [
+    *(model_config(name) for name in MODELS),
+    model_config("efficientdet-d0", num_classes=3, image_size=(384, 640), anchor_scale=(1.0, 2, 3, 4, 5)),
+    model_config(
+        "efficientdet-d0",
+        aspect_ratios=((1.0, 1.0), (1.4, 0.7)),
+        mean_rgb=(127.5, 127.5, 127.5),
+        stddev_rgb=(127.5, 127.5, 127.5),
+        survival_prob=0.8,
+        conv_after_downsample=True,
+        class_names=("person", "", "Ampel: rot"),
+        num_classes=3,
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.name}-{config.num_classes}")
+def test_the_hparams_file_reads_back_to_the_same_configuration(
+    tmp_path: Path, config: EfficientDetConfig
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(hparams_yaml(config), encoding="utf-8")
+    read = read_hparams(str(path))
+    assert model_config(read.model or "", **read.overrides) == config
+    assert {field for field, _ in FIELDS.values()} == set(read.overrides)
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))  # as AutoML reads it: no tags
+    assert plain.get("label_map") == ({1: "person", 3: "Ampel: rot"} if config.class_names else None)
+
+
+def test_a_network_that_is_not_automls_gets_no_name(tmp_path: Path) -> None:
+    config = model_config("efficientdet-d1")
+    other = dataclasses.replace(config.backbone, name="other")
+    values = yaml.safe_load(hparams_yaml(config.replace(name="mine", backbone=other)))
+    assert {"name", "backbone_name"}.isdisjoint(values)
+    assert values["fpn_cell_repeats"] == 4
+
+
+def test_the_hparams_file_lies_beside_the_checkpoint(tmp_path: Path) -> None:
+    weights = weights_of(golden_recording("efficientdet-lite0"))
+    written = TARGETS["tf-checkpoint"].write(weights, tmp_path / "out")
+    assert tmp_path / "out/config.yaml" in written.files
+    with open_checkpoint(tmp_path / "out") as checkpoint:
+        hparams = read_hparams(str(tmp_path / "out/config.yaml"))
+        found = named_config(hparams.model or "", checkpoint.shapes, hparams.overrides)
+    assert found.config == weights.config
+
+
+def test_a_hparams_file_that_says_something_else_is_not_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tf_checkpoint, "hparams_yaml", lambda config: "anchor_scale: 17.0")
+    weights = weights_of(golden_recording("efficientdet-lite0"))
+    with pytest.raises(CheckFailedError, match=r"anchor_scale is 17\.0 after writing and reading back"):
+        TARGETS["tf-checkpoint"].write(weights, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 # --- effdet ----------------------------------------------------------------------------------------------
@@ -193,6 +260,14 @@ def test_effdet_weights_that_a_disk_changed_are_not_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_recipe_for_effdet_has_the_normalisation() -> None:
+    """On effdet's scale, where white is 1."""
+    lines = effdet.effdet_recipe(model_config("efficientdet-d0"), Path("x.pth"))
+    assert "config.mean, config.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)" in lines
+    lines = effdet.effdet_recipe(model_config("efficientdet-lite0", stddev_rgb=(51.0, 51, 51)), Path("x.pth"))
+    assert "config.mean, config.std = (0.49803922, 0.49803922, 0.49803922), (0.2, 0.2, 0.2)" in lines
+
+
 def test_effdet_lacks_a_tensor() -> None:
     config = model_config("efficientdet-d0")
     with torch.device("meta"):
@@ -208,9 +283,14 @@ def test_effdet_lacks_a_tensor() -> None:
 @needs_onnx
 @pytest.mark.parametrize("model", RECORDED)
 def test_onnx_runtime_computes_the_same(tmp_path: Path, model: str) -> None:
+    import onnx
+
     recording = recording_of(model)
     written = TARGETS["onnx"].write(weights_of(recording), tmp_path / "network.onnx")
     assert written.files == (tmp_path / "network.onnx",)
+    stored = {entry.key: entry.value for entry in onnx.load(tmp_path / "network.onnx").metadata_props}
+    for field in ("image_size", "mean_rgb", "stddev_rgb"):
+        assert tuple(json.loads(stored[field])) == getattr(weights_of(recording).config, field)
     images = images_of(recording)
     found = onnx_file.run_onnx(tmp_path / "network.onnx", {"images": images.float()})
     exact = outputs_of(weights_of(recording, "float64"), images.double())

@@ -21,12 +21,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.messages import rounding_notes
 from porting.errors import CheckpointError
 
 FORMAT = "Keras HDF5 weights"
 SUFFIXES = (".h5", ".hdf5")
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
+#: Groups at the top of Keras 3's files; the second was its first name for ``layers``.
+_KERAS_3 = {"layers", "_layer_checkpoint_dependencies"}
 _FLOATS = ("f2", "f4", "f8")
 
 
@@ -62,6 +65,7 @@ class KerasH5(Checkpoint):
         self._close = weakref.finalize(self, self._file.close)
         try:
             self._datasets, notes = self._find_datasets(h5py)
+            notes += rounding_notes(dataset.dtype.name for dataset in self._datasets.values())
         except CheckpointError:
             self.close()
             raise
@@ -99,7 +103,14 @@ class KerasH5(Checkpoint):
         if "layer_names" not in root.attrs and "model_weights" in root:
             root = self._member(h5py, root, "model_weights")
             notes.append("only the model's weights were taken from a file that holds the whole model")
-        if "layer_names" not in root.attrs and "layer_names0" not in root.attrs:
+        named = {"layer_names", "layer_names0"} & set(root.attrs)
+        if not named and _KERAS_3 & set(root):
+            self._reject(
+                "is in Keras 3's format, which TensorFlow 2.12 and later use for names that end in "
+                ".weights.h5; it numbers the variables and has no names: save the weights again under a "
+                "name that ends in .h5 only"
+            )
+        if not named:
             self._reject(
                 "is HDF5, but not of Keras 2's save_weights: it has no attribute layer_names; "
                 "save the weights with the TensorFlow and Keras that AutoML used"

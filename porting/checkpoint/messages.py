@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from porting.checkpoint import wire
@@ -34,6 +36,21 @@ def parse_shape(message: Data) -> tuple[int, ...]:
 def shortened(text: str) -> str:
     """``text`` for an error message: its first 200 characters."""
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
+
+
+#: Type → the largest relative error of rounding a weight to it (half a step of its last bit).
+_ROUNDING = {"bfloat16": "2^-8 (0.4 %)", "float16": "2^-11 (0.05 %)"}
+
+
+def rounding_notes(dtypes: Iterable[str]) -> list[str]:
+    """A note for each short floating-point type among the stored types of variables."""
+    counts = Counter(dtypes)
+    return [
+        f"values stored as {dtype}: {counts[dtype]} variables, rounded by up to {error} of each value when "
+        "the file was written"
+        for dtype, error in _ROUNDING.items()
+        if counts[dtype]
+    ]
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

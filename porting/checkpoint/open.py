@@ -23,7 +23,7 @@ from porting.checkpoint.saved_model import as_served, is_saved_model, saved_mode
 from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
-from porting.checkpoint.v2.locate import locate
+from porting.checkpoint.v2.locate import ARCHIVE, locate
 from porting.errors import CheckpointError
 from pytorch_model.files import check_regular, is_special
 
@@ -66,7 +66,11 @@ def _open_archive(path: Path, step: int | None) -> Checkpoint:
 
 def _open_v2(path: Path, step: int | None) -> Checkpoint:
     """A V2 checkpoint, name-based or object-based, also the one inside a SavedModel."""
-    bundle = TensorBundle(read_index(locate(saved_model_prefix(path) or path, step)))
+    index = locate(saved_model_prefix(path) or path, step)
+    bundle = TensorBundle(read_index(index))
+    if index.parent == path / ARCHIVE:
+        where = f"read from {ARCHIVE}/, where AutoML's evaluation keeps the best checkpoint"
+        bundle.notes = (*bundle.notes, f"{where}; {path} itself holds none")
     try:
         checkpoint = open_object_checkpoint(bundle) if is_object_based(bundle) else bundle
     except BaseException:

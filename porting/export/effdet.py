@@ -63,9 +63,15 @@ def effdet_recipe(config: EfficientDetConfig, out: Path) -> list[str]:
         f"config.num_classes, config.image_size = {config.num_classes}, {config.image_size}",
         f"config.num_scales, config.anchor_scale = {config.num_scales}, {config.anchor_scale}",
         f"config.aspect_ratios = {effdet_aspect_ratios(config)}",
+        f"config.mean, config.std = {_of_white(config.mean_rgb)}, {_of_white(config.stddev_rgb)}",
         "model = effdet.EfficientDet(config, pretrained_backbone=False).eval()",
         f"model.load_state_dict(torch.load({str(out)!r}, weights_only=True))  # strict",
     ]
+
+
+def _of_white(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """Grey levels from 0 to 255 on effdet's scale from 0 to 1."""
+    return tuple(round(level / 255, 8) for level in levels)
 
 
 def effdet_aspect_ratios(config: EfficientDetConfig) -> list[tuple[float, float]]:

@@ -44,11 +44,11 @@ def check_onnx(out: Path) -> None:
 
 
 def export_onnx(
-    module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, about: dict[str, str]
+    module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, metadata: dict[str, str]
 ) -> None:
     """Trace ``module`` on ``inputs`` (name → example, batch first) and write it. The batch stays free.
 
-    ``about`` is written as the file's metadata. Raises :class:`OutputError` if PyTorch's exporter fails.
+    ``metadata`` is written into the file. Raises :class:`OutputError` if PyTorch's exporter fails.
     """
     import onnx
 
@@ -71,8 +71,16 @@ def export_onnx(
         ) from error
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, about)
+    onnx.helper.set_model_props(model, metadata)
     onnx.save_model(model, path)
+
+
+def about(weights: Weights) -> dict[str, str]:
+    """The file's metadata: that of the weights, and what prepares an image for the input (in JSON)."""
+    config = weights.config
+    prepares = {"image_size": config.image_size, "mean_rgb": config.mean_rgb, "stddev_rgb": config.stddev_rgb}
+    texts = {name: json.dumps(value) for name, value in prepares.items()}
+    return {**weights.metadata, **texts, "model": config.name}
 
 
 def run_onnx(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:

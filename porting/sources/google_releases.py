@@ -90,13 +90,33 @@ GOOGLE_RELEASES: Mapping[str, GoogleRelease] = {
 }
 
 
-def google_release_named(spec: str, cache: Path | None = None) -> GoogleRelease | None:
-    """The release with the name ``spec``: ``efficientdet-d0`` or ``efficientdet_d0``; None if it is a path.
+#: Beginnings of a release's address: the bucket as Google's tools, documents and console write it.
+_ADDRESSES = (
+    f"{BASE_URL}/",
+    "gs://cloud-tpu-checkpoints/efficientdet/",
+    "https://storage.cloud.google.com/cloud-tpu-checkpoints/efficientdet/",
+    "https://cloud-tpu-checkpoints.storage.googleapis.com/efficientdet/",
+)
 
+
+def _release_at(address: str) -> GoogleRelease | None:
+    """The release whose file has this address; None for any other text."""
+    for release in GOOGLE_RELEASES.values():
+        if address == release.url or address in (f"{base}{release.path}" for base in _ADDRESSES):
+            return release
+    return None
+
+
+def google_release_named(spec: str, cache: Path | None = None) -> GoogleRelease | None:
+    """The release with the name or address ``spec``; None if it is neither.
+
+    Names are ``efficientdet-d0`` or ``efficientdet_d0``; addresses ``https://…`` or ``gs://…``.
     A file or folder with that name has priority, unless it is the folder in ``cache`` (see :func:`fetch`)
     where the release is stored. Raises :class:`~porting.errors.CheckpointError` for a name that looks like a
     release's, but is neither a release nor an existing path.
     """
+    if "://" in spec:
+        return _release_at(spec)
     name = spec.lower().replace("_", "-")
     if not re.fullmatch(r"efficientdet-[a-z0-9-]{1,40}", name):
         return None

@@ -8,6 +8,7 @@ from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.errors import EfficientDetError
 from porting.sources import SYNTHETIC
 from porting.sources.download import Listener
+from porting.sources.foreign import check_foreign
 from porting.sources.google_releases import fetch, google_release_named
 from pytorch_model.config import model_config
 
@@ -19,7 +20,7 @@ def open_source(
     cache: Path | None = None,
     listener: Listener | None = None,
 ) -> Checkpoint:
-    """Open ``spec``: a path, the name of a Google release (``efficientdet-d0``), or ``synthetic:MODEL``.
+    """Open ``spec``: a path, a Google release by name or address, or ``synthetic:MODEL``.
 
     A synthetic checkpoint is first written into ``folder`` in AutoML's format, then opened like any other. A
     release is first downloaded into ``cache`` unless it is already there; ``listener`` gets the progress.
@@ -33,6 +34,7 @@ def open_source(
     release = google_release_named(spec, cache)
     if release:
         return open_checkpoint(fetch(release, cache, listener), step)
+    check_foreign(spec)
     return open_checkpoint(spec, step)
 
 

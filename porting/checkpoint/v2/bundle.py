@@ -18,7 +18,7 @@ import numpy as np
 
 from porting.checkpoint import wire
 from porting.checkpoint.base import Checkpoint
-from porting.checkpoint.messages import unreadable
+from porting.checkpoint.messages import rounding_notes, unreadable
 from porting.checkpoint.v2.index import DT_BFLOAT16, DT_STRING, BundleIndex, Entry
 from porting.checkpoint.v2.table import mask_crc
 from porting.checkpoint.wire import Malformed
@@ -42,6 +42,7 @@ class TensorBundle(Checkpoint):
             format=FORMAT,
             shapes={name: entry.shape for name, entry in index.entries.items()},
             dtypes={name: entry.array_dtype for name, entry in index.entries.items()},
+            notes=rounding_notes(entry.dtype_name for entry in index.entries.values()),
         )
         self.index = index
         with ExitStack() as opened:

@@ -11,6 +11,8 @@ from porting.errors import CheckpointError
 from pytorch_model.files import check_regular
 
 STATE_FILE = "checkpoint"
+#: The folder in model_dir into which AutoML's evaluation copies the best checkpoint (``utils.archive_ckpt``).
+ARCHIVE = "archive"
 
 _FILE_SUFFIX = re.compile(r"\.(index|meta|data-\d{5,}-of-\d{5,})$")
 _STATE_LINE = re.compile(
@@ -28,7 +30,7 @@ def locate(path: str | os.PathLike[str], step: int | None) -> Path:
     ``path`` is one of:
 
     - a folder. Its state file ``checkpoint`` decides; without it, or with ``step``, the index files in the
-      folder do. If it has neither, the folder ``checkpoint`` inside it is used.
+      folder do. If it has neither, the folder ``checkpoint`` or ``archive`` inside it is used.
     - a prefix, with or without its step number;
     - the ``.index``, ``.data-…`` or ``.meta`` file of a checkpoint.
 
@@ -51,8 +53,9 @@ def _in_folder(folder: Path, step: int | None) -> Path:
     state = folder / STATE_FILE
     if step is None and state.is_file():
         return _named_by_state(folder, state, prefixes)
-    if not prefixes and state.is_dir() and _prefixes(state):  # as the Object Detection API packs its models
-        return _in_folder(state, step)
+    for inner in (state, folder / ARCHIVE):  # the first as the Object Detection API packs its models
+        if not prefixes and inner.is_dir() and _prefixes(inner):
+            return _in_folder(inner, step)
     if not prefixes:
         raise CheckpointError(
             f"{folder} holds no TensorFlow V2 checkpoint: no file in it ends in .index; "
@@ -127,6 +130,9 @@ def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
         if basename and _index_of(candidate).is_file():
             return _index_of(candidate)
     found = f"it holds {_listing(prefixes)}" if prefixes else "no file in it ends in .index"
+    archive = folder / ARCHIVE
+    if archive.is_dir() and _prefixes(archive):
+        found += f", {ARCHIVE}/ holds {_listing(_prefixes(archive))}"
     raise CheckpointError(
         f"{state} names {named!r}, but there is no {basename}.index in {folder} ({found}); "
         "fetch the missing files or name another prefix"

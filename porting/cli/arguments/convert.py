@@ -34,7 +34,7 @@ examples:
   # one of Google's releases, downloaded once
   python tools/convert.py --ckpt efficientdet-d0
   # your own model, with the settings that its weights do not show
-  python tools/convert.py --ckpt run/ --hparams "image_size=640x480,aspect_ratios=[1.0,3.0,0.33]"
+  python tools/convert.py --ckpt run/ --hparams "image_size=640x480,aspect_ratios=1.0*3.0*0.33"
   # without a checkpoint: write a seeded one in AutoML's format, port it, prove it
   python tools/convert.py --ckpt synthetic:efficientdet-d4 --verify
   # compared with the graph that Google's code saved with the checkpoint

@@ -14,7 +14,10 @@ from pytorch_model.config import MODELS
 from pytorch_model.detection.settings import DECODERS, SCOPES
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
-HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
+HPARAMS_HELP = (
+    "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,…, a list as 1.0*3.0*0.33 (here also "
+    "[1.0,3.0,0.33]), or a .yaml file"
+)
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
 WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"
 LABELS_FORMS = (
@@ -80,7 +83,8 @@ def add_checkpoint_options(parser: argparse._ActionsContainer, required: bool = 
     parser.add_argument(
         "--ckpt",
         required=required,
-        help="checkpoint folder, prefix, file or archive; one of Google's releases, such as efficientdet-d0; "
+        help="checkpoint folder, prefix, file or archive; one of Google's releases by name, such as "
+        f"efficientdet-d0, or address; "
         f"or {SYNTHETIC}MODEL",
     )
     parser.add_argument("--step", type=int, help="which of several steps in the folder (default: the newest)")
