@@ -28,7 +28,7 @@ def verification_size(
             return reference.size
         return at_most(config, LARGEST_DEFAULT)
     if text == "native":
-        return config.image_size
+        return config.input_size
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise EfficientDetError(f"--size {text} is not a size; use 512, 384x640 (height x width) or native")
@@ -37,7 +37,7 @@ def verification_size(
 
 def at_most(config: EfficientDetConfig, side: int) -> tuple[int, int]:
     """The model's own (height, width), each at most ``side`` pixels."""
-    height, width = config.image_size
+    height, width = config.input_size
     return min(height, side), min(width, side)
 
 
