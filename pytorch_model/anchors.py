@@ -19,8 +19,8 @@ from pytorch_model.config import EfficientDetConfig
 def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> Tensor:
     """Every anchor of the network: float32 [A, 4], order yxyx, in pixels of the network's input.
 
-    ``image_size`` (height, width), what images are resized into, defaults to ``config.image_size``. A runs over
-    level, row, column, scale, aspect ratio, the last fastest. Anchors may reach outside the image.
+    ``image_size`` (height, width), what images are resized into, defaults to ``config.image_size``. A runs
+    over level, row, column, scale, aspect ratio, the last fastest. Anchors may reach outside the image.
     """
     height, width = image_size or config.image_size
     stride_of = _STRIDES[config.anchor_stride]

@@ -52,7 +52,8 @@ def postprocess_per_class(
     ``class_outputs``, ``box_outputs``: per level, logits [N, anchors · classes, H, W] and regressions
     [N, anchors · 4, H, W]. ``anchors_yxyx``: float32 [A, 4] from :func:`generate_anchors`, on their device.
     ``image_scales``: original pixels per network pixel, float32 [N, 2] (down, across) or [N] for both. Boxes
-    are not clipped to the image. Padding is zero. Raises ValueError if outputs and anchors do not fit each other.
+    are not clipped to the image. Padding is zero. Raises ValueError if outputs and anchors do not fit each
+    other.
     """
     nms = nms or NMSConfig()
     candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)

@@ -71,7 +71,7 @@ def preprocess(
     ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is the device of the
     work and of the result; by default the device of the first image: the CPU unless it is a tensor. Nothing
     forces a GPU synchronisation (tested with PyTorch's fake tensors). Raises :class:`ImageError` with the
-    image's name or number, and if ``config.resizer`` does not pad and the images make inputs of several sizes.
+    image's name or number, and if ``config.resizer`` does not pad and the inputs would have several sizes.
     """
     batches = preprocess_batches(images, config, image_size, decoder, device)
     if len(batches) > 1:
