@@ -15,8 +15,14 @@ from torch import Tensor
 from parity_tests.helpers.object_trees import pipeline_text
 from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.small_models import small
-from porting.checkpoint.objects.detection_api import anchor_order, class_channels, settings_of
+from porting.checkpoint.objects.detection_api import (
+    anchor_order,
+    class_channels,
+    notes_about_input,
+    settings_of,
+)
 from porting.checkpoint.objects.pipeline_config import Pipeline, read_pipeline
+from porting.hparams import read_hparams
 from pytorch_model import load_model
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import EfficientDetConfig, Resizer, model_config
@@ -50,6 +56,10 @@ def config_of(pipeline: Pipeline) -> EfficientDetConfig:
     settings = settings_of(pipeline, (0, 0, 0))
     del settings["endpoints"]
     return model_config("efficientdet-d0", num_classes=pipeline.num_classes, **settings)
+
+
+def notes_of(pipeline: Pipeline) -> list[str]:
+    return list(notes_about_input(pipeline, max_level=7))
 
 
 # --- recordings of the API ----------------------------------------------------------------------------
@@ -161,6 +171,42 @@ def test_recorded_detections(tmp_path: Path, case: str, recorded: Recording) -> 
     np.testing.assert_array_equal(found.classes[0].numpy()[chosen], recorded.classes + 1)
     np.testing.assert_allclose(found.scores[0].numpy()[chosen], recorded.scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose(boxes[chosen], recorded.boxes, rtol=0, atol=TOLERANCE)
+
+
+def test_the_note_about_suppression_can_be_typed(tmp_path: Path) -> None:
+    [note] = [each for each in notes_of(pipeline_of(tmp_path, RESIZERS["fixed_160x320"])) if "hard" in each]
+    text = note.partition("--hparams ")[2]
+    expected = {"method": "hard", "iou_thresh": 0.5, "score_thresh": 1e-8, "max_output_size": 100}
+    assert read_hparams(text).nms == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        ("soft_nms_sigma: 0.5", "soft_nms_sigma"),
+        ("use_class_agnostic_nms: true", "use_class_agnostic_nms"),
+        ("max_detections_per_class: 20", "max_detections_per_class: 20"),
+    ],
+)
+def test_another_suppression_is_named(tmp_path: Path, field: str, what: str) -> None:
+    path = tmp_path / "pipeline.config"
+    path.write_text(pipeline_text(converter=f"SIGMOID batch_non_max_suppression {{ {field} }}"))
+    assert any(f"its suppression ({what}) is not available" in note for note in notes_of(read_pipeline(path)))
+
+
+@pytest.mark.parametrize(
+    ("resizer", "words"),
+    [
+        ("", "has no image_resizer: AutoML's way of resizing is assumed"),
+        ("fixed_shape_resizer {}", "only on inputs whose sides are multiples of 128 pixels"),
+        ("keep_aspect_ratio_resizer { min_dimension: 512 max_dimension: 1024 }", "multiples of 128 pixels"),
+        (RESIZERS["fixed_160x320"], ""),
+    ],
+)
+def test_notes_about_the_input(tmp_path: Path, resizer: str, words: str) -> None:
+    notes = notes_of(pipeline_of(tmp_path, resizer))
+    assert len(notes) == (2 if words else 1)
+    assert words in notes[0]
 
 
 def test_recorded_photograph(shared: Path) -> None:

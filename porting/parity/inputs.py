@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -51,5 +52,6 @@ def image_file(config: EfficientDetConfig, size: tuple[int, int], path: Path) ->
 
     Raises :class:`pytorch_model.detection.preprocess.ImageError` if it cannot be read.
     """
-    images = preprocess([path], config, size).images
+    always_padded = dataclasses.replace(config.resizer, pad=True, pad_to_multiple=1)
+    images = preprocess([path], config.replace(resizer=always_padded), size).images
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

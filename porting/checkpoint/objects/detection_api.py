@@ -69,7 +69,7 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
         "an Object Detection API checkpoint: this layout was not tested with real weights; input and anchors "
         "were compared with recordings of the API's own code",
         *_about_pipeline(pipeline),
-        *_about_input(pipeline, layout.max_level),
+        *notes_about_input(pipeline, layout.max_level),
     ]
     kept = {path: variable for path, variable in variables.items() if path not in layout.unused}
     return assemble(tree, kept, pieces, FORMAT, notes, settings=settings_of(pipeline, endpoints))
@@ -251,7 +251,7 @@ def _about_pipeline(pipeline: Pipeline) -> Iterator[str]:
         yield "the background class was left out of class_net/class-predict"
 
 
-def _about_input(pipeline: Pipeline, max_level: int) -> Iterator[str]:
+def notes_about_input(pipeline: Pipeline, max_level: int) -> Iterator[str]:
     """Notes about the input and the suppression, where they differ from AutoML's."""
     multiple = 1 << max_level
     resizer, size = pipeline.resizer, pipeline.image_size
