@@ -429,6 +429,74 @@ def test_saved_model_by_its_graph(tmp_path: Path) -> None:
     assert checkpoint["class_net/class-0/bias"][0] == list(tree).index(path)
 
 
+# --- label maps -----------------------------------------------------------------------------------------
+
+LABEL_MAP = "item {\n id: 2\n display_name: 'a bee'\n name: '/m/01'\n}\nitem { name: 'ant', id: 1 }\n"
+
+
+def with_label_map(*paths: str) -> str:
+    readers = "".join(f"train_input_reader {{ label_map_path: '{path}' }}\n" for path in paths)
+    return f"{pipeline_text()}{readers}eval_input_reader: {{ label_map_path: 'PATH/label_map.pbtxt' }}\n"
+
+
+@pytest.fixture(scope="module")
+def few_arrays() -> dict[str, np.ndarray]:
+    return stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
+
+
+@pytest.mark.parametrize("inner", ["", "annotations", "data"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_label_map_beside_the_pipeline(
+    tmp_path: Path, few_arrays: dict[str, np.ndarray], inner: str, pack: bool
+) -> None:
+    """Its names are those of the configuration, whatever folder the pipeline says."""
+    model = tmp_path / "model"
+    folder = model_folder(model, few_arrays, with_label_map("C:\\\\data\\\\my_label_map.pbtxt"))
+    (model / inner).mkdir(exist_ok=True)
+    (model / inner / "my_label_map.pbtxt").write_text(LABEL_MAP)
+    path = folder
+    if pack:
+        path = tmp_path / "model.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(model, ".")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.settings["class_names"] == ("ant", "a bee")
+        assert any(
+            note.startswith("class names are from") and "my_label_map.pbtxt" in note
+            for note in checkpoint.notes
+        )
+        inference = infer_config(checkpoint.shapes, checkpoint.source, settings=checkpoint.settings)
+    assert inference.config.class_names == ("ant", "a bee")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "names the label map 'label_map.pbtxt', which is not beside it; put it there"),
+        ("item { id: 3 name: 'wasp' }", "are not used: it names class 3, but the model has classes 1 to 2"),
+        ("item { id: 0 name: 'wasp' }", r"are not used: it names class 0 \('wasp'\), but the API's classes"),
+        ("item { id: 1", "are not used: line 1"),
+        ("#" * (1 << 21), "are not used: it cannot be read: it has more than 1,048,576 bytes"),
+    ],
+)
+def test_a_label_map_that_gives_no_names(
+    tmp_path: Path, few_arrays: dict[str, np.ndarray], content: str | None, reason: str
+) -> None:
+    """One outside the model's folder is not looked at either. The weights are converted all the same."""
+    folder = model_folder(tmp_path / "model", few_arrays, with_label_map("../label_map.pbtxt"))
+    (tmp_path / "label_map.pbtxt").write_text(LABEL_MAP)
+    if content is not None:
+        (tmp_path / "model" / "label_map.pbtxt").write_text(content)
+    with open_checkpoint(folder) as checkpoint:
+        assert "class_names" not in checkpoint.settings
+        assert re.search(reason, "\n".join(checkpoint.notes))
+
+
+def test_no_label_map_is_named(tmp_path: Path, few_arrays: dict[str, np.ndarray]) -> None:
+    with open_checkpoint(model_folder(tmp_path, few_arrays, pipeline_text())) as checkpoint:
+        assert not any("label map" in note or "class names" in note for note in checkpoint.notes)
+
+
 # --- what must be rejected -------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.objects.assemble import Piece, assemble
 from porting.checkpoint.objects.detection_api_layout import Layout, read_layout
 from porting.checkpoint.objects.graph import ObjectTree, Variable
+from porting.checkpoint.objects.label_map import find_class_names
 from porting.checkpoint.objects.pipeline_config import Pipeline, read_pipeline
 from porting.checkpoint.objects.text_format import NAME as PIPELINE
 from porting.errors import CheckpointError
@@ -65,14 +66,17 @@ def read(tree: ObjectTree, root: int) -> Checkpoint:
         raise _no_pipeline(source)
     _check_pipeline(pipeline, layout, variables)
     pieces = {**layout.pieces, **dict(_predictors(layout, pipeline, variables))}
+    class_names, about_names = find_class_names(pipeline)
+    settings = settings_of(pipeline, endpoints) | ({"class_names": class_names} if class_names else {})
     notes = [
         "an Object Detection API checkpoint: this layout was not tested with real weights; input and anchors "
         "were compared with recordings of the API's own code",
         *_about_pipeline(pipeline),
         *notes_about_input(pipeline, layout.max_level),
+        *([about_names] if about_names else []),
     ]
     kept = {path: variable for path, variable in variables.items() if path not in layout.unused}
-    return assemble(tree, kept, pieces, FORMAT, notes, settings=settings_of(pipeline, endpoints))
+    return assemble(tree, kept, pieces, FORMAT, notes, settings=settings)
 
 
 def _endpoints(layout: Layout, source: str) -> tuple[int, int, int]:
