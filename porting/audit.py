@@ -113,11 +113,11 @@ def is_released(config: EfficientDetConfig) -> bool:
 
 
 def multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> dict[str, int]:
-    """Part → multiply-adds of the convolutions, for one image of ``image_size`` (by default the config's).
+    """Part → multiply-adds of the convolutions, for one image of ``image_size`` (None: the config's).
 
     The network runs on shapes only, without values.
     """
-    return dict(_multiply_adds(config, image_size or config.image_size))
+    return dict(_multiply_adds(config, image_size or config.input_size))
 
 
 @cache

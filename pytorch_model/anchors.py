@@ -1,10 +1,13 @@
 """Anchor boxes, and the decoding of regressions into boxes.
 
 Sources: EfficientDet (Tan, Pang, Le, CVPR 2020) section 5.1 (three scales, three aspect ratios per
-location); AutoML ``tf2/anchors.py``.
+location); AutoML ``tf2/anchors.py``; for ``power_of_two``, TensorFlow Models
+``research/object_detection/anchor_generators/multiscale_grid_anchor_generator.py``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,17 +19,18 @@ from pytorch_model.config import EfficientDetConfig
 def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> Tensor:
     """Every anchor of the network: float32 [A, 4], order yxyx, in pixels of the network's input.
 
-    ``image_size`` (height, width) defaults to ``config.image_size``. A runs over level, row, column, scale,
-    aspect ratio, the last fastest. Anchors may reach outside the image.
+    ``image_size`` (height, width), what images are resized into, defaults to ``config.image_size``. A runs
+    over level, row, column, scale, aspect ratio, the last fastest. Anchors may reach outside the image.
     """
     height, width = image_size or config.image_size
+    stride_of = _STRIDES[config.anchor_stride]
     levels = []
-    sizes = config.feature_sizes((height, width)).values()
-    for anchor_scale, (rows, columns) in zip(config.anchor_scales, sizes, strict=True):
-        # AutoML's stride is the ratio of the sizes. It is fractional if a size is not a multiple.
-        stride_y, stride_x = height / rows, width / columns
-        centres_y = stride_y / 2 + np.arange(rows) * stride_y
-        centres_x = stride_x / 2 + np.arange(columns) * stride_x
+    sizes = config.feature_sizes(config.resizer.padded((height, width)))
+    for anchor_scale, (level, (rows, columns)) in zip(config.anchor_scales, sizes.items(), strict=True):
+        stride_y, first_y = stride_of(height, rows, level)
+        stride_x, first_x = stride_of(width, columns, level)
+        centres_y = first_y + np.arange(rows) * stride_y
+        centres_x = first_x + np.arange(columns) * stride_x
         half_heights, half_widths = _half_sizes(config, anchor_scale * stride_y, anchor_scale * stride_x)
         boxes_yxyx = np.empty((rows, columns, config.num_anchors, 4))
         boxes_yxyx[..., 0] = centres_y[:, None, None] - half_heights
@@ -36,6 +40,25 @@ def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | N
         levels.append(boxes_yxyx.reshape(-1, 4))
     # float64 until here: AutoML computes anchors in NumPy and rounds once.
     return torch.from_numpy(np.concatenate(levels).astype(np.float32))
+
+
+def _size_ratio(size: int, cells: int, level: int) -> tuple[float, float]:
+    """AutoML's stride is the ratio of the sizes. It is fractional if a size is not a multiple."""
+    stride = size / cells
+    return stride, stride / 2
+
+
+def _power_of_two(size: int, cells: int, level: int) -> tuple[float, float]:
+    """The Object Detection API's stride. If the size is no multiple of it, the centres start at 0."""
+    stride = 2.0**level
+    return stride, 0.0 if size % stride else stride / 2
+
+
+#: ``config.anchor_stride`` → (pixels along an axis, cells along it, level) → (stride, first centre).
+_STRIDES: Mapping[str, Callable[[int, int, int], tuple[float, float]]] = {
+    "size_ratio": _size_ratio,
+    "power_of_two": _power_of_two,
+}
 
 
 def _half_sizes(config: EfficientDetConfig, height: float, width: float) -> tuple[np.ndarray, np.ndarray]:

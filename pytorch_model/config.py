@@ -20,6 +20,14 @@ from pytorch_model.errors import ConfigError
 
 WEIGHT_METHODS = ("fastattn", "attn", "channel_fastattn", "channel_attn", "sum")
 ACTIVATIONS = ("swish", "swish_native", "silu", "relu", "relu6", "hswish", "mish")
+#: Rule → what it does to an image. ``detection/preprocess.py`` has a function for each.
+RESIZE_RULES: Mapping[str, str] = {
+    "automl": "AutoML's: fitted into the input",
+    "fixed_shape": "stretched to the input's shape",
+    "keep_aspect_ratio": "fitted into the input as the Object Detection API does",
+}
+#: Rules for the stride and the first centre of the anchors. ``anchors.py`` has a function for each.
+ANCHOR_STRIDES = ("size_ratio", "power_of_two")
 
 BN_EPSILON = 1e-3
 BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as 0.99
@@ -38,7 +46,9 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
     "max_level": (1, 12),
     "min_level": (1, 12),
     "num_classes": (1, 100_000),
+    "min_dimension": (1, 16_384),
     "num_scales": (1, 100),
+    "pad_to_multiple": (1, 16_384),
     "stem_filters": (1, 10_000),
     "repeats": (0, 100),  # 0: for a moment in BackboneConfig.ending_at
     "kernel_size": (1, 31),
@@ -49,6 +59,25 @@ BOUNDS: Mapping[str, tuple[int, int]] = {
 MOST_BLOCKS = 1_000
 MOST_ASPECT_RATIOS = 100
 NUMBER_LIMIT = 1e9  # far above any scale, ratio or grey level; also excludes infinity
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < NUMBER_LIMIT
+
+
+def shown(value: Any) -> str:
+    """``value`` for a message, shortened if it is long."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number too long to show"
+
+
+def _check_whole(where: str, what: str, value: Any) -> None:
+    """Raise :class:`ConfigError` unless ``value`` is within the :data:`BOUNDS` of the field ``what``."""
+    least, most = BOUNDS[what]
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{where}: {what} is {shown(value)}, must be a whole number from {least} to {most}")
 
 
 @dataclass(frozen=True)
@@ -171,10 +200,67 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Resizer:
+    """How a normalised image of any size becomes the network's input.
+
+    ``rule``: one of :data:`RESIZE_RULES`; it gives the scaled size. ``min_dimension``: with
+    ``keep_aspect_ratio``, the longest that the shorter side may become; None: no limit of its own. ``pad``:
+    extend below and to the right to the image size with ``pad_value``, per channel and *not* normalised.
+    Without it, which is possible with ``keep_aspect_ratio``, the input's size differs from image to image.
+    ``pad_to_multiple``: after that, extend with 0 to a multiple of this many pixels.
+    Raises :class:`ConfigError` on a value that is not possible.
+    """
+
+    rule: str = "automl"
+    min_dimension: int | None = None
+    pad: bool = True
+    pad_value: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    pad_to_multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rule not in RESIZE_RULES:
+            raise ConfigError(
+                f"resizer: rule is {shown(self.rule)}, must be one of {', '.join(RESIZE_RULES)}"
+            )
+        if self.min_dimension is not None:
+            _check_whole("resizer", "min_dimension", self.min_dimension)
+        _check_whole("resizer", "pad_to_multiple", self.pad_to_multiple)
+        values = self.pad_value
+        if not isinstance(values, tuple) or len(values) != 3 or not all(map(_is_number, values)):
+            raise ConfigError(
+                f"resizer: pad_value is {shown(values)}, must be three numbers, one per channel"
+            )
+        varies = self.rule == "keep_aspect_ratio" and self.pad_to_multiple == 1
+        if self.pad is not True and (self.pad is not False or not varies):
+            raise ConfigError(
+                f"resizer: pad is {shown(self.pad)}, must be true, or false with the rule keep_aspect_ratio "
+                "and without pad_to_multiple"
+            )
+
+    def __str__(self) -> str:
+        facts = [RESIZE_RULES[self.rule]]
+        if self.min_dimension is not None:
+            facts.append(f"the shorter side at most {self.min_dimension} pixels")
+        if not self.pad:
+            facts.append("not padded, so that the input's size varies")
+        elif any(self.pad_value):
+            facts.append(f"padded with {'/'.join(f'{value:g}' for value in self.pad_value)}")
+        if self.pad_to_multiple > 1:
+            facts.append(f"then padded to a multiple of {self.pad_to_multiple} pixels")
+        return ", ".join(facts)
+
+    def padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        """``size`` (height, width), each rounded up to ``pad_to_multiple``."""
+        multiple = self.pad_to_multiple
+        return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
+
+
+@dataclass(frozen=True)
 class EfficientDetConfig:
     """Everything that defines an EfficientDet: its variables, its function, its input and its anchors.
 
-    ``image_size`` is (height, width). ``mean_rgb`` and ``stddev_rgb`` are in grey levels, 0…255.
+    ``image_size`` is (height, width): what images are resized into. ``mean_rgb`` and ``stddev_rgb`` are in
+    grey levels, 0…255. ``anchor_stride``: one of :data:`ANCHOR_STRIDES`.
     ``class_names``: one for each class id from 1, empty where a class has no name; None if they are unknown.
     They do not take part in comparisons: two networks are equal whatever their classes are called.
     Raises :class:`ConfigError` on a value that cannot be built.
@@ -199,10 +285,17 @@ class EfficientDetConfig:
     survival_prob: float | None = None  # if set, the heads add a residual, also at inference
     mean_rgb: tuple[float, float, float] = (0.485 * 255, 0.456 * 255, 0.406 * 255)
     stddev_rgb: tuple[float, float, float] = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+    resizer: Resizer = Resizer()
+    anchor_stride: str = "size_ratio"
     class_names: tuple[str, ...] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """(height, width) of the network's input: ``image_size`` unless the resizer pads it further."""
+        return self.resizer.padded(self.image_size)
 
     @property
     def levels(self) -> range:
@@ -265,8 +358,11 @@ class EfficientDetConfig:
         return self.fpn_num_filters
 
     def feature_sizes(self, image_size: tuple[int, int] | None = None) -> dict[int, tuple[int, int]]:
-        """Level → (height, width) of its feature map; each is ``(size - 1) // 2 + 1`` of the one before."""
-        height, width = image_size or self.image_size
+        """Level → (height, width) of its feature map; each is ``(size - 1) // 2 + 1`` of the one before.
+
+        ``image_size``: of the network's input; None: :attr:`input_size`.
+        """
+        height, width = image_size or self.input_size
         sizes: dict[int, tuple[int, int]] = {}
         for level in range(1, self.max_level + 1):
             height, width = (height - 1) // 2 + 1, (width - 1) // 2 + 1
@@ -281,11 +377,13 @@ class EfficientDetConfig:
             raise ConfigError(f"{self.name}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-serialisable dict without unknown class names; :meth:`from_dict` reads it back."""
-        fields = dataclasses.asdict(self)
-        if self.class_names is None:
-            del fields["class_names"]
-        return fields
+        """A JSON-serialisable dict; :meth:`from_dict` reads it back.
+
+        Fields that were added later are left out where they have their default: older files stay the same.
+        """
+        added = {item.name: item.default for item in dataclasses.fields(self) if item.name in _ADDED_LATER}
+        usual = {name for name, default in added.items() if getattr(self, name) == default}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in usual}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EfficientDetConfig:
@@ -295,33 +393,19 @@ class EfficientDetConfig:
             backbone = dict(values.pop("backbone"))
             backbone["stages"] = tuple(Stage(**stage) for stage in backbone["stages"])
             backbone["endpoints"] = _as_tuples(backbone.get("endpoints"))
+            if "resizer" in values:
+                values["resizer"] = Resizer(**{k: _as_tuples(v) for k, v in values["resizer"].items()})
             return cls(backbone=BackboneConfig(**backbone), **values)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not an EfficientDet configuration: {error}") from None
 
 
+_ADDED_LATER = ("resizer", "anchor_stride", "class_names")
+
+
 def _as_tuples(value: Any) -> Any:
     """``value`` with every list, also nested ones, as a tuple: JSON has no tuples."""
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) < NUMBER_LIMIT
-
-
-def shown(value: Any) -> str:
-    """``value`` for a message, shortened if it is long."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # Python does not print numbers of thousands of digits
-        return "a number too long to show"
-
-
-def _check_whole(where: str, what: str, value: Any) -> None:
-    """Raise :class:`ConfigError` unless ``value`` is within the :data:`BOUNDS` of the field ``what``."""
-    least, most = BOUNDS[what]
-    if type(value) is not int or not least <= value <= most:
-        raise ConfigError(f"{where}: {what} is {shown(value)}, must be a whole number from {least} to {most}")
 
 
 def _check_name(name: Any) -> None:
@@ -359,6 +443,11 @@ def _check(config: EfficientDetConfig) -> None:
         config.act_type in ACTIVATIONS,
         f"act_type is {shown(config.act_type)}, must be one of {', '.join(ACTIVATIONS)}",
     )
+    require(
+        config.anchor_stride in ANCHOR_STRIDES,
+        f"anchor_stride is {shown(config.anchor_stride)}, must be one of {', '.join(ANCHOR_STRIDES)}",
+    )
+    require(isinstance(config.resizer, Resizer), f"resizer is {shown(config.resizer)}, must be a Resizer")
 
 
 def _check_numbers(config: EfficientDetConfig, require: _Require) -> None:

@@ -36,7 +36,7 @@ from porting.errors import CheckpointError, ConversionError
 from porting.infer import infer_config
 from porting.scopes import EMA_SUFFIX
 from pytorch_model.anchors import decode_boxes, generate_anchors
-from pytorch_model.config import EfficientDetConfig, model_config
+from pytorch_model.config import EfficientDetConfig, Resizer, model_config
 from pytorch_model.efficientdet import EfficientDet
 from tf_reference.variables import variable_shapes, variables
 
@@ -211,7 +211,7 @@ def test_values_of_a_detector(tmp_path: Path) -> None:
     assert "this layout was not tested with real weights" in notes
     assert "left out 7 variables outside the detector (model/_feature_extractor/classification_" in notes
     assert "left out 1 variable of the training loop (save_counter)" in notes
-    assert "hparams" not in notes
+    assert "its suppression is hard, AutoML's is used unless you give detect and eval --hparams nms" in notes
 
 
 @pytest.mark.parametrize("ratios", [(1.0, 2.0, 0.5), (0.5, 1.0, 2.0), (1.0, 3.0)])
@@ -333,7 +333,8 @@ def test_deeper_backbones_are_a_different_network(
         blocks = f"{whole.backbone.name}/blocks_{endpoints[-1] + 1}/"
         assert not any(name.startswith(blocks) for name in checkpoint)
     assert inference.variant is None
-    settings = {"image_size": (512, 512), "anchor_scale": 4.0}  # from the pipeline, not from the variant
+    settings: dict[str, Any] = {"image_size": (512, 512), "anchor_scale": 4.0}  # not those of the variant
+    settings |= {"resizer": Resizer("keep_aspect_ratio"), "anchor_stride": "power_of_two"}
     assert config == detector(whole).replace(name="custom", **settings)
     assert config.backbone.endpoints == endpoints
     assert result.coverage.unused_count == 0
@@ -382,11 +383,8 @@ def test_the_pipelines_settings(tmp_path: Path) -> None:
 
 
 def test_an_image_size_that_is_not_square(tmp_path: Path) -> None:
-    square = "keep_aspect_ratio_resizer { min_dimension: 512 max_dimension: 512 }"
-    text = pipeline_text()
-    assert square in text
     path = tmp_path / "pipeline.config"
-    path.write_text(text.replace(square, "fixed_shape_resizer { width: 640 height: 480 }"))
+    path.write_text(pipeline_text(resizer="fixed_shape_resizer { width: 640 height: 480 }"))
     assert read_pipeline(path).image_size == (480, 640)
 
 
@@ -429,6 +427,74 @@ def test_saved_model_by_its_graph(tmp_path: Path) -> None:
     assert dict(checkpoint.shapes) == variable_shapes(config)
     path = odapi_paths(config, blocks_run(config))["class_net/class-0/bias"]
     assert checkpoint["class_net/class-0/bias"][0] == list(tree).index(path)
+
+
+# --- label maps -----------------------------------------------------------------------------------------
+
+LABEL_MAP = "item {\n id: 2\n display_name: 'a bee'\n name: '/m/01'\n}\nitem { name: 'ant', id: 1 }\n"
+
+
+def with_label_map(*paths: str) -> str:
+    readers = "".join(f"train_input_reader {{ label_map_path: '{path}' }}\n" for path in paths)
+    return f"{pipeline_text()}{readers}eval_input_reader: {{ label_map_path: 'PATH/label_map.pbtxt' }}\n"
+
+
+@pytest.fixture(scope="module")
+def few_arrays() -> dict[str, np.ndarray]:
+    return stored(d0(fpn_cell_repeats=1, box_class_repeats=1))
+
+
+@pytest.mark.parametrize("inner", ["", "annotations", "data"])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_label_map_beside_the_pipeline(
+    tmp_path: Path, few_arrays: dict[str, np.ndarray], inner: str, pack: bool
+) -> None:
+    """Its names are those of the configuration, whatever folder the pipeline says."""
+    model = tmp_path / "model"
+    folder = model_folder(model, few_arrays, with_label_map("C:\\\\data\\\\my_label_map.pbtxt"))
+    (model / inner).mkdir(exist_ok=True)
+    (model / inner / "my_label_map.pbtxt").write_text(LABEL_MAP)
+    path = folder
+    if pack:
+        path = tmp_path / "model.tar"
+        with tarfile.open(path, "w") as tar:
+            tar.add(model, ".")
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.settings["class_names"] == ("ant", "a bee")
+        assert any(
+            note.startswith("class names are from") and "my_label_map.pbtxt" in note
+            for note in checkpoint.notes
+        )
+        inference = infer_config(checkpoint.shapes, checkpoint.source, settings=checkpoint.settings)
+    assert inference.config.class_names == ("ant", "a bee")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "names the label map 'label_map.pbtxt', which is not beside it; put it there"),
+        ("item { id: 3 name: 'wasp' }", "are not used: it names class 3, but the model has classes 1 to 2"),
+        ("item { id: 0 name: 'wasp' }", r"are not used: it names class 0 \('wasp'\), but the API's classes"),
+        ("item { id: 1", "are not used: line 1"),
+        ("#" * (1 << 21), "are not used: it cannot be read: it has more than 1,048,576 bytes"),
+    ],
+)
+def test_a_label_map_that_gives_no_names(
+    tmp_path: Path, few_arrays: dict[str, np.ndarray], content: str | None, reason: str
+) -> None:
+    """One outside the model's folder is not looked at either. The weights are converted all the same."""
+    folder = model_folder(tmp_path / "model", few_arrays, with_label_map("../label_map.pbtxt"))
+    (tmp_path / "label_map.pbtxt").write_text(LABEL_MAP)
+    if content is not None:
+        (tmp_path / "model" / "label_map.pbtxt").write_text(content)
+    with open_checkpoint(folder) as checkpoint:
+        assert "class_names" not in checkpoint.settings
+        assert re.search(reason, "\n".join(checkpoint.notes))
+
+
+def test_no_label_map_is_named(tmp_path: Path, few_arrays: dict[str, np.ndarray]) -> None:
+    with open_checkpoint(model_folder(tmp_path, few_arrays, pipeline_text())) as checkpoint:
+        assert not any("label map" in note or "class names" in note for note in checkpoint.notes)
 
 
 # --- what must be rejected -------------------------------------------------------------------------------
@@ -521,30 +587,95 @@ def test_a_pipeline_beside_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "wrong"),
     [
-        ({"extractor": "ssd_efficientnet-b1_bifpn_keras"}, "feature_extractor type"),
-        ({"num_classes": 3}, "num_classes"),
-        ({"num_classes": 0}, "num_classes"),
-        ({"background": "true"}, "num_classes"),
-        ({"combine": "combine_method: 'attention'"}, "combine_method"),
-        ({"combine": "combine_method: 'sum'"}, "combine_method"),
-        ({"activation": "RELU_6"}, "activation"),
-        ({"epsilon": 0.01}, "batch_norm epsilon"),
-        ({"converter": "SOFTMAX"}, "score_converter"),
-        ({"converter": "SIGMOID logit_scale: 2.0"}, "score_converter"),
-        ({"box_coder": "y_scale: 0"}, "box_coder scales"),
-        ({"anchor_level": 8}, "anchor levels"),
-        ({"bifpn_level": 8}, "bifpn levels"),
-        ({"ratios": "[1.0, 1.0, 0.5]"}, "aspect_ratios"),
-        ({"ratios": "[1.0, 2.0]"}, "anchors, num_classes"),
-        ({"scales": 2}, "anchors, num_classes"),
+        (
+            {"extractor": "ssd_efficientnet-b1_bifpn_keras"},
+            "feature_extractor type is ssd_efficientnet-b1_bifpn_keras, must be efficientnet-b0 as in the",
+        ),
+        ({"num_classes": 3}, "num_classes is 3, must be 2 as in the checkpoint"),
+        ({"num_classes": 0}, "num_classes is 0, must be 2 as in the checkpoint"),
+        ({"background": "true"}, "num_classes is 2, must be 1 besides the background class as in the"),
+        ({"combine": "combine_method: 'attention'"}, "combine_method is attention, must be fast_attention"),
+        ({"combine": "combine_method: 'sum'"}, "combine_method is sum, must be fast_attention"),
+        ({"activation": "RELU_6"}, "activation is RELU_6, SWISH, must be SWISH"),
+        ({"epsilon": 0.01}, "batch_norm epsilon is 0.01, 0.001, must be 0.001"),
+        ({"converter": "SOFTMAX"}, "score_converter .* is SOFTMAX, 1, must be SIGMOID, 1"),
+        ({"converter": "SIGMOID logit_scale: 2.0"}, "logit_scale is SIGMOID, 2, must be SIGMOID, 1"),
+        ({"box_coder": "y_scale: 0"}, "box_coder scales is 0, 10, 5, 5, must be above 0"),
+        ({"anchor_level": 8}, "anchor levels is 3, 8, must be 3, 7 as in the checkpoint"),
+        ({"bifpn_level": 8}, "bifpn levels is 3, 8, must be 3, 7 as in the checkpoint"),
+        ({"ratios": "[1.0, 1.0, 0.5]"}, "aspect_ratios is 1, 1, 0.5, must be different numbers"),
+        ({"ratios": "[1.0, 2.0]"}, "number of anchors at a location is 6, must be 9 as in the checkpoint"),
+        ({"scales": 2}, "number of anchors at a location is 6, must be 9 as in the checkpoint"),
     ],
 )
 def test_pipelines_of_other_models(tmp_path: Path, changes: dict[str, Any], wrong: str) -> None:
+    """Both values are named."""
     folder = model_folder(
         tmp_path, stored(d0(fpn_cell_repeats=1, box_class_repeats=1)), pipeline_text(**changes)
     )
-    with pytest.raises(CheckpointError, match=f"does not belong to the checkpoint, .*: see its {wrong}$"):
+    with pytest.raises(CheckpointError, match=f"does not belong to the checkpoint, .*: its .*{wrong}"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "detector"),
+    [
+        (
+            pipeline_text(extractor="ssd_mobilenet_v2_keras"),
+            "'ssd' with the feature extractor 'ssd_mobilenet_v2_keras'",
+        ),
+        (
+            "model { faster_rcnn { feature_extractor { type: 'faster_rcnn_resnet50_keras' } } }",
+            "'faster_rcnn' with the feature extractor 'faster_rcnn_resnet50_keras'",
+        ),
+        (
+            "model { center_net { feature_extractor { type: 'hourglass_104' } } }",
+            "'center_net' with the feature extractor 'hourglass_104'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("like_ssd", [True, False])
+def test_other_detectors_are_named(tmp_path: Path, text: str, detector: str, like_ssd: bool) -> None:
+    """By their pipeline, whether or not their parts have the names of EfficientDet's."""
+    names = [
+        "_feature_extractor/classification_backbone/layer_with_weights-0/kernel",
+        "_box_predictor/0/bias",
+    ]
+    if not like_ssd:
+        names = ["_feature_extractor_for_box_classifier_features/0/kernel"]
+    arrays = {f"model/{name}{VALUE}": np.zeros((2, 2), np.float32) for name in names}
+    write_bundle(tmp_path / "ckpt-0", arrays)
+    (tmp_path / "pipeline.config").write_text(text)
+    graph = graph_of({f"model/{name}": "" for name in names})
+    memory = Memory(arrays, graph, str(tmp_path / "ckpt-0"))
+    with pytest.raises(CheckpointError, match=f"describes another detector, {detector}; of the Object"):
+        open_object_checkpoint(cast(TensorBundle, memory))
+
+
+def test_another_detector_without_a_pipeline() -> None:
+    """Then the parts of its feature extractor are named; nothing is said about biases."""
+    names = [
+        "_feature_extractor/classification_backbone/layer_with_weights-0/kernel",
+        "_feature_extractor/_fpn_features_generator/top_layers/0/kernel",
+        "_box_predictor/_box_prediction_head/_box_encoder_layers/0/kernel",
+    ]
+    arrays = {f"model/{name}{VALUE}": np.zeros((2, 2), np.float32) for name in names}
+    reason = (
+        "it is another detector: its _feature_extractor has _fpn_features_generator, "
+        "classification_backbone, and lacks _efficientnet and _bifpn_stage"
+    )
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        open_object_checkpoint(
+            cast(TensorBundle, Memory(arrays, graph_of({f"model/{n}": "" for n in names})))
+        )
+    assert "force_use_bias" not in str(caught.value)
+
+
+def test_a_backbone_of_other_layers_says_nothing_of_biases() -> None:
+    tree = tree_of(d0())
+    del tree["_feature_extractor/_efficientnet/layer_with_weights-4/bias"]
+    with pytest.raises(CheckpointError, match=r"lacks bias$"):
+        read_layout(tree, "ckpt-0")
 
 
 def without(part: str) -> Callable[[dict[str, Variable]], None]:
@@ -576,7 +707,10 @@ BOX, BIFPN = "_box_predictor/_head_scope_conv_layers", "_feature_extractor/_bifp
             without("_efficientnet/layer_with_weights-7/"),
             "backbone layers are not numbered from 0 without gaps",
         ),
-        (without("layer_with_weights"), "its 0 backbone layers"),
+        (
+            without("layer_with_weights"),
+            "another detector: its _feature_extractor has _bifpn_stage, and lacks",
+        ),
         (
             without("node_post_combine_block/9/"),
             "23 BiFPN nodes after 2 levels above P5 do not make whole cells of 8",
@@ -667,7 +801,7 @@ def test_a_real_pipeline(shared: Path) -> None:
 
 
 def test_defaults_are_the_apis(tmp_path: Path) -> None:
-    text = """model { ssd { num_classes: 1 feature_extractor { type: "x" conv_hyperparams {} }
+    text = """model { ssd { num_classes: 1 feature_extractor { conv_hyperparams {} }
       box_predictor { weight_shared_convolutional_box_predictor { conv_hyperparams {} } }
       box_coder { faster_rcnn_box_coder {} } anchor_generator { multiscale_anchor_generator {} } } }"""
     (tmp_path / "pipeline.config").write_text(text)
@@ -690,7 +824,11 @@ def test_an_empty_list_has_no_value(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("", "has no model, so it is not for an EfficientDet"),
-        ("model { faster_rcnn {} }", r"has no model\.ssd, so"),
+        ("model { num_classes: 1 }", r"has no model\.ssd, so"),
+        (
+            "model { faster_rcnn {} }",
+            "describes another detector, 'faster_rcnn' with the feature extractor ''",
+        ),
         ("model { ssd {", "line 1: '{' is never closed"),
         ("model {\n ssd { >", "line 2: '{' is never closed"),
         ("model {} }", "line 1: '}' has no opening bracket"),
@@ -707,6 +845,40 @@ def test_an_empty_list_has_no_value(tmp_path: Path) -> None:
         (pipeline_text(anchor_scale="nan"), r"anchor_scale is 'nan'"),
         (pipeline_text(ratios="[{}]"), r"aspect_ratios is a message"),
         (pipeline_text(box_coder="y_scale: {}"), r"y_scale is a message"),
+        (
+            pipeline_text(resizer="identity_resizer {}"),
+            "image_resizer is 'identity_resizer', which is not supp",
+        ),
+        (
+            pipeline_text(resizer="conditional_shape_resizer { size_threshold: 9 }"),
+            r"model\.ssd\.image_resizer is 'conditional_shape_resizer', which is not supported; keep",
+        ),
+        (
+            pipeline_text(resizer="fixed_shape_resizer { resize_method: BICUBIC }"),
+            r"fixed_shape_resizer\.resize_method is BICUBIC; only BILINEAR is supported",
+        ),
+        (
+            pipeline_text(resizer="keep_aspect_ratio_resizer { convert_to_grayscale: true }"),
+            r"keep_aspect_ratio_resizer\.convert_to_grayscale is true; only colour images are supported",
+        ),
+        (
+            pipeline_text(resizer="keep_aspect_ratio_resizer { min_dimension: 600 max_dimension: 512 }"),
+            "min_dimension is 600, above max_dimension, 512; correct the file",
+        ),
+        (
+            pipeline_text(resizer="keep_aspect_ratio_resizer { per_channel_pad_value: [1, 2] }"),
+            r"pad_value is \(1\.0, 2\.0\), must be three numbers, one per channel; correct the file",
+        ),
+        (
+            pipeline_text(
+                resizer="keep_aspect_ratio_resizer { max_dimension: 640 }", padding="pad_to_multiple: 128"
+            ),
+            "pad is False, must be true, or false with the rule keep_aspect_ratio and without pad",
+        ),
+        (
+            pipeline_text(padding="pad_to_multiple: 0"),
+            "pad_to_multiple is 0, must be a whole number from 1 to",
+        ),
     ],
 )
 def test_bad_pipelines(tmp_path: Path, text: str, reason: str) -> None:

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.recordings import GOLDEN_TARGETS, tensorflow_preprocess
-from pytorch_model.config import model_config
+from pytorch_model.config import Resizer, model_config
 from pytorch_model.detection.preprocess import (
     ImageError,
     ImageSource,
     load_image,
     preprocess,
     resize_bilinear,
-    scale_to_fit,
+    scaled,
 )
 from pytorch_model.detection.settings import DECODERS, FORMATS
 
@@ -66,7 +66,7 @@ def test_recorded_arrays_bit_for_bit(shared: Path, name: str, key: str) -> None:
     np.testing.assert_array_equal(ours.reshape(-1)[:: stats["stride"]], expected.reshape(-1))
     assert ours.shape[1:] == tuple(stats["shape"])
     assert abs(ours.sum(dtype=np.float64) - stats["sum"]) < 1e-6 * ours.size  # the elements not recorded
-    assert found.image_scales.numpy() == scale[1]
+    assert found.image_scales.tolist() == [[scale[1], scale[1]]]  # AutoML has one scale for both axes
     assert found.decoders == ("pillow",)
 
 
@@ -77,7 +77,8 @@ def test_the_default_decode_of_tensorflow_bit_for_bit(shared: Path) -> None:
         files = [shared / f"coco/val2017/{number:012d}.jpg" for number in stored["image_ids"]]
         found = preprocess(files, LITE0, decoder="fast-dct")
         np.testing.assert_array_equal(nhwc(found.images), stored["input"])
-        np.testing.assert_array_equal(found.image_scales.numpy(), stored["image_scale"])
+        both_axes = np.stack([stored["image_scale"]] * 2, axis=1)
+        np.testing.assert_array_equal(found.image_scales.numpy(), both_axes)
     assert found.decoders == ("fast-dct", "fast-dct")
     # Pillow's accurate DCT is seen, so the two are not confused.
     assert not np.array_equal(nhwc(preprocess(files, LITE0).images), nhwc(found.images))
@@ -205,7 +206,7 @@ def test_recorded_quirks() -> None:
 def test_scaled_images_fit_and_fill(height: int, width: int, target_height: int, target_width: int) -> None:
     target = (target_height, target_width)
     try:
-        scale, (scaled_height, scaled_width) = scale_to_fit((height, width), target)
+        (scaled_height, scaled_width), scales = scaled((height, width), target, Resizer())
     except ImageError:
         ratio = min(target_height / height, target_width / width)
         assert min(height * ratio, width * ratio) < 1.001
@@ -214,7 +215,8 @@ def test_scaled_images_fit_and_fill(height: int, width: int, target_height: int,
     assert scaled_width <= target_width
     # Truncation may lose the last pixel even of the side that decides the scale.
     assert target_height - scaled_height <= 1 or target_width - scaled_width <= 1
-    assert scale.dtype == np.float32
+    assert scales.dtype == np.float32
+    assert scales[0] == scales[1]
 
 
 def picture(height: int = 30, width: int = 50) -> np.ndarray:

@@ -258,14 +258,14 @@ model {{
         aspect_ratios: {ratios} scales_per_octave: {scales}
       }}
     }}
-    image_resizer {{ keep_aspect_ratio_resizer {{ min_dimension: {size} max_dimension: {size} }} }}
+    image_resizer {{ {resizer} }}
     box_predictor {{
       weight_shared_convolutional_box_predictor {{
         conv_hyperparams < force_use_bias: true activation: SWISH batch_norm {{ epsilon: 0.001 }} >
       }}
     }}
     feature_extractor {{
-      type: '{extractor}'
+      type: '{extractor}' {padding}
       bifpn {{ min_level: 3 max_level: {bifpn_level} num_iterations: 3 num_filters: 64 {combine} }}
       conv_hyperparams {{ activation: {activation} batch_norm {{ epsilon: {epsilon} }} }}
     }}
@@ -283,7 +283,7 @@ DEFAULTS = {
     "bifpn_level": 7,
     "ratios": "[1.0, 2.0, 0.5]",
     "scales": 3,
-    "size": 512,
+    "padding": "",
     "extractor": "ssd_efficientnet-b0_bifpn_keras",
     "combine": "",
     "activation": "SWISH",
@@ -292,5 +292,7 @@ DEFAULTS = {
 }
 
 
-def pipeline_text(**changes: Any) -> str:
-    return PIPELINE.format(**{**DEFAULTS, **changes})
+def pipeline_text(size: int = 512, **changes: Any) -> str:
+    resizer = f"min_dimension: {size} max_dimension: {size} pad_to_max_dimension: true"
+    usual = {**DEFAULTS, "resizer": f"keep_aspect_ratio_resizer {{ {resizer} }}"}
+    return PIPELINE.format(**{**usual, **changes})

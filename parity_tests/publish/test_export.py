@@ -20,6 +20,7 @@ import yaml
 
 from parity_tests.helpers.paths import ROOT, SHARED
 from parity_tests.helpers.recordings import Recording, golden_recording, shared_recording, tap_of
+from parity_tests.helpers.small_models import small
 from porting.checkpoint import open_checkpoint
 from porting.convert import apply_rules
 from porting.errors import CheckFailedError, ConversionError, EfficientDetError, OutputError
@@ -30,7 +31,7 @@ from porting.hparams.written import hparams_yaml
 from porting.infer import named_config
 from porting.parity.lockstep import tapped
 from porting.rules import TapPair, rules
-from pytorch_model.config import MODELS, EfficientDetConfig, model_config
+from pytorch_model.config import MODELS, EfficientDetConfig, Resizer, model_config
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 
@@ -362,6 +363,47 @@ def test_onnx_detects_the_same(tmp_path: Path) -> None:
     np.testing.assert_allclose(found[0], boxes_yxyx, atol=1e-2)
     np.testing.assert_array_equal(found[2], classes)
     np.testing.assert_array_equal(found[3], valid_len)
+
+
+STRETCHED = Resizer("fixed_shape", pad_to_multiple=128)
+VARYING = Resizer("keep_aspect_ratio", pad=False)
+
+
+def weights_with(resizer: Resizer) -> Weights:
+    torch.manual_seed(0)
+    model = EfficientDet(small(resizer=resizer, anchor_stride="power_of_two", image_size=(128, 96)))
+    return Weights(model.state_dict(), model.config)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_onnx_detector_with_a_scale_for_each_axis(tmp_path: Path) -> None:
+    """Images that are stretched have two scales; the input is larger than the image size."""
+    weights, nms = weights_with(STRETCHED), NMSConfig(max_output_size=2)
+    written = onnx_detector.write(weights, tmp_path / "detector.onnx", nms)
+    assert "[batch, 3, 128, 128], normalised, and image_scales float32 [batch, 2] (down" in written.facts[0]
+    inputs = {"images": network.example_images(weights.config, 1), "image_scales": torch.tensor([[2.0, 0.5]])}
+    once = onnx_file.run_onnx(tmp_path / "detector.onnx", inputs)
+    inputs["image_scales"] = torch.tensor([[4.0, 0.5]])
+    again = onnx_file.run_onnx(tmp_path / "detector.onnx", inputs)
+    np.testing.assert_array_equal(again[0], once[0] * np.array([2, 1, 2, 1], np.float32))
+
+
+@needs_onnx
+def test_an_onnx_detector_needs_one_size(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="needs one size of the network's input, but"):
+        onnx_detector.write(weights_with(VARYING), tmp_path / "detector.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_exports_say_how_images_are_resized(tmp_path: Path) -> None:
+    written = TARGETS["torch-export"].write(weights_with(STRETCHED), tmp_path / "network.pt2")
+    assert "images float32 [batch, 3, 128, 128], normalised" in written.facts[0]
+    assert written.facts[-1] == (
+        "this model's images are not resized as AutoML does: stretched to the input's shape, then padded to "
+        "a multiple of 128 pixels"
+    )
+    assert effdet.effdet_model(model_config("efficientdet-d1", resizer=STRETCHED)) == "tf_efficientdet_d1"
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,10 @@ _OTHER_MAGICS = {  # formats that are not supported
 }
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
-#: Files that hold weights or describe them; also the graph (``.meta``), which can be a reference.
+#: Files that hold weights, describe them or name their classes; also the graph (``.meta``), which can be a
+#: reference.
 _WANTED = re.compile(
-    rf"{STATE_FILE}|pipeline\.config|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
+    rf"{STATE_FILE}|pipeline\.config|.*label_?map.*\.(pbtxt|txt)|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
 )
 # The largest EfficientDet, D7x, is 0.9 GB with averages and optimizer slots; float weights hardly compress.
 _MOST_BYTES = 8 << 30

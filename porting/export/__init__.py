@@ -6,13 +6,14 @@ imported when the target writes.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytorch_model.config import EfficientDetConfig
+from pytorch_model.config import EfficientDetConfig, Resizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,10 @@ class Target:
     def write(self, weights: Weights, out: Path) -> Written:
         """Write, read back and compare. Nothing is left if it fails. Raises :class:`EfficientDetError`."""
         written: Written = importlib.import_module(f"{__name__}.{self.module}").write(weights, out)
-        return written
+        if weights.config.resizer == Resizer():
+            return written
+        about = f"this model's images are not resized as AutoML does: {weights.config.resizer}"
+        return dataclasses.replace(written, facts=(*written.facts, about))
 
 
 TARGETS: Mapping[str, Target] = {

@@ -31,6 +31,8 @@ _FREE = (
     "image_size",
     "mean_rgb",
     "stddev_rgb",
+    "resizer",
+    "anchor_stride",
 )
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 

@@ -34,9 +34,9 @@ COUNTS = (1, 3)  # numbers of images on which a program is compared
 class DetectingNetwork(nn.Module):
     """The network and AutoML's postprocessing: images and scales → boxes, scores, labels.
 
-    ``images``: float32 [N, 3, H, W], normalised, of the configuration's size. ``image_scales``: float32 [N],
-    original pixels per network pixel. Returns boxes_yxyx float32 [N, M, 4] in original pixels, scores float32
-    [N, M], classes int64 [N, M] from 1, valid_len int64 [N].
+    ``images``: float32 [N, 3, H, W], normalised, of the configuration's input size. ``image_scales``: float32
+    [N] or [N, 2], see :func:`postprocess_per_class`. Returns boxes_yxyx float32 [N, M, 4] in original pixels,
+    scores float32 [N, M], classes int64 [N, M] from 1, valid_len int64 [N].
     """
 
     def __init__(self, network: EfficientDet, nms: NMSConfig) -> None:
@@ -65,8 +65,8 @@ def loaded(weights: Weights) -> EfficientDet:
 
 
 def example_images(config: EfficientDetConfig, count: int = EXAMPLES) -> Tensor:
-    """Seeded, normalised images of the configuration's size. float32 [count, 3, H, W]."""
-    images = np.stack([synthetic_image(*config.image_size, seed=seed) for seed in range(count)])
+    """Seeded, normalised images of the configuration's input size. float32 [count, 3, H, W]."""
+    images = np.stack([synthetic_image(*config.input_size, seed=seed) for seed in range(count)])
     return torch.from_numpy(normalise_array(images, config)).permute(0, 3, 1, 2).contiguous()
 
 

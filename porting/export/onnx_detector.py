@@ -3,6 +3,8 @@
 The suppression is Gaussian and per class, as in AutoML's evaluation, and unrolled over its output slots.
 AutoML's own exports suppress across classes; this file does not.
 ONNX's own operator only does hard suppression.
+ONNX's own operator only does hard suppression. ``image_scales`` is one number per image for AutoML's way of
+resizing, which scales both axes alike, and two, down and across, for any other.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from porting.errors import ConversionError
 from porting.export import Weights, Written
 from porting.export.network import COUNTS, DetectingNetwork, example_images, loaded, require_rounding
 from porting.export.onnx_file import about, check_onnx, export_onnx, run_onnx
@@ -23,8 +26,16 @@ OUTPUTS = ("boxes_yxyx", "scores", "classes", "valid_len")
 
 
 def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
-    """Write ``out`` (``.onnx``) and compare its scores with PyTorch's, for 1 and 3 images."""
+    """Write ``out`` (``.onnx``) and compare its scores with PyTorch's, for 1 and 3 images.
+
+    Raises :class:`ConversionError` if the size of the network's input, and so its anchors, vary.
+    """
     check_onnx(out)
+    if not weights.config.resizer.pad:
+        raise ConversionError(
+            "onnx-detector needs one size of the network's input, but this model's images are not padded "
+            f"({weights.config.resizer}); export to onnx instead and decode the boxes yourself"
+        )
     nms = nms or NMSConfig()
     detector = DetectingNetwork(loaded(weights), nms).eval()
     with replacing(out) as temporary:
@@ -33,12 +44,12 @@ def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
         for count in COUNTS:
             inputs = _inputs(weights, count)
             worst = max(worst, _check(detector, inputs, run_onnx(temporary, inputs)))
-    height, width = weights.config.image_size
+    height, width = weights.config.input_size
     return Written(
         (out,),
         (
-            f"images float32 [batch, 3, {height}, {width}], normalised, and image_scales float32 [batch] → "
-            f"{', '.join(OUTPUTS)}",
+            f"images float32 [batch, 3, {height}, {width}], normalised, and image_scales float32 "
+            f"{'[batch]' if _one_scale(weights) else '[batch, 2] (down, across)'} → {', '.join(OUTPUTS)}",
             f"{nms.method} suppression per class, {nms.max_output_size} detections an image",
             f"run by ONNX Runtime, 1 and 3 images: scores within {worst:.1e} of float64's",
         ),
@@ -47,7 +58,13 @@ def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
 
 def _inputs(weights: Weights, count: int) -> dict[str, Tensor]:
     scales = torch.linspace(1, 2, count)
+    if not _one_scale(weights):
+        scales = torch.stack((scales, scales + 0.5), dim=1)
     return {"images": example_images(weights.config, count), "image_scales": scales}
+
+
+def _one_scale(weights: Weights) -> bool:
+    return weights.config.resizer.rule == "automl"
 
 
 def _check(detector: DetectingNetwork, inputs: dict[str, Tensor], found: list[Tensor]) -> float:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,6 @@ from porting.export.network import quiet
 from pytorch_model.files import check_writable
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-def about(weights: Weights) -> dict[str, str]:
-    """What the file says of itself: the origin of the weights, the model, and its class names as JSON.
-
-    ``class_names``: one for each class id from 1, empty where it has none; left out if they are not known.
-    """
-    said = {**weights.metadata, "model": weights.config.name}
-    names = weights.config.class_names
-    return said if names is None else {**said, "class_names": json.dumps(names, ensure_ascii=False)}
 
 
 def check_onnx(out: Path) -> None:
@@ -76,10 +67,22 @@ def export_onnx(
 
 
 def about(weights: Weights) -> dict[str, str]:
-    """The file's metadata: that of the weights, and what prepares an image for the input (in JSON)."""
+    """What the file says of itself: the origin of the weights, the model, and the rest as JSON.
+
+    That is what prepares an image for the input: ``image_size`` (height, width), ``mean_rgb``, ``stddev_rgb``
+    and ``resizer``. And ``class_names``: one for each class id from 1, empty where it has none; left out if
+    they are not known.
+    """
     config = weights.config
-    prepares = {"image_size": config.image_size, "mean_rgb": config.mean_rgb, "stddev_rgb": config.stddev_rgb}
-    texts = {name: json.dumps(value) for name, value in prepares.items()}
+    facts: dict[str, Any] = {
+        "image_size": config.image_size,
+        "mean_rgb": config.mean_rgb,
+        "stddev_rgb": config.stddev_rgb,
+        "resizer": asdict(config.resizer),
+    }
+    if config.class_names is not None:
+        facts["class_names"] = config.class_names
+    texts = {name: json.dumps(value, ensure_ascii=False) for name, value in facts.items()}
     return {**weights.metadata, **texts, "model": config.name}
 
 

@@ -17,7 +17,7 @@ def write(weights: Weights, out: Path) -> Written:
     with replacing(out) as temporary:
         export_onnx(network, {"images": example_images(weights.config)}, names, temporary, about(weights))
         worst = compare_outputs(network, lambda images: run_onnx(temporary, {"images": images}))
-    height, width = weights.config.image_size
+    height, width = weights.config.input_size
     return Written(
         (out,),
         (

@@ -36,7 +36,7 @@ def write(weights: Weights, out: Path) -> Written:
             return class_outputs + box_outputs
 
         worst = compare_outputs(network, run)
-    height, width = weights.config.image_size
+    height, width = weights.config.input_size
     return Written(
         (out,),
         (

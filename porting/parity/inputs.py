@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def verification_size(
             return reference.size
         return at_most(config, LARGEST_DEFAULT)
     if text == "native":
-        return config.image_size
+        return config.input_size
     sides = text.split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
         raise EfficientDetError(f"--size {text} is not a size; use 512, 384x640 (height x width) or native")
@@ -37,7 +38,7 @@ def verification_size(
 
 def at_most(config: EfficientDetConfig, side: int) -> tuple[int, int]:
     """The model's own (height, width), each at most ``side`` pixels."""
-    height, width = config.image_size
+    height, width = config.input_size
     return min(height, side), min(width, side)
 
 
@@ -51,5 +52,6 @@ def image_file(config: EfficientDetConfig, size: tuple[int, int], path: Path) ->
 
     Raises :class:`pytorch_model.detection.preprocess.ImageError` if it cannot be read.
     """
-    images = preprocess([path], config, size).images
+    always_padded = dataclasses.replace(config.resizer, pad=True, pad_to_multiple=1)
+    images = preprocess([path], config.replace(resizer=always_padded), size).images
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())

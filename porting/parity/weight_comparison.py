@@ -35,6 +35,9 @@ _AROUND_THE_NETWORK = (
     "anchor_scale",
     "mean_rgb",
     "stddev_rgb",
+    "resizer",
+    "anchor_stride",
+    "class_names",
 )
 
 
@@ -358,7 +361,7 @@ def _network_settings(config: EfficientDetConfig) -> dict[str, Any]:
     """The settings that the network reads in evaluation; those of the backbone as ``backbone.stages``, …"""
     settings = config.to_dict()
     for name in ("name", *_AROUND_THE_NETWORK):
-        del settings[name]
+        settings.pop(name, None)  # some are only there if they differ from their defaults
     backbone = settings.pop("backbone")
     settings.update({f"backbone.{name}": value for name, value in backbone.items() if name != "name"})
     if settings["act_type"] in ("silu", "swish_native"):  # AutoML's other names for it

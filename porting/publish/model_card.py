@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from porting.convert import values_sentence
+from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.labels import find_names
 from pytorch_model.evaluation.figures import FIGURES
 from pytorch_model.evaluation.metrics import Metrics
@@ -77,6 +78,8 @@ def _introduction(name: str, about: Mapping[str, Any]) -> Iterator[str]:
         f"\n- parameters: {origin['parameters']:,}; AutoML counts {automl:,}, {removed:,} of "
         f"them removed biases{f'; published: {published}M' if published else ''}"
     )
+    if "resizer" in config:
+        yield f"- input: images {EfficientDetConfig.from_dict(config).resizer}"
     yield f"- SHA-256 of the variables: `{origin['variables_sha256']}`"
     yield f"- written by {origin['tool']} {origin['tool_version']}"
     yield f"- licence of the weights: {origin['license']}"

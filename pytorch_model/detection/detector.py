@@ -1,4 +1,7 @@
-"""Images in, detections out: preprocessing, network and postprocessing, as in AutoML's evaluation."""
+"""Images in, detections out: preprocessing, network and postprocessing, as in AutoML's evaluation.
+
+A model whose configuration has another resizer or other anchors is run with these.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from pytorch_model.detection.preprocess import (
     NetworkInput,
     load_image,
     preprocess,
-    scale_to_fit,
+    preprocess_batches,
+    scaled,
 )
 from pytorch_model.detection.settings import TTA, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
@@ -81,7 +85,8 @@ class Detector:
                 key: values[: int((found["scores"] > self.score_threshold).sum())]
                 for key, values in found.items()
             }
-            for found in self.detect(self.preprocess(images))
+            for batch in self.batches(images)
+            for found in self.detect(batch)
         ]
 
     def load(self, image: ImageSource, upright: bool = False) -> DecodedImage:
@@ -90,13 +95,19 @@ class Detector:
         Raises :class:`~pytorch_model.detection.preprocess.ImageError`.
         """
         decoded = load_image(image, self.decoder, upright)
-        scale_to_fit((decoded.pixels.shape[1], decoded.pixels.shape[2]), self.image_size)
+        size = decoded.pixels.shape[1], decoded.pixels.shape[2]
+        scaled(size, self.image_size, self.model.config.resizer)
         return decoded
 
     def preprocess(self, images: Sequence[ImageSource] | Tensor) -> NetworkInput:
-        """The network's input made of ``images``, on the model's device."""
+        """The network's input made of ``images``, on the model's device, see :func:`preprocess`."""
         device = next(self.model.parameters()).device
         return preprocess(images, self.model.config, self.image_size, self.decoder, device)
+
+    def batches(self, images: Sequence[ImageSource] | Tensor) -> list[NetworkInput]:
+        """As :meth:`preprocess`; several batches only if the size of the network's input varies."""
+        device = next(self.model.parameters()).device
+        return preprocess_batches(images, self.model.config, self.image_size, self.decoder, device)
 
     @torch.no_grad()
     def detect(self, batch: NetworkInput, network: Network | None = None) -> list[dict[str, Tensor]]:
@@ -104,8 +115,16 @@ class Detector:
 
         ``network``, if given, is used instead of the model.
         """
-        self.anchors_yxyx = self.anchors_yxyx.to(batch.images.device)
-        return detect(network or self._network, batch, self.anchors_yxyx, self.nms, self.tta)
+        return detect(network or self._network, batch, self._anchors(batch), self.nms, self.tta)
+
+    def _anchors(self, batch: NetworkInput) -> Tensor:
+        """The anchors of a batch: always the same if images are padded to one size."""
+        config = self.model.config
+        if config.resizer.pad:
+            self.anchors_yxyx = self.anchors_yxyx.to(batch.images.device)
+            return self.anchors_yxyx
+        size = batch.images.shape[2], batch.images.shape[3]
+        return generate_anchors(config, size).to(batch.images.device)
 
     def _network(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         class_outputs, box_outputs = self.model(images.to(next(self.model.parameters()).dtype))
@@ -127,7 +146,7 @@ def detect(
     if tta == "none":
         return found
     flipped = _detect_once(network, batch.images.flip(3), batch.image_scales, anchors_yxyx, nms)
-    widths = (batch.image_scales * batch.images.shape[3]).tolist()
+    widths = (batch.image_scales[:, 1] * batch.images.shape[3]).tolist()
     return [
         weighted_boxes_fusion([plain, mirrored(mirror, width)])
         for plain, mirror, width in zip(found, flipped, widths, strict=True)

@@ -65,8 +65,9 @@ def postprocess_per_class(
 
     ``class_outputs``, ``box_outputs``: per level, logits [N, anchors · classes, H, W] and regressions
     [N, anchors · 4, H, W]. ``anchors_yxyx``: float32 [A, 4] from :func:`generate_anchors`, on their device.
-    ``image_scales``: float32 [N], original pixels per network pixel. Boxes are not clipped to the image.
-    Padding is zero. Raises ValueError if outputs and anchors do not fit each other.
+    ``image_scales``: original pixels per network pixel, float32 [N, 2] (down, across) or [N] for both. Boxes
+    are not clipped to the image. Padding is zero. Raises ValueError if outputs and anchors do not fit each
+    other.
     """
     nms = nms or NMSConfig()
     candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
@@ -115,7 +116,10 @@ def postprocess_global(
 
 
 def _to_original(boxes: Tensor, image_scales: Tensor | None) -> Tensor:
-    return boxes if image_scales is None else boxes * image_scales.to(boxes)[:, None, None]
+    if image_scales is None:
+        return boxes
+    per_axis = image_scales if image_scales.ndim == 2 else image_scales[:, None].expand(-1, 2)
+    return boxes * torch.cat((per_axis, per_axis), dim=1)[:, None].to(boxes)
 
 
 def _pick(values: Tensor, indices: Tensor) -> Tensor:

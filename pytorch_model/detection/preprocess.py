@@ -2,16 +2,19 @@
 
 Sources: AutoML ``dataloader.py`` (``DetectionInputProcessor``); TensorFlow's ``ResizeBilinear`` kernel with
 half-pixel centres; ``tf.io.decode_jpeg``. The order is AutoML's and matters: normalise, resize, then pad
-with zeros, so that the padding has the mean colour.
+with zeros, so that the padding has the mean colour. The Object Detection API has the same order
+(TensorFlow Models ``research/object_detection``: ``meta_architectures/ssd_meta_arch.py``) and other ways to
+resize (``core/preprocessor.py``; the same kernel without half-pixel centres); ``config.resizer`` says which.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pytorch_model.config import EfficientDetConfig
+from pytorch_model.config import EfficientDetConfig, Resizer
 from pytorch_model.detection.settings import DECODERS, FORMATS
 from pytorch_model.errors import EfficientDetError
 from pytorch_model.files import check_regular
@@ -49,8 +52,8 @@ class DecodedImage(NamedTuple):
 
 
 class NetworkInput(NamedTuple):
-    images: Tensor  # float32 [N, 3, H, W], normalised, padded with 0 at the bottom or the right
-    image_scales: Tensor  # float32 [N]: original pixels per network pixel
+    images: Tensor  # float32 [N, 3, H, W], normalised, padded at the bottom or the right
+    image_scales: Tensor  # float32 [N, 2]: original pixels per network pixel, down and across
     decoders: tuple[str, ...]  # per image, as in DecodedImage
 
 
@@ -68,20 +71,45 @@ def preprocess(
     ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is the device of the
     work and of the result; by default the device of the first image: the CPU unless it is a tensor. Nothing
     forces a GPU synchronisation (tested with PyTorch's fake tensors). Raises :class:`ImageError` with the
-    image's name or number.
+    image's name or number, and if ``config.resizer`` does not pad and the inputs would have several sizes.
+    """
+    batches = preprocess_batches(images, config, image_size, decoder, device)
+    if len(batches) > 1:
+        sizes = " and ".join(f"{batch.images.shape[3]} x {batch.images.shape[2]}" for batch in batches[:2])
+        raise ImageError(
+            f"the images make network inputs of {sizes} pixels, because this model's resizer does not pad; "
+            "give them one by one"
+        )
+    return batches[0]
+
+
+def preprocess_batches(
+    images: Sequence[ImageSource] | Tensor,
+    config: EfficientDetConfig,
+    image_size: tuple[int, int] | None = None,
+    decoder: str = "pillow",
+    device: torch.device | str | None = None,
+) -> list[NetworkInput]:
+    """As :func:`preprocess`, for any images: a new batch begins where the size of the input changes.
+
+    There is one batch unless ``config.resizer`` does not pad.
     """
     target = image_size or config.image_size
-    batches, decoders = _load(images, decoder)
-    device = batches[0].device if device is None else device
-    inputs, scales = [], []
-    for index, pixels in enumerate(batches):
+    loaded, decoders = _load(images, decoder)
+    device = loaded[0].device if device is None else device
+    inputs: list[tuple[Tensor, np.ndarray]] = []
+    for index, pixels in enumerate(loaded):
         try:
-            batch, scale = _preprocess_batch(pixels.to(device), config, target)
+            inputs.append(_preprocess_batch(pixels.to(device), config, target))
         except ImageError as error:
             raise ImageError(f"{_describe(images[index], index)}: {error}") from None
-        inputs.append(batch)
-        scales.extend([scale] * len(batch))
-    return NetworkInput(torch.cat(inputs), torch.from_numpy(np.stack(scales)).to(device), decoders)
+    batches, names = [], iter(decoders)
+    for _, group in itertools.groupby(inputs, key=lambda each: each[0].shape[2:]):
+        tensors, scales = zip(*group, strict=True)
+        batch = torch.cat(tensors)
+        all_scales = torch.from_numpy(np.concatenate(scales)).to(device)
+        batches.append(NetworkInput(batch, all_scales, tuple(itertools.islice(names, len(batch)))))
+    return batches
 
 
 def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> tuple[list[Tensor], tuple[str, ...]]:
@@ -110,29 +138,93 @@ def _describe(image: object, index: int) -> str:
 
 def _preprocess_batch(
     pixels: Tensor, config: EfficientDetConfig, target: tuple[int, int]
-) -> tuple[Tensor, np.float32]:
-    """uint8 [n, 3, h, w] → (float32 [n, 3, H, W], original pixels per network pixel)."""
-    scale, scaled_size = scale_to_fit((pixels.shape[2], pixels.shape[3]), target)
-    resized = resize_bilinear(normalise(pixels, config), scaled_size)
-    padding = (0, target[1] - scaled_size[1], 0, target[0] - scaled_size[0])
-    return torch.nn.functional.pad(resized, padding), np.float32(1) / scale
+) -> tuple[Tensor, np.ndarray]:
+    """uint8 [n, 3, h, w] → (float32 [n, 3, H, W], original pixels per network pixel: float32 [n, 2])."""
+    resizer = config.resizer
+    rule = _RULES[resizer.rule]
+    scaled_size, scales = scaled((pixels.shape[2], pixels.shape[3]), target, resizer)
+    resized = resize_bilinear(normalise(pixels, config), scaled_size, rule.half_pixel_centres)
+    padded = _extended(resized, target, resizer.pad_value) if resizer.pad else resized
+    extended = _extended(padded, resizer.padded((padded.shape[2], padded.shape[3])), (0, 0, 0))
+    return extended, np.tile(scales, (len(pixels), 1))
 
 
-def scale_to_fit(size: tuple[int, int], target: tuple[int, int]) -> tuple[np.float32, tuple[int, int]]:
-    """The scale that makes ``size`` fit ``target``, and the scaled size, both sizes (height, width).
+def _extended(images: Tensor, size: tuple[int, int], value: tuple[float, float, float]) -> Tensor:
+    """``images`` [n, 3, h, w] in the top left corner of ``size``, the rest filled with ``value``."""
+    padding = (0, size[1] - images.shape[3], 0, size[0] - images.shape[2])
+    if len(set(value)) == 1 or not any(padding):
+        return torch.nn.functional.pad(images, padding, value=value[0]) if any(padding) else images
+    channels = zip(images.unbind(1), value, strict=True)
+    return torch.stack([torch.nn.functional.pad(each, padding, value=fill) for each, fill in channels], dim=1)
 
-    In float32 with the scaled size truncated, as AutoML computes it: 1080 x 1920 becomes 288 x 512.
-    Raises :class:`ImageError` if a side would become 0.
+
+# ---------------------------------------------------------------------------------------------------
+# Resizing
+# ---------------------------------------------------------------------------------------------------
+
+
+def scaled(
+    size: tuple[int, int], target: tuple[int, int], resizer: Resizer
+) -> tuple[tuple[int, int], np.ndarray]:
+    """What becomes of an image of ``size`` in an input of ``target`` pixels, both (height, width).
+
+    Returns the scaled size, without padding, and float32 [2]: original pixels per network pixel, down and
+    across. Raises :class:`ImageError` if a side would become 0.
     """
-    height, width = np.float32(size[0]), np.float32(size[1])
-    scale = np.minimum(np.float32(target[0]) / height, np.float32(target[1]) / width)
-    scaled = (int(height * scale), int(width * scale))
-    if min(scaled) < 1:
+    scaled_size, scales = _RULES[resizer.rule].scale(size, target, resizer)
+    if min(scaled_size) < 1:
         raise ImageError(
             f"{size[1]} x {size[0]} pixels is too long and thin: scaled into {target[1]} x {target[0]} "
             "its short side has no pixel left; crop it first"
         )
-    return scale, scaled
+    return scaled_size, scales
+
+
+def _automl(
+    size: tuple[int, int], target: tuple[int, int], resizer: Resizer
+) -> tuple[tuple[int, int], np.ndarray]:
+    """In float32 with the scaled size truncated: 1080 x 1920 becomes 288 x 512. Both axes have one scale."""
+    height, width, scale = _fit(size, target)
+    return (int(height * scale), int(width * scale)), np.full(2, np.float32(1) / scale)
+
+
+def _fixed_shape(
+    size: tuple[int, int], target: tuple[int, int], resizer: Resizer
+) -> tuple[tuple[int, int], np.ndarray]:
+    return target, np.array(size, np.float32) / np.array(target, np.float32)
+
+
+def _keep_aspect_ratio(
+    size: tuple[int, int], target: tuple[int, int], resizer: Resizer
+) -> tuple[tuple[int, int], np.ndarray]:
+    """In float32 with the scaled size rounded, halves to even. The rounded sizes give each axis its scale."""
+    longest = resizer.min_dimension or max(target)
+    landscape = size[0] < size[1]
+    box = (min(target[0], longest), target[1]) if landscape else (target[0], min(target[1], longest))
+    height, width, scale = _fit(size, box)
+    rounded = int(np.rint(height * scale)), int(np.rint(width * scale))
+    return rounded, np.array(size, np.float32) / np.maximum(rounded, 1).astype(np.float32)
+
+
+def _fit(size: tuple[int, int], box: tuple[int, int]) -> tuple[np.float32, np.float32, np.float32]:
+    """(height, width, the largest scale at which they fit ``box``), in float32."""
+    height, width = np.float32(size[0]), np.float32(size[1])
+    return height, width, np.minimum(np.float32(box[0]) / height, np.float32(box[1]) / width)
+
+
+class _Rule(NamedTuple):
+    """``scale``: see :func:`scaled`. ``half_pixel_centres``: see :func:`resize_bilinear`."""
+
+    scale: Callable[[tuple[int, int], tuple[int, int], Resizer], tuple[tuple[int, int], np.ndarray]]
+    half_pixel_centres: bool
+
+
+#: ``config.resizer.rule`` → what it does.
+_RULES: Mapping[str, _Rule] = {
+    "automl": _Rule(_automl, half_pixel_centres=True),
+    "fixed_shape": _Rule(_fixed_shape, half_pixel_centres=False),
+    "keep_aspect_ratio": _Rule(_keep_aspect_ratio, half_pixel_centres=False),
+}
 
 
 def normalise(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
@@ -150,29 +242,31 @@ def normalise_array(pixels: np.ndarray, config: EfficientDetConfig) -> np.ndarra
     return (pixels.astype(np.float32) - mean) / stddev
 
 
-def resize_bilinear(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_bilinear(images: Tensor, size: tuple[int, int], half_pixel_centres: bool = True) -> Tensor:
     """Resize float32 [..., h, w] to ``size`` (height, width) as TensorFlow does, without antialiasing.
 
     ``torch.nn.functional.interpolate`` adds the four neighbours in another order and differs in the last
     bits. TensorFlow interpolates from the left neighbour to the right one, then from top to bottom.
+    Without ``half_pixel_centres``, TensorFlow 1's resizing: the top left corners of pixels are matched.
     """
-    left, right, step_x = _neighbours(images.shape[-1], size[1], images.device)
-    top, bottom, step_y = _neighbours(images.shape[-2], size[0], images.device)
+    left, right, step_x = _neighbours(images.shape[-1], size[1], half_pixel_centres, images.device)
+    top, bottom, step_y = _neighbours(images.shape[-2], size[0], half_pixel_centres, images.device)
     left_columns = images.index_select(-1, left)
     rows = left_columns + (images.index_select(-1, right) - left_columns) * step_x
     top_rows = rows.index_select(-2, top)
     return top_rows + (rows.index_select(-2, bottom) - top_rows) * step_y[:, None]
 
 
-def _neighbours(size: int, new_size: int, device: torch.device) -> list[Tensor]:
-    """Per output position: the two input positions around its centre, and its distance from the first."""
+def _neighbours(size: int, new_size: int, half_pixel_centres: bool, device: torch.device) -> list[Tensor]:
+    """Per output position: the two input positions around it, and its distance from the first."""
     ratio = np.float32(size) / np.float32(new_size)
-    centres = (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * ratio - np.float32(0.5)
-    below = np.floor(centres)
+    centre = np.float32(0.5 if half_pixel_centres else 0)
+    places = (np.arange(new_size, dtype=np.float32) + centre) * ratio - centre
+    below = np.floor(places)
     first = np.maximum(below, 0).astype(np.int64)
-    second = np.minimum(np.ceil(centres), size - 1).astype(np.int64)
+    second = np.minimum(np.ceil(places), size - 1).astype(np.int64)
     # The step uses the unclamped position. At an edge both neighbours are the same, so it has no effect.
-    step = centres - below
+    step = places - below
     return [torch.from_numpy(array).to(device) for array in (first, second, step)]
 
 

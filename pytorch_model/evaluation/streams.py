@@ -162,9 +162,9 @@ def _detect_batch(
             decoded[image] = detector.load(image.path)
         except ImageError as error:
             unreadable.append((image.id, f"{image.path}: {error}"))
-    batch = detector.preprocess([each.pixels for each in decoded.values()]) if decoded else None
+    batches = detector.batches([each.pixels for each in decoded.values()]) if decoded else []
     for stream in streams:
-        found = detector.detect(batch, stream.network) if batch else []
+        found = [each for batch in batches for each in detector.detect(batch, stream.network)]
         content = [
             {
                 "id": image.id,

@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from porting import scopes
+from porting.checkpoint.messages import shortened
 from porting.checkpoint.objects.assemble import Piece
 from porting.checkpoint.objects.backbones import backbone_named
 from porting.checkpoint.objects.graph import Variable
@@ -36,6 +37,7 @@ _HEADS = {  # AutoML's head → the API's batch norms, convolutions and predicti
         "_box_prediction_head/_box_encoder_layers",
     ),
 }
+_BACKBONE = ("_feature_extractor/_efficientnet", "_feature_extractor/classification_backbone")
 _LAYERS_PER_REPEAT = 3  # convolution, batch norm, activation
 
 
@@ -57,6 +59,7 @@ class Layout:
 def read_layout(variables: Mapping[str, Variable], source: str = "the checkpoint") -> Layout:
     """Map every variable (path from the detector → variable). Raises CheckpointError if one does not fit."""
     reader = _Reader(variables, source)
+    reader.check_detector()
     backbone = reader.read_backbone()
     reader.read_heads()
     reader.read_bifpn()
@@ -106,7 +109,8 @@ class _Reader:
         found = self.layers[layer].leaves if layer in self.layers else frozenset()
         if found != leaves:
             missing, extra = sorted(leaves - found), sorted(found - leaves)
-            reason = "; it was trained with force_use_bias: false" if missing == ["bias"] else ""
+            without = missing == ["bias"] and not layer.startswith(_BACKBONE)
+            reason = "; it was trained with force_use_bias: false" if without else ""
             self.reject(
                 f"{layer} has {', '.join(extra) or 'nothing'} that {scope} does not need, and lacks "
                 f"{', '.join(missing) or 'nothing'}{reason}"
@@ -118,6 +122,18 @@ class _Reader:
         """The different numbers that the group of ``pattern`` matches in the layers' paths, ascending."""
         regex = re.compile(pattern)
         return sorted({int(found[1]) for path in self.layers if (found := regex.fullmatch(path))})
+
+    def check_detector(self) -> None:
+        """Reject another detector of the API by the parts of its feature extractor."""
+        extractor = "_feature_extractor/"
+        parts = {path.split("/")[1] for path in self.variables if path.startswith(extractor)}
+        missing = [part for part in ("_efficientnet", "_bifpn_stage") if part not in parts]
+        if missing:
+            found = ", ".join(shortened(part) for part in sorted(parts)[:8]) or "nothing"
+            self.reject(
+                f"it is another detector: its _feature_extractor has {found}, and lacks "
+                f"{' and '.join(missing)}"
+            )
 
     # Keras numbers the layers that have weights in the order of execution. EfficientNet is a chain of them.
 

@@ -9,6 +9,7 @@ from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.messages import shortened
 from porting.checkpoint.objects import automl_keras, detection_api
 from porting.checkpoint.objects.graph import ObjectTree
+from porting.checkpoint.objects.pipeline_config import read_pipeline
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.errors import CheckpointError
 
@@ -40,6 +41,9 @@ def open_object_checkpoint(bundle: TensorBundle) -> Checkpoint:
         root = tree.root(known.parts)
         if root is not None:
             return known.read(tree, root)
+    place = detection_api.find_pipeline(bundle.source)
+    if place is not None:
+        read_pipeline(place)  # names the detector if it is another one of the Object Detection API
     parts = ", ".join(shortened(name) for name in list(tree.nodes[0].children)[:8]) or "no attributes"
     raise CheckpointError(
         f"{bundle.source} is an object-based checkpoint, but not of an EfficientDet: no object in it has the "

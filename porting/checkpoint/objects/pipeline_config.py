@@ -1,31 +1,31 @@
 """The settings in the Object Detection API's ``pipeline.config`` that its weights do not contain.
 
-Source: TensorFlow Models ``research/object_detection/protos/*.proto`` (fields and defaults) and the
-protocol buffer text format.
+Source: TensorFlow Models ``research/object_detection/protos/*.proto`` (fields and defaults).
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from porting.checkpoint.messages import unreadable
-from porting.errors import CheckpointError, Reason
+from porting.checkpoint.objects.image_resizer import read_resizer
+from porting.checkpoint.objects.text_format import Fields, parse
+from porting.errors import CheckpointError
+from pytorch_model.config import Resizer, shown
 from pytorch_model.files import read_bounded
-from pytorch_model.formats.protobuf_text import Message, parse_message
-
-NAME = "pipeline.config"
 
 _MOST_BYTES = 1 << 18  # usually a few kilobytes; one that lists 1,000 shards of a data set has 100 kB
+_EFFICIENTDET = re.compile(r"efficientnet-b\d")
 
 
 @dataclass(frozen=True)
 class Pipeline:
     """The settings that define the network's outputs, or that must be those of AutoML's network.
 
-    The predicted (ty, tx, th, tw) are divided by ``box_scales``. ``image_size`` is (height, width) in pixels,
-    None if the pipeline does not set it.
+    The predicted (ty, tx, th, tw) are divided by ``box_scales``. ``image_size`` is (height, width) in pixels;
+    it and ``resizer`` are None if the pipeline does not set them. ``label_maps``: the paths that it names.
     """
 
     path: Path
@@ -44,6 +44,20 @@ class Pipeline:
     score_converter: str
     logit_scale: float
     image_size: tuple[int, int] | None
+    resizer: Resizer | None
+    suppression: Suppression
+    label_maps: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Suppression:
+    """``batch_non_max_suppression``. ``extras``: fields set there that make it another algorithm."""
+
+    score_threshold: float
+    iou_threshold: float
+    max_per_class: int
+    max_total: int
+    extras: tuple[str, ...]
 
 
 def read_pipeline(path: Path) -> Pipeline:
@@ -54,16 +68,17 @@ def read_pipeline(path: Path) -> Pipeline:
         raise unreadable(path, error) from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}; check the file") from None
-    return _pipeline(_Fields(path, "", _parse(path, text)))
+    return _pipeline(Fields(path, "", parse(path, text)))
 
 
-def _pipeline(root: _Fields) -> Pipeline:
-    ssd = root.message("model").message("ssd")
+def _pipeline(root: Fields) -> Pipeline:
+    ssd = _ssd(root)
     extractor, predictor = ssd.message("feature_extractor"), ssd.message("box_predictor")
     head = predictor.message("weight_shared_convolutional_box_predictor")
     layers = extractor.message("conv_hyperparams"), head.message("conv_hyperparams")
     coder = ssd.message("box_coder").message("faster_rcnn_box_coder")
     anchors = ssd.message("anchor_generator").message("multiscale_anchor_generator")
+    resizer = read_resizer(ssd.message("image_resizer"), extractor.integer("pad_to_multiple", 1))
     bifpn, post = extractor.message("bifpn"), ssd.message("post_processing")
     y, x, height, width = (
         coder.number(name, default)
@@ -73,7 +88,7 @@ def _pipeline(root: _Fields) -> Pipeline:
         path=root.path,
         feature_extractor=extractor.text("type", ""),
         num_classes=ssd.integer("num_classes", 0),
-        add_background_class=ssd.text("add_background_class", "true").lower() in ("true", "t", "1"),
+        add_background_class=ssd.flag("add_background_class", True),
         box_scales=(y, x, height, width),
         scales_per_octave=anchors.integer("scales_per_octave", 2),
         aspect_ratios=anchors.numbers("aspect_ratios"),
@@ -85,81 +100,46 @@ def _pipeline(root: _Fields) -> Pipeline:
         bn_epsilons=tuple(layer.message("batch_norm").number("epsilon", 0.001) for layer in layers),
         score_converter=post.text("score_converter", "IDENTITY"),
         logit_scale=post.number("logit_scale", 1),
-        image_size=_image_size(ssd.message("image_resizer")),
+        image_size=resizer[0],
+        resizer=resizer[1],
+        suppression=_suppression(post.message("batch_non_max_suppression")),
+        label_maps=_label_maps(root),
     )
 
 
-def _image_size(resizer: _Fields) -> tuple[int, int] | None:
-    if resizer.has("keep_aspect_ratio_resizer"):
-        inner = resizer.message("keep_aspect_ratio_resizer")
-        return (inner.integer("max_dimension", 1024),) * 2
-    if resizer.has("fixed_shape_resizer"):
-        inner = resizer.message("fixed_shape_resizer")
-        return inner.integer("height", 300), inner.integer("width", 300)
-    return None
+def _ssd(root: Fields) -> Fields:
+    """The detector's message. Raises CheckpointError, with its name, if it is not an EfficientDet."""
+    model = root.message("model")
+    for kind in model.fields:
+        for detector in model.messages(kind):
+            extractors = detector.messages("feature_extractor")
+            name = extractors[-1].text("type", "") if extractors else ""
+            if kind != "ssd" or (name and not _EFFICIENTDET.search(name)):
+                raise CheckpointError(
+                    f"{root.path} describes another detector, {shown(kind)} with the feature extractor "
+                    f"{shown(name)}; of the Object Detection API's models only EfficientDet can be converted "
+                    "(ssd with ssd_efficientnet-b0_bifpn_keras … b7)"
+                )
+    return model.message("ssd")
 
 
-class _Fields(NamedTuple):
-    """One message of the file, and its name for errors. A missing value has its default."""
-
-    path: Path
-    where: str
-    fields: Message
-
-    def has(self, name: str) -> bool:
-        return name in self.fields
-
-    def message(self, name: str) -> _Fields:
-        """The message ``name``. Raises CheckpointError if it is missing, unless it is optional."""
-        values = self.fields.get(name)
-        value = values[-1] if values else None  # "name: []" has no value
-        where = f"{self.where}.{name}".lstrip(".")
-        if value is None and name in ("bifpn", "post_processing", "image_resizer", "batch_norm"):
-            value = {}
-        if not isinstance(value, dict):
-            raise CheckpointError(
-                f"{self.path} has no {where}, so it is not for an EfficientDet of the Object Detection API; "
-                f"put the model's own {NAME} there"
-            )
-        return _Fields(self.path, where, value)
-
-    def text(self, name: str, default: str) -> str:
-        value = (self.fields.get(name) or [default])[-1]
-        if not isinstance(value, str):
-            raise self._wrong(name, "a message")
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        return self._number(name, self.text(name, str(default)))
-
-    def integer(self, name: str, default: int) -> int:
-        value = self.number(name, default)
-        if not value.is_integer() or abs(value) > 1 << 31:
-            raise self._wrong(name, repr(value))
-        return int(value)
-
-    def numbers(self, name: str) -> tuple[float, ...]:
-        values = self.fields.get(name, [])
-        for value in values:
-            if not isinstance(value, str):
-                raise self._wrong(name, "a message")
-        return tuple(self._number(name, str(value)) for value in values)
-
-    def _number(self, name: str, value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            raise self._wrong(name, repr(value)) from None
-        if number != number or number in (float("inf"), float("-inf")):
-            raise self._wrong(name, repr(value))
-        return number
-
-    def _wrong(self, name: str, value: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {self.where}.{name} is {value}; correct the file")
+def _suppression(fields: Fields) -> Suppression:
+    extras = {
+        "soft_nms_sigma": fields.number("soft_nms_sigma", 0) != 0,
+        "max_classes_per_detection": fields.integer("max_classes_per_detection", 1) != 1,
+        "use_class_agnostic_nms": fields.flag("use_class_agnostic_nms", False),
+        "use_combined_nms": fields.flag("use_combined_nms", False),
+    }
+    return Suppression(
+        score_threshold=fields.number("score_threshold", 0),
+        iou_threshold=fields.number("iou_threshold", 0.6),
+        max_per_class=fields.integer("max_detections_per_class", 100),
+        max_total=fields.integer("max_total_detections", 100),
+        extras=tuple(name for name, used in extras.items() if used),
+    )
 
 
-def _parse(path: Path, text: str) -> Message:
-    try:
-        return parse_message(text)
-    except Reason as reason:
-        raise CheckpointError(f"{path}, {reason}; correct the file") from None
+def _label_maps(root: Fields) -> tuple[str, ...]:
+    """The paths of label maps, those of the training data first, each once."""
+    readers = [*root.messages("train_input_reader"), *root.messages("eval_input_reader")]
+    return tuple(dict.fromkeys(path for each in readers if (path := each.text("label_map_path", ""))))
