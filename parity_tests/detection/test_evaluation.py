@@ -271,6 +271,25 @@ def test_other_layouts_are_found(coco: Path, tmp_path: Path) -> None:
     assert read_dataset(None, inner).folder == coco / "val2017"
 
 
+def test_only_groups_of_objects_have_a_note(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def all_but_the_last(data: dict[str, Any]) -> None:
+        for entry in data["annotations"]:
+            entry["iscrowd"] = 1
+        data["annotations"][-1]["iscrowd"] = 0
+
+    rewrite(coco, all_but_the_last)
+    assert not any("iscrowd" in note for note in read_dataset(coco).notes)
+    rewrite(coco, lambda data: [entry.update(iscrowd=1) for entry in data["annotations"]])
+    dataset = read_dataset(coco)
+    assert f"all {len(content()['annotations'])} annotations have iscrowd=1" in dataset.notes[-1]
+    ids = [image.id for image in dataset.images]
+    assert set(evaluate(dataset.content, [], ids).figures.values()) == {-1.0}
+    assert run(small_weights, coco, tmp_path / "out", "--limit", "1") == 0
+    assert "COCO's evaluation ignores groups" in " ".join(capsys.readouterr().out.split())
+
+
 def test_orphans_are_left_out_and_counted(coco: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         data["annotations"] += [box(0, 0, image=999), box(0, 0, 7, image=10), box(0, 0, image=10)]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import struct
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -538,3 +540,68 @@ def test_exif_orientation_is_undone_on_request(tmp_path: Path, orientation: int)
     assert fast.pixels.permute(1, 2, 0).shape == expected.shape
     # The fast DCT is up to 23 grey levels off; a wrong turn of noise is 85 off on average.
     assert np.abs(fast.pixels.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 10
+
+
+# --- libtiff ------------------------------------------------------------------------------------------
+
+
+COMPRESSIONS = [
+    "tiff_lzw",
+    "tiff_adobe_deflate",
+    "packbits",
+    "jpeg",
+    "group3",
+    "group4",
+    "tiff_ccitt",
+    "lzma",
+    "zstd",
+]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_libtiff_writes_nothing_beside_our_sentence(
+    compression: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """libtiff's own lines go to the C library's stderr; without care every one of these files has some."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
+    bilevel = compression in ("group3", "group4", "tiff_ccitt")
+    sound = io.BytesIO()
+    try:
+        (image.convert("1") if bilevel else image).save(sound, "TIFF", compression=compression)
+    except OSError:
+        pytest.skip("this Pillow has no such compression")
+    rng, path, refused = random.Random(0), tmp_path / "damaged.tif", 0
+    for _ in range(60):
+        damaged = bytearray(sound.getvalue())
+        for _ in range(9):
+            damaged[rng.randrange(8, len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            load_image(path)
+        except ImageError:
+            refused += 1
+    assert refused
+    assert capfd.readouterr().err == ""
+
+
+def test_libtiffs_handlers_are_given_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What other code in the process decodes by Pillow is reported as before."""
+    sound = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(noise).save(sound, "TIFF", compression="tiff_adobe_deflate")
+    damaged = bytearray(sound.getvalue())
+    damaged[40:60] = bytes(20)  # in the only strip, which follows the header
+    path = tmp_path / "damaged.tif"
+    path.write_bytes(damaged)
+
+    def lines() -> str:
+        with suppress(OSError), Image.open(path) as image:
+            image.load()
+        return capfd.readouterr().err
+
+    before = lines()
+    assert before
+    with pytest.raises(ImageError):
+        load_image(path)
+    assert capfd.readouterr().err == ""
+    assert lines() == before

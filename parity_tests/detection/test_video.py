@@ -150,6 +150,23 @@ def test_a_video_that_breaks_off(
         assert len(list(reader)) == 4
 
 
+def test_a_lost_last_frame_is_mentioned(
+    small_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file states its frames; the decoder gives one less, and no error."""
+    video = write_clip(tmp_path / "clip.mp4")
+    assert run(small_weights, video, tmp_path / "whole") == 0
+    assert json.loads((tmp_path / "whole/summary.json").read_text())["notes"] == []
+    whole = video_module.VideoReader.__iter__
+    monkeypatch.setattr(
+        video_module.VideoReader, "__iter__", lambda self: itertools.islice(whole(self), COUNT - 1)
+    )
+    assert run(small_weights, video, tmp_path / "out") == 0
+    (note,) = json.loads((tmp_path / "out/summary.json").read_text())["notes"]
+    assert f"clip.mp4 states {COUNT} frames, {COUNT - 1} could be decoded" in note
+    assert f"states {COUNT} frames" in capsys.readouterr().out
+
+
 def test_a_frame_that_cannot_be_decoded(tmp_path: Path) -> None:
     class Damaged:
         def __init__(self, container: Any) -> None:

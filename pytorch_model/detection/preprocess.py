@@ -9,10 +9,12 @@ resize (``core/preprocessor.py``; the same kernel without half-pixel centres); `
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import itertools
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -350,7 +352,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """
     pillow = _require("PIL.Image", "Pillow")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _silent_libtiff(pillow, data):
             warnings.simplefilter("ignore")  # about metadata, and about many pixels, which _check_size limits
             with pillow.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
                 _check_size(*image.size)
@@ -365,6 +367,38 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         ) from None
     except Exception as error:
         raise _unreadable("image", error) from None
+
+
+#: Held while libtiff's handlers are changed, so that two threads do not restore each other's.
+_LIBTIFF = threading.Lock()
+
+
+@contextmanager
+def _silent_libtiff(pillow: Any, data: bytes) -> Iterator[None]:
+    """Keep libtiff from writing its own lines to the C library's stderr, beside the one sentence of an error.
+
+    Pillow decodes compressed TIFFs with libtiff and has no option for this. libtiff is told to call no
+    handler, then given its former ones back. Redirecting file descriptor 2 would also lose what other threads
+    write. Where Pillow's build hides libtiff's functions, nothing is done.
+    """
+    place = getattr(pillow.core, "__file__", None)
+    if place is None or not data.startswith((b"II", b"MM")):  # TIFF's byte orders
+        yield
+        return
+    library = ctypes.CDLL(
+        place
+    )  # it is loaded already; its symbols include those of libraries it is linked to
+    setters = [getattr(library, f"TIFFSet{kind}Handler", None) for kind in ("Error", "Warning")]
+    known = [setter for setter in setters if setter is not None]
+    for setter in known:
+        setter.argtypes, setter.restype = [ctypes.c_void_p], ctypes.c_void_p
+    with _LIBTIFF:
+        former = [setter(None) for setter in known]
+        try:
+            yield
+        finally:
+            for setter, handler in zip(known, former, strict=True):
+                setter(handler)
 
 
 def _unreadable(what: str, error: Exception) -> ImageError:

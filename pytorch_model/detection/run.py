@@ -47,7 +47,7 @@ class DetectionResult:
     """``rows``: detections in COCO's results format; of a video, ``frame`` and ``time`` replace ``image_id``.
 
     ``summary``: the content of ``summary.json``; ``images`` there has an entry per image or frame,
-    ``unreadable`` is file → why it was skipped.
+    ``unreadable`` is file → why it was skipped, ``notes`` are sentences about what was read.
     """
 
     rows: list[dict[str, Any]]
@@ -82,11 +82,12 @@ def detect_into(
     """
     names = classes.shown
     unreadable: dict[str, str] = {}
+    notes: list[str] = []
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     video = len(files) == 1 and is_video(files[0])
     if video:
-        stream = _detect_video(detector, files[0], batch_size, out, names, unreadable, listener)
+        stream = _detect_video(detector, files[0], batch_size, out, names, unreadable, notes, listener)
     else:
         stream = _detect_files(detector, files, batch_size, unreadable, listener)
     for found in stream:
@@ -105,6 +106,7 @@ def detect_into(
         "nms_configs": asdict(detector.nms),
         "images": images,
         "unreadable": unreadable,
+        "notes": notes,
     }
     save_json(out / "detections.json", rows)
     _save_csv(out / "detections.csv", ("frame", "time") if video else ("image_id",), rows, names)
@@ -210,6 +212,7 @@ def _detect_video(
     out: Path,
     names: Mapping[int, str],
     unreadable: dict[str, str],
+    notes: list[str],
     listener: Listener,
 ) -> Iterator[_Found]:
     """Detect frame by frame and write the annotated video, up to the frame where the file breaks off."""
@@ -217,7 +220,7 @@ def _detect_video(
         listener.progress(0, reader.count)
         writer = VideoWriter(temporary, reader.rate, reader.time_base)
         try:
-            for frames in _batched(_until_broken(reader, unreadable), batch_size):
+            for frames in _batched(_until_broken(reader, unreadable, notes), batch_size):
                 outputs = detector([frame.pixels for frame in frames])
                 for frame, detections in zip(frames, outputs, strict=True):
                     image = DecodedImage(frame.pixels, "pyav")
@@ -229,7 +232,11 @@ def _detect_video(
             writer.close()
 
 
-def _until_broken(reader: VideoReader, unreadable: dict[str, str]) -> Iterator[Frame]:
+def _until_broken(reader: VideoReader, unreadable: dict[str, str], notes: list[str]) -> Iterator[Frame]:
+    """The frames up to where the file breaks off, which goes into ``unreadable``.
+
+    A decoder may lose frames without an error, as a rule the last one: that goes into ``notes``.
+    """
     count = 0
     try:
         for frame in reader:
@@ -241,6 +248,11 @@ def _until_broken(reader: VideoReader, unreadable: dict[str, str]) -> Iterator[F
         unreadable[str(reader.path)] = str(error)
     if not count:
         raise ImageError(f"{reader.path} has no frames; {CURE}")
+    if count < (reader.count or 0) and str(reader.path) not in unreadable:
+        notes.append(
+            f"{reader.path} states {reader.count} frames, {count} could be decoded: the rest is damaged or "
+            "was never written"
+        )
 
 
 def _batched(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:

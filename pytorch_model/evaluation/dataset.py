@@ -232,7 +232,14 @@ def _repair(content: dict[str, Any], categories: Mapping[int, str]) -> list[str]
                 counts["annotations whose box has a negative side: nothing can match them"] += 1
             kept.append({**full, "id": number})  # pycocotools treats a match with id 0 as no match
     content["annotations"] = kept
-    return [f"{count} {change}" for change, count in counts.items()]
+    notes = [f"{count} {change}" for change, count in counts.items()]
+    if kept and all(entry["iscrowd"] for entry in kept):
+        notes.append(
+            f"all {len(kept)} annotations have iscrowd=1, a group of objects (CVAT exports masks so): COCO's "
+            "evaluation ignores groups, so no object is left to find, and every figure is -1; set iscrowd to "
+            "0 if each is one object"
+        )
+    return notes
 
 
 def _size(image: Mapping[str, Any]) -> tuple[int, int] | None:

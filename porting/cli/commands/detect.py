@@ -73,5 +73,7 @@ def _draw(console: Console, result: DetectionResult, names: ClassNames, seconds:
     console.print(table)
     for path, reason in unreadable.items():
         console.print(f"skipped {path}: {reason}", style="yellow", markup=False, soft_wrap=True)
+    for note in summary["notes"]:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     if unreadable:
         console.print(f"{len(unreadable)} images skipped", style="yellow")
