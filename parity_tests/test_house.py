@@ -39,11 +39,11 @@ LAYERS: Sequence[tuple[str, ...]] = (
     ("pytorch_model.evaluation",),
     ("tf_reference",),
     ("porting", "porting.errors", "porting.scopes", "porting.transforms", "porting.synthetic"),
+    ("porting.hparams",),
     ("porting.checkpoint",),
     ("porting.sources",),
     (
         "porting.rules",
-        "porting.hparams",
         "porting.infer",
         "porting.convert",
         "porting.reverse",

@@ -26,6 +26,10 @@ TRAINING_SCALARS = frozenset(
     }
 )
 
+#: Scopes of AutoML's segmentation head, by name and in the tree of objects (``efficientdet_keras.py``). This
+#: project builds the detector only.
+SEGMENTATION_SCOPES = ("segmentation_head/", "seg_head/")
+
 #: Scope of a head → the beginning of the names of its layers.
 HEADS = {"class_net": "class", "box_net": "box"}
 

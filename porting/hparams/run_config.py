@@ -1,0 +1,59 @@
+"""``config.yaml``: the hyper-parameters of a training run, which AutoML leaves in its ``model_dir``.
+
+Source: AutoML ``main.py`` and ``tf2/train.py``, which write all of a run's hyper-parameters as YAML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from porting.errors import CheckpointError, ConfigError
+from porting.hparams.history import HPARAMS
+from porting.hparams.meaning import interpret
+from porting.hparams.text import in_message
+from porting.hparams.yaml_file import read_yaml
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the file states.
+
+    ``model``: the variant that the run began with, or None. ``fields``: fields of ``EfficientDetConfig``.
+    ``notes``: sentences for the user; if the file is not AutoML's, that it is not used.
+    """
+
+    model: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_run_config(path: Path) -> RunConfig:
+    """Read the file at ``path``, which exists.
+
+    One that is not YAML, or that another program wrote, states nothing. Names that AutoML never had are left
+    out: a changed AutoML writes them. Raises :class:`CheckpointError` for a network that this project does
+    not build.
+    """
+    try:
+        values = read_yaml(path, str(path))
+    except ConfigError as error:
+        return RunConfig(notes=(f"not used: {error}",))
+    known = {name: value for name, value in values.items() if name in HPARAMS}
+    others = [name for name in values if name not in HPARAMS]
+    if len(known) <= len(others):
+        return RunConfig(notes=(f"{path} is not used: it does not hold AutoML's hyper-parameters",))
+    try:
+        read = interpret(known)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path}, which lies with the checkpoint, says {error} (if it is not this checkpoint's, move it "
+            "away and give --hparams)"
+        ) from None
+    notes = []
+    if others:
+        listed = ", ".join(map(in_message, others[:3])) + (", …" if len(others) > 3 else "")
+        notes = [f"{path} also has {listed}, which AutoML does not know; not used"]
+    return RunConfig(read.model, read.overrides, tuple(notes))
