@@ -35,11 +35,11 @@ STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 #: Fusion methods with the same variables: they cannot be told apart by the weights.
 INDISTINGUISHABLE = ({"fastattn", "attn"}, {"channel_fastattn", "channel_attn"})
 
-#: Fields that the variables show.
+#: Fields that the variables show; fpn_weight_method only in part (:data:`INDISTINGUISHABLE`).
 _STRUCTURE = frozenset(
     """
-    backbone box_class_repeats conv_bn_act_pattern fpn_cell_repeats fpn_num_filters max_level min_level
-    num_classes
+    backbone box_class_repeats conv_bn_act_pattern fpn_cell_repeats fpn_num_filters fpn_weight_method
+    max_level min_level num_classes
     """.split()  # noqa: SIM905
 )
 
@@ -148,8 +148,8 @@ def _contradiction(key: str, value: Any, found: Mapping[str, Any], source: str, 
     if witness is None:
         return f"{key} was given as {_field_text(value)}, but {variables}; leave it out"
     return (
-        f"{witness} says {key} is {_field_text(value)}, but {variables}; it is of another model: move it "
-        f"away, or give --hparams {key}=…"
+        f"{witness} says {key} is {_field_text(value)}, but {variables}; it is of another model, so "
+        "move it away"
     )
 
 
@@ -166,7 +166,7 @@ def _check_named(
             raise ConversionError(
                 f"{witness} says the model is {named}, whose {key} is "
                 f"{_field_text(getattr(config, key))}, but the variables in {source or 'the checkpoint'} "
-                f"say {_field_text(found[key])}; it is of another model: move it away"
+                f"say {_field_text(found[key])}; it is of another model, so move it away"
             )
 
 
@@ -495,10 +495,14 @@ def named_config(
     if stated != name and by == "--model":
         witness = (stated_by or {}).get("model", source)
         raise ConversionError(f"--model says {name}, but {witness} says {stated}; leave out --model")
-    structure = {key: settings.pop(key) for key in _STRUCTURE & settings.keys()}
+    config = model_config(name)
+    structure = {
+        key: settings.pop(key)
+        for key in _STRUCTURE & settings.keys()
+        if key != "fpn_weight_method" or not _fits(key, settings[key], {key: config.fpn_weight_method})
+    }
     given, endpoints, _ = _given(overrides, settings)
     notes: list[str] = []
-    config = model_config(name)
     config = config.replace(**{**_hints(config.name, source, notes), **given})
     variant: str | None = config.name
     backbone = config.backbone.ending_at(endpoints) if endpoints else config.backbone

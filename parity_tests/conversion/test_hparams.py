@@ -23,6 +23,9 @@ from pytorch_model.config import ACTIVATIONS, MODELS, WEIGHT_METHODS, EfficientD
 from pytorch_model.detection.settings import NMSConfig
 from tf_reference.variables import variable_shapes
 
+#: Names that set several things, or nothing alone.
+SPECIAL = {"fpn_name", "name", "scale_range"}
+
 # The config.yaml that AutoML's training of a D1 on COCO writes: every hyper-parameter, at its default.
 DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(
@@ -127,7 +130,7 @@ def test_the_yaml_of_a_training_run_is_the_model(tmp_path: Path) -> None:
     assert found.config.stddev_rgb == pytest.approx(plain.stddev_rgb)
     assert found.assumed == ()  # all of it was given
     assert set(read.ignored) == {
-        name for name in DEFAULTS if name not in {*FIELDS, *FIXED, "name", "nms_configs", "scale_range"}
+        name for name in DEFAULTS if name not in {*FIELDS, *FIXED, *SPECIAL, "nms_configs"}
     }
 
 
@@ -187,6 +190,15 @@ def test_each_default_alone_is_accepted(name: str, tmp_path: Path) -> None:
         ("aspect_ratios=[1.0,[1.4,0.7]]", {"aspect_ratios": (1.0, (1.4, 0.7))}),
         ("separable_conv=true,fpn_name=None,heads=['object_detection']", {}),
         ("fpn_name=bifpn,backbone_config=None,model_optimizations={}", {}),
+        ("fpn_name=bifpn_dyn", {}),
+        ("fpn_name=bifpn_dyn,fpn_weight_method=attn", {"fpn_weight_method": "attn"}),
+        ("fpn_name=bifpn_fa", {"fpn_weight_method": "fastattn"}),
+        ("fpn_name=bifpn_sum", {"fpn_weight_method": "sum"}),
+        ("fpn_name=bifpn_sum,fpn_weight_method=None", {"fpn_weight_method": "sum"}),  # AutoML's D6 of 2020-05
+        ("fpn_weight_method=sum,fpn_name=bifpn_sum", {"fpn_weight_method": "sum"}),
+        ("use_native_resize_op=true,pooling_type=max", {}),
+        ("heads=['object_detection','segmentation']", {}),
+        ("heads=segmentation*object_detection", {}),
         ("learning_rate=0.1,var_freeze_expr=(efficientnet|fpn_cells),label_map={1:'a,b',2:'c'}", {}),
     ],
 )
@@ -211,7 +223,7 @@ def test_nms_ignored_and_model() -> None:
 
 def test_every_field_of_a_configuration_can_be_given() -> None:
     fields = {field.name for field in dataclasses.fields(EfficientDetConfig)} - {"name"}
-    assert {field for field, _ in FIELDS.values()} == fields
+    assert {field for field, _ in FIELDS.values()} == fields - {"class_names"}
     assert {name.removeprefix("nms_configs.") for name in NMS_FIELDS} == {
         field.name for field in dataclasses.fields(NMSConfig)
     }
@@ -247,12 +259,19 @@ def test_overrides_reach_the_configuration() -> None:
         ("separable_conv=false", "separable_conv=False makes a network .* only separable_conv=True"),
         ("separable_conv=1", "separable_conv=1 makes"),
         ("apply_bn_for_resampling=false", "apply_bn_for_resampling=False makes"),
-        ("fpn_name=qufpn", "fpn_name='qufpn' makes"),
+        ("fpn_name=qufpn", "fpn_name='qufpn' makes a QuFPN, a network .* only bifpn, bifpn_dyn"),
+        ("fpn_name=qufpn_fa", "fpn_name='qufpn_fa' makes a QuFPN"),
+        ("fpn_name=[1]", r"fpn_name=\[1\] makes a network"),
+        (
+            "fpn_name=bifpn_sum,fpn_weight_method=attn",
+            "fpn_name=bifpn_sum and fpn_weight_method='attn' contra",
+        ),
         ("fpn_config={'nodes':[]}", "fpn_config=.* makes"),
         ("backbone_config={}", "backbone_config={} makes"),
         ("backbone_config.blocks=[1]", r"backbone_config\.blocks=\[1\] makes .*; leave it out"),
-        ("heads=['object_detection','segmentation']", "heads=.* makes"),
-        ("heads=object_detection*segmentation", "heads=.* makes"),
+        ("heads=['segmentation']", "heads=.* makes"),
+        ("heads=segmentation", "heads=.* makes"),
+        ("pooling_type=avg", "pooling_type='avg' makes"),
         ("model_optimizations={'prune':{}}", "model_optimizations=.* makes"),
         ("act_type=srelu", "act_type is 'srelu', must be one of swish,"),
         ("act_type=identity", "must be one of"),
@@ -334,6 +353,8 @@ def test_text_that_is_rejected(text: str, message: str) -> None:
         ("num_classes: 20\nnum_clases: 3", "did you mean num_classes"),
         ("x: !!python/object/apply:os.system ['true']", "is not YAML: line 1: could not determine"),
         ("x: !!python/name:os.system", "is not YAML"),
+        ("!!python/object:subprocess.Popen {num_classes: 3}", "is not YAML: line 1: could not determine"),
+        ("!!python/object/new:hparams_config.Config {num_classes: 3}", "is not YAML: line 1: could not"),
         ("learning_rate: 2020-99-99", "holds a value that means nothing|is not YAML"),
         ("? [1]\n: 2", "is not YAML: line 1: "),
         ("num_classes: &a [*a]", r"line 1 refers to another value \(\*a\)"),
@@ -351,6 +372,14 @@ def test_yaml_that_is_rejected(content: str | bytes, message: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=message) as caught:
         read_hparams(written(tmp_path, content))
     assert "\n" not in str(caught.value)
+
+
+def test_the_class_of_automl_is_read_as_a_mapping(tmp_path: Path) -> None:
+    """No object is made. Another class is rejected, see above."""
+    text = "!!python/object:hparams_config.Config\nnum_classes: 3\n"
+    text += "nms_configs: !!python/object:x.Config\n  method: hard"
+    read = read_hparams(written(tmp_path, text))
+    assert (read.overrides, read.nms) == ({"num_classes": 3}, {"method": "hard"})
 
 
 def test_yaml_that_is_accepted(tmp_path: Path) -> None:
@@ -398,7 +427,7 @@ def test_yaml_is_imported_only_for_yaml() -> None:
 
 # Any input gives a result or a ConfigError
 
-NAMES = [*FIELDS, *NMS_FIELDS, *FIXED, *sorted(IGNORED), "name", "scale_range", "device.x", "bogus"]
+ANY_NAME = [*FIELDS, *NMS_FIELDS, *FIXED, *sorted(IGNORED), *sorted(SPECIAL), "device.x", "bogus"]
 VALUES = st.one_of(
     st.text(max_size=20),
     st.sampled_from(
@@ -410,7 +439,7 @@ VALUES = st.one_of(
     st.lists(st.floats(0.1, 10), max_size=4).map(str),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2).map(repr),
 )
-PAIRS = st.lists(st.tuples(st.sampled_from(NAMES) | st.text(max_size=8), VALUES), max_size=6)
+PAIRS = st.lists(st.tuples(st.sampled_from(ANY_NAME) | st.text(max_size=8), VALUES), max_size=6)
 
 
 def read_or_reject(text: str) -> None:
@@ -462,12 +491,12 @@ YAML_VALUES = st.recursive(
     | st.text(st.characters(codec="utf-8"), max_size=10)
     | st.dates()
     | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ANY_NAME), inner, max_size=3),
     max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), YAML_VALUES, max_size=6))
+@given(st.dictionaries(st.sampled_from(ANY_NAME), YAML_VALUES, max_size=6))
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_yaml_values(tmp_path: Path, values: dict[str, Any]) -> None:
     read_or_reject(written(tmp_path, yaml.safe_dump(values)))
