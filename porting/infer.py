@@ -16,7 +16,7 @@ from typing import Any
 from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError, ConversionError
 from porting.hparams import UNSEEN
-from porting.scopes import SEGMENTATION_SCOPES, model_name
+from porting.scopes import QUFPN, SEGMENTATION_SCOPES, is_qufpn, model_name
 from pytorch_model.config import (
     ENDPOINT_LEVELS,
     MODELS,
@@ -381,11 +381,8 @@ class _Structure:
                 "model per process"
             )
         levels = len(self.numbers(r"box_net/box-0-bn-(\d+)/"))
-        if levels > 1 and len(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/")) == 5 * levels - 4:
-            raise ConversionError(
-                "this model was trained with fpn_name=qufpn (QuFPN, a pyramid of four paths), which this "
-                "project does not build; only BiFPN is supported"
-            )
+        if is_qufpn(len(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/")), levels):
+            raise ConversionError(f"this model {QUFPN}")
         if self.matches(r".*resample[^/]*/conv2d/kernel") and not self.matches(r".*resample[^/]*/bn/gamma"):
             raise ConversionError(
                 "this model was trained with apply_bn_for_resampling=False, which this project does not build"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,3 +276,39 @@ def test_an_override_that_contradicts_the_variables_is_rejected() -> None:
         ).config.fpn_weight_method
         == "attn"
     )
+
+
+# AutoML's other network parts
+
+
+def google_names(shared: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Keras D0 that Google's code saved as .h5, by AutoML's names."""
+    listed = json.loads((shared / f"exports/names_h5_{name}.json").read_text())
+    return {path.partition("/")[2].removesuffix(":0"): tuple(shape) for path, shape in listed.items()}
+
+
+@pytest.mark.parametrize("model", [None, "efficientdet-d0"])
+def test_the_detector_beside_a_segmentation_head(shared: Path, model: str | None) -> None:
+    shapes = google_names(shared, "seg")
+    assert any(name.startswith("segmentation_head/") for name in shapes)
+    found = named_config(model, shapes) if model else infer_config(shapes)
+    assert found.config == model_config("efficientdet-d0", num_classes=3)
+
+
+@pytest.mark.parametrize("model", [None, "efficientdet-d0"])
+def test_qufpn_is_named(shared: Path, model: str | None) -> None:
+    shapes = google_names(shared, "qufpn")
+    with pytest.raises(ConversionError, match=r"model was trained with fpn_name=qufpn \(QuFPN, a"):
+        _ = named_config(model, shapes) if model else infer_config(shapes)
+
+
+@pytest.mark.parametrize("levels", [3, 5, 6])
+def test_qufpn_of_any_height_is_named(levels: int) -> None:
+    config = model_config("efficientdet-d0", max_level=2 + levels)
+    shapes = dict(variable_shapes(config))
+    for node in range(2 * levels - 2, 5 * levels - 4):
+        shapes[f"fpn_cells/cell_0/fnode{node}/WSM"] = ()
+    with pytest.raises(ConversionError, match="fpn_name=qufpn"):
+        infer_config(shapes)
+    del shapes[f"fpn_cells/cell_0/fnode{5 * levels - 5}/WSM"]
+    infer_config(shapes)  # conversion will find the nodes that are too many
