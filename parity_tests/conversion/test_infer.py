@@ -13,7 +13,7 @@ from hypothesis import given, settings
 
 from parity_tests.helpers.configs import configs
 from porting.errors import ConfigError, ConversionError
-from porting.infer import INDISTINGUISHABLE, infer_config, named_config
+from porting.infer import INDISTINGUISHABLE, infer_config, named_config, setting_lines
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes
 
@@ -312,3 +312,14 @@ def test_qufpn_of_any_height_is_named(levels: int) -> None:
         infer_config(shapes)
     del shapes[f"fpn_cells/cell_0/fnode{5 * levels - 5}/WSM"]
     infer_config(shapes)  # conversion will find the nodes that are too many
+
+
+def test_the_original_graph_confirms_the_function() -> None:
+    found = infer_config(variable_shapes(model_config("efficientdet-d0")), overrides={"act_type": "relu"})
+    assert found.unseen == ("fpn_weight_method", "survival_prob", "conv_after_downsample")
+    left = found.confirmed()
+    assert left.unseen == ()
+    assert set(found.assumed) - set(left.assumed) == set(setting_lines(found.config, found.unseen))
+    assert "image size 512×512" in left.assumed  # a graph of one size does not say that it was trained so
+    summed = infer_config(variable_shapes(model_config("efficientdet-d7")), "efficientdet-d7/model")
+    assert "fpn_weight_method" not in summed.unseen  # there are no fusion weights

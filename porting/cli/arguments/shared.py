@@ -14,7 +14,10 @@ from pytorch_model.config import MODELS
 from pytorch_model.detection.settings import DECODERS
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
-HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
+HPARAMS_HELP = (
+    "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file; they win over a "
+    "config.yaml that lies with the checkpoint"
+)
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
 WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"
 LABELS_HELP = (

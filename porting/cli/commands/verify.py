@@ -53,7 +53,7 @@ def _verify(options: VerifyOptions, console: Console) -> int:
         config = inference.config
         weights, about = _read_weights(options.weights, checkpoint, config) if options.weights else (None, {})
         conversion = convert(checkpoint, (weights and weights.config) or config, raw=options.raw)
-        assumed = _unseen(inference, conversion, about)
+        assumed = still_assumed(inference, conversion, about)
         same = None
         if weights is not None:
             name = f"{checkpoint.source} ({conversion.values_kind})"
@@ -146,14 +146,15 @@ def _prove(
     return proof.passed, proof.figures()
 
 
-def _unseen(inference: Inference, conversion: Conversion, about: Mapping[str, str]) -> tuple[str, ...]:
+def still_assumed(inference: Inference, conversion: Conversion, about: Mapping[str, str]) -> tuple[str, ...]:
     """Settings of the network that nobody stated, neither now nor when the weights were ported.
 
     ``about``: the metadata of the weights, empty if they were ported just now.
     """
     lines = setting_lines(conversion.config, inference.unseen)
-    then = about.get("assumed")  # a JSON list
-    return tuple(line for line in lines if then is None or json.dumps(line) in then)
+    then = about.get("assumed", "")
+    is_list = then.startswith("[")  # of JSON
+    return tuple(line for line in lines if not is_list or json.dumps(line) in then)
 
 
 def _images(config: EfficientDetConfig, size: tuple[int, int], image: Path | None) -> np.ndarray:
