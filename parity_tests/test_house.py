@@ -44,6 +44,7 @@ LAYERS: Sequence[tuple[str, ...]] = (
     ("porting.sources",),
     (
         "porting.rules",
+        "porting.structure",
         "porting.infer",
         "porting.convert",
         "porting.reverse",

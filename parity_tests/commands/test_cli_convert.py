@@ -133,12 +133,10 @@ YAML_PAIRS = "- !!python/tuple [1.0, 1.0]\n- [1.4, 0.7]\n- !!python/tuple\n  - 0
         ("beside:\n" + YAML_PAIRS, "1×1/1.4×0.7/0.7×1.4"),
     ],
 )
-@pytest.mark.parametrize("json_too", [False, True])
-def test_every_way_of_writing_ratios(
-    ratios: str, shown: str, json_too: bool, tmp_path: Path, one_cell: Path
-) -> None:
+def test_every_way_of_writing_ratios(ratios: str, shown: str, tmp_path: Path, one_cell: Path) -> None:
     """The whole command: as text, in a YAML file, and in the run's own config.yaml."""
     where, _, value = ratios.rpartition(":")
+    as_json = ratios != PAIRS  # the table is printed then too, elsewhere
     given: list[object] = []
     if where == "beside":
         folder = tmp_path / "run"
@@ -150,14 +148,14 @@ def test_every_way_of_writing_ratios(
             text = str(tmp_path / "hparams.yaml")
             Path(text).write_text(f"aspect_ratios: {value}")
         given = ["--hparams", text]
-    done = convert("--ckpt", folder, "--out", "x.safetensors", *given, *["--json"] * json_too, cwd=tmp_path)
+    done = convert("--ckpt", folder, "--out", "x.safetensors", *given, *["--json"] * as_json, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    row = " ".join((done.stderr if json_too else done.stdout).split())
+    row = " ".join((done.stderr if as_json else done.stdout).split())
     assert f"aspect_ratios {shown}" in row
     numbers = [[float(side) for side in ratio.split("×")] for ratio in shown.split("/")]
     expected = [tuple(sides) if len(sides) == 2 else sides[0] for sides in numbers]
     assert load_model(tmp_path / "x.safetensors").config.aspect_ratios == tuple(expected)
-    if json_too:
+    if as_json:
         config = json.loads(done.stdout)["config"]
         assert config["aspect_ratios"] == [list(r) if isinstance(r, tuple) else r for r in expected]
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from parity_tests.conversion.test_hparams import DEFAULTS, SPECIAL, written
+from parity_tests.helpers.configs import AUTOML_DEFAULTS
 from porting.hparams import read_hparams
 from porting.hparams.history import (
     HPARAMS,
@@ -25,7 +25,8 @@ from porting.hparams.meaning import FIELDS, FIXED, IGNORED
 
 
 def test_the_table_of_all_names_agrees_with_what_is_read() -> None:
-    assert {*FIELDS, *FIXED, *IGNORED, *SPECIAL, "nms_configs"} == set(HPARAMS)
+    special = {"fpn_name", "name", "nms_configs", "scale_range"}
+    assert {*FIELDS, *FIXED, *IGNORED, *special} == set(HPARAMS)
     assert set(FIXED) | {"fpn_name", "name"} <= with_effect(WEIGHTS)
     assert with_effect(NAMES, RUNNING, SUPPRESSION, TRAINING) - {"nms_configs"} == IGNORED
     assert not set(FIELDS) & with_effect(NAMES, RUNNING, SUPPRESSION, TRAINING)
@@ -34,8 +35,8 @@ def test_the_table_of_all_names_agrees_with_what_is_read() -> None:
         assert hparam.since <= hparam.until <= LATEST, name
 
 
-# What AutoML's own default_detection_configs held in some months, as far as it differs from DEFAULTS: names
-# and values that were there, and names that were not.
+# What AutoML's own default_detection_configs held in some months, as far as it differs from AUTOML_DEFAULTS:
+# names and values that were there, and names that were not.
 _PAIRS = [(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]
 _FIRST: dict[str, Any] = {  # the names of all states up to 2020-05, with other values or gone later
     "aspect_ratios": _PAIRS,
@@ -163,13 +164,15 @@ STATES: dict[str, tuple[dict[str, Any], list[str]]] = {
 def test_the_defaults_of_every_state_are_read(state: str, tmp_path: Path) -> None:
     """Dumped as AutoML dumps them. What they say of the network is D1's (or D6's) own."""
     changed, absent = STATES[state]
-    values = {name: value for name, value in DEFAULTS.items() if name not in absent} | changed
+    values = {name: value for name, value in AUTOML_DEFAULTS.items() if name not in absent} | changed
     month = state.split()[0]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.dump(values))
     for name in values:
         hparam = HPARAMS[name]
         if month.startswith("20"):
             assert hparam.since <= month <= hparam.until or hparam.until == "2020", name
-    read = read_hparams(written(tmp_path, yaml.dump(values)))
+    read = read_hparams(str(path))
     assert read.model == values["name"]
     assert set(read.ignored) >= {"learning_rate", "momentum"}
     assert read.overrides.get("fpn_weight_method", "fastattn") == ("sum" if "D6" in state else "fastattn")

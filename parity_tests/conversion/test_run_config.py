@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from parity_tests.conversion.test_hparams import DEFAULTS
+from parity_tests.helpers.configs import AUTOML_DEFAULTS as DEFAULTS
 from parity_tests.helpers.object_trees import VALUE, automl_paths, save_h5
 from parity_tests.helpers.small_models import seeded, tiny
 from porting.checkpoint import open_checkpoint
@@ -194,6 +194,20 @@ def test_names_that_automl_does_not_know_are_left_out(tmp_path: Path) -> None:
         assert configure(checkpoint).config == CONFIG
         (said,) = checkpoint.notes
     assert "also has 'blur', 'cutmix', 'mixup', …, which AutoML does not know; not used" in said
+
+
+def test_a_name_and_a_suppression_that_automl_does_not_know(tmp_path: Path) -> None:
+    values = run_values(name="my-own", nms_configs={"method": "soft", "top": 3})
+    with open_checkpoint(write_run(tmp_path / "run", values)) as checkpoint:
+        assert configure(checkpoint).config == CONFIG
+        (said,) = checkpoint.notes
+    assert "names the model 'my-own', which AutoML does not know; not used" in said
+
+
+@pytest.mark.parametrize("name", ["[efficientdet-d0]", "{a: b}", "3"])
+def test_a_name_that_is_no_text(name: str, tmp_path: Path) -> None:
+    with open_checkpoint(write_run(tmp_path / "run", f"name: {name}\nnum_classes: 2")) as checkpoint:
+        assert "which AutoML does not know" in checkpoint.notes[0]
 
 
 def test_a_folder_and_a_pipe_of_that_name_are_nothing(tmp_path: Path, pipe: Path) -> None:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import CheckpointError, ConfigError
-from porting.hparams.history import HPARAMS
+from porting.hparams.history import HPARAMS, RUNNING, SUPPRESSION, TRAINING, with_effect
 from porting.hparams.meaning import interpret
 from porting.hparams.text import in_message
 from porting.hparams.yaml_file import read_yaml
+from pytorch_model.config import MODELS
+
+#: Names that concern weights. How detections are chosen afterwards does not.
+_TAKEN = HPARAMS.keys() - with_effect(RUNNING, SUPPRESSION, TRAINING)
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,15 @@ def read_run_config(path: Path) -> RunConfig:
         values = read_yaml(path, str(path))
     except ConfigError as error:
         return RunConfig(notes=(f"not used: {error}",))
-    known = {name: value for name, value in values.items() if name in HPARAMS}
     others = [name for name in values if name not in HPARAMS]
-    if len(known) <= len(others):
+    if 2 * len(others) >= len(values):
         return RunConfig(notes=(f"{path} is not used: it does not hold AutoML's hyper-parameters",))
+    known = {name: value for name, value in values.items() if name in _TAKEN}
+    notes = []
+    if "name" in known and known["name"] not in MODELS:
+        notes = [
+            f"{path} names the model {in_message(known.pop('name'))}, which AutoML does not know; not used"
+        ]
     try:
         read = interpret(known)
     except ConfigError as error:
@@ -52,8 +61,7 @@ def read_run_config(path: Path) -> RunConfig:
             f"{path}, which lies with the checkpoint, says {error} (if it is not this checkpoint's, move it "
             "away and give --hparams)"
         ) from None
-    notes = []
     if others:
         listed = ", ".join(map(in_message, others[:3])) + (", …" if len(others) > 3 else "")
-        notes = [f"{path} also has {listed}, which AutoML does not know; not used"]
+        notes.append(f"{path} also has {listed}, which AutoML does not know; not used")
     return RunConfig(read.model, read.overrides, tuple(notes))

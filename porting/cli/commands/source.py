@@ -72,6 +72,8 @@ def add_settings(table: Table, checkpoint: Checkpoint, overrides: Collection[str
 
 def setting_text(value: Any) -> str:
     """A setting's value in a few characters: ``640×480``, ``1/2/0.5``, ``1.4×0.7/…``, a backbone's name."""
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return f"{len(value)} names"
     if isinstance(value, tuple):
         return "/".join(map(setting_text, value)) if _is_list(value) else "×".join(map(setting_text, value))
     if isinstance(value, BackboneConfig):
@@ -81,7 +83,7 @@ def setting_text(value: Any) -> str:
 
 def _is_list(value: tuple[Any, ...]) -> bool:
     """Whether ``value`` lists things of one kind; if not, it is a height and a width."""
-    return len(value) != 2 or any(isinstance(item, (tuple, str)) for item in value)
+    return len(value) != 2 or any(isinstance(item, tuple) for item in value)
 
 
 class DownloadBar:
