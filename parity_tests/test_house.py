@@ -41,11 +41,12 @@ LAYERS: Sequence[tuple[str, ...]] = (
     ("pytorch_model.evaluation",),
     ("tf_reference",),
     ("porting", "porting.errors", "porting.scopes", "porting.transforms", "porting.synthetic"),
+    ("porting.hparams",),
     ("porting.checkpoint",),
     ("porting.sources",),
     (
         "porting.rules",
-        "porting.hparams",
+        "porting.structure",
         "porting.infer",
         "porting.convert",
         "porting.reverse",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from porting.convert import Conversion
     from porting.errors import CheckFailedError, CheckpointError, ConversionError, EfficientDetError
     from porting.hparams import Hparams, read_hparams
-    from porting.infer import Inference, infer_config, named_config
+    from porting.infer import Inference, configure, infer_config, named_config
     from porting.parity import prove
     from porting.sources.open import open_source
 
@@ -29,6 +29,7 @@ _HOMES = {
     "EfficientDetError": "errors",
     "Hparams": "hparams",
     "Inference": "infer",
+    "configure": "infer",
     "infer_config": "infer",
     "named_config": "infer",
     "open_checkpoint": "checkpoint",
@@ -46,6 +47,7 @@ __all__ = [
     "EfficientDetError",
     "Hparams",
     "Inference",
+    "configure",
     "infer_config",
     "named_config",
     "open_checkpoint",

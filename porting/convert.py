@@ -17,7 +17,7 @@ import torch
 from porting.checkpoint import Checkpoint
 from porting.errors import CheckFailedError, ConversionError
 from porting.rules import Rule, rules
-from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
+from porting.scopes import EMA_SUFFIX, SEGMENTATION_SCOPES, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.efficientdet import EfficientDet
@@ -196,6 +196,8 @@ def _why_unused(
         return "training scalar"
     if name.startswith(("backbone/_head/", f"{config.backbone.name}/head/")):
         return "the backbone's own classifier, which a detector does not run"
+    if name.startswith(SEGMENTATION_SCOPES):
+        return "the segmentation head, which is not ported: the detector does not run it"
     base = model_name(name)
     if base is not None and base in expected:
         if checkpoint.shapes[name] not in (expected[base], ()):

@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError, ConversionError
-from porting.scopes import model_name
-from pytorch_model.config import (
-    ENDPOINT_LEVELS,
-    MODELS,
-    BackboneConfig,
-    EfficientDetConfig,
-    Stage,
-    model_config,
-)
+from porting.hparams import UNSEEN
+from porting.structure import Shapes, Structure, model_variables
+from pytorch_model.config import MODELS, BackboneConfig, EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-#: One for each stage. Strides leave no trace in the weights, but they are the same in every EfficientNet.
-STAGE_STRIDES = (1, 2, 2, 2, 1, 2, 1)
 
 #: Fusion methods with the same variables: they cannot be told apart by the weights.
 INDISTINGUISHABLE = ({"fastattn", "attn"}, {"channel_fastattn", "channel_attn"})
+
+#: Fields that the variables show; fpn_weight_method only in part (:data:`INDISTINGUISHABLE`).
+_STRUCTURE = frozenset(
+    """
+    backbone box_class_repeats conv_bn_act_pattern fpn_cell_repeats fpn_num_filters fpn_weight_method
+    max_level min_level num_classes
+    """.split()  # noqa: SIM905
+)
 
 ADVPROP = {"mean_rgb": (127.5, 127.5, 127.5), "stddev_rgb": (127.5, 127.5, 127.5)}
 
@@ -41,12 +39,34 @@ class Inference:
     """An inferred configuration.
 
     ``variant``: the released model with these variables, or None. ``assumed``: one line for each field that
-    the weights do not determine.
+    neither the weights nor anyone else states. ``unseen``: those fields among them that decide what the
+    network computes (:data:`porting.hparams.UNSEEN`). Our own reference takes them from ``config`` too, so a
+    comparison with it does not see them.
     """
 
     config: EfficientDetConfig
     variant: str | None
     assumed: tuple[str, ...]
+    unseen: tuple[str, ...] = ()
+
+    def confirmed(self) -> Inference:
+        """After a comparison with the original graph: the function is known."""
+        lines = set(setting_lines(self.config, self.unseen))
+        return replace(self, assumed=tuple(line for line in self.assumed if line not in lines), unseen=())
+
+
+def configure(
+    checkpoint: Checkpoint, overrides: Mapping[str, Any] | None = None, model: str | None = None, by: str = ""
+) -> Inference:
+    """The configuration of ``checkpoint``, with all that it states besides its variables.
+
+    ``overrides``: as in :func:`infer_config`. ``model``: the variant that the user names, ``by`` which means
+    (``--model``); None: it is inferred. Raises as :func:`infer_config` and :func:`named_config`.
+    """
+    stated = checkpoint.settings, checkpoint.stated_by
+    if model is None:
+        return infer_config(checkpoint.shapes, checkpoint.source, overrides, *stated)
+    return named_config(model, checkpoint.shapes, overrides, checkpoint.source, *stated, by=by)
 
 
 def infer_config(
@@ -54,44 +74,88 @@ def infer_config(
     source: str = "",
     overrides: Mapping[str, Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    stated_by: Mapping[str, str] | None = None,
 ) -> Inference:
     """The configuration whose variables have these names and ``shapes``.
 
     ``shapes`` may include moving averages and optimizer slots. ``source`` is the checkpoint's path: its name
     may distinguish models with the same variables (d6 and d7, AdvProp or not, a 640-pixel d2). ``overrides``
     are fields given by the user, ``settings`` are fields stated by the checkpoint besides its variables
-    (:attr:`Checkpoint.settings`). The user's fields win; neither kind is listed as assumed. Raises
-    :class:`ConversionError` if this is not an EfficientDet, or is one that this project does not build.
+    (:attr:`Checkpoint.settings`, with :attr:`Checkpoint.stated_by`). The user's fields win; neither kind is
+    listed as assumed. Raises :class:`ConversionError` if this is not an EfficientDet, is one that this
+    project does not build, or is one that the fields contradict.
     """
-    given, endpoints = _given(overrides, settings)
+    given, endpoints, named = _given(overrides, settings)
     overrides = dict(overrides or {})
-    model = _model_variables(shapes)
-    found = _Structure(model).read()
+    model = model_variables(shapes)
+    found = Structure(model).read()
     if endpoints:
         found["backbone"] = found["backbone"].ending_at(endpoints)
-        if "backbone" in overrides:
-            given["backbone"] = overrides["backbone"] = overrides["backbone"].ending_at(endpoints)
-    for key, value in overrides.items():
-        if key in found and found[key] != value and {found[key], value} not in INDISTINGUISHABLE:
-            raise ConversionError(
-                f"{key} was given as {_field_text(value)}, but the variables in {source or 'the checkpoint'} "
-                f"say {_field_text(found[key])}; leave it out"
-            )
-    base, variant, notes = _nearest_variant(found, source)
+        if "backbone" in given:
+            given["backbone"] = given["backbone"].ending_at(endpoints)
+    stated_by = stated_by or {}
+    for key, value in given.items():
+        if key in found and not _fits(key, value, found):
+            witness = None if key in overrides else stated_by.get(key, source)
+            raise ConversionError(_contradiction(key, value, found, source, witness))
+    base, variant, notes = _nearest_variant(found, source, named)
+    if named and base.name != named:
+        _check_named(named, found, given, source, stated_by.get("model", source))
     hints = _hints(variant, source, notes)
     anchors = found.pop("num_anchors")
     fields: dict[str, Any] = {**found, **hints, **given}
     config = base.replace(name=variant or "custom", **fields)
     _check_anchors(config, anchors)
-    return Inference(config, variant, tuple(_assumptions(config, notes, given)))
+    return _inference(config, variant, notes, given)
+
+
+def _inference(
+    config: EfficientDetConfig, variant: str | None, notes: list[str], given: Mapping[str, Any]
+) -> Inference:
+    lines = _setting_lines(config)
+    unseen = tuple(name for name in UNSEEN if name in lines and name not in given)
+    assumed = (line for name, line in lines.items() if name not in given)
+    return Inference(config, variant, (*notes, *assumed), unseen)
 
 
 def _given(
     overrides: Mapping[str, Any] | None, settings: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], tuple[int, int, int] | None]:
-    """The fields that are given, and the backbone's endpoints if they are among them."""
+) -> tuple[dict[str, Any], tuple[int, int, int] | None, str | None]:
+    """The fields that are given; the backbone's endpoints and the variant's name if they are among them."""
     given = {**(settings or {}), **(overrides or {})}
-    return given, given.pop("endpoints", None)
+    return given, given.pop("endpoints", None), given.pop("model", None)
+
+
+def _fits(key: str, value: Any, found: Mapping[str, Any]) -> bool:
+    return bool(found[key] == value) or {found[key], value} in INDISTINGUISHABLE
+
+
+def _contradiction(key: str, value: Any, found: Mapping[str, Any], source: str, witness: str | None) -> str:
+    """``witness``: the file that states ``value``; None if the user does."""
+    variables = f"the variables in {source or 'the checkpoint'} say {_field_text(found[key])}"
+    if witness is None:
+        return f"{key} was given as {_field_text(value)}, but {variables}; leave it out"
+    return (
+        f"{witness} says {key} is {_field_text(value)}, but {variables}; it is of another model, so "
+        "move it away"
+    )
+
+
+def _check_named(
+    named: str, found: Mapping[str, Any], given: Mapping[str, Any], source: str, witness: str
+) -> None:
+    """A variant that is named beside the checkpoint has its own fields, except those stated there too.
+
+    Raises :class:`ConversionError` if the variables say something else.
+    """
+    config = model_config(named)
+    for key in found.keys() - given.keys() - {"num_anchors", "num_classes"}:
+        if not _fits(key, getattr(config, key), found):
+            raise ConversionError(
+                f"{witness} says the model is {named}, whose {key} is "
+                f"{_field_text(getattr(config, key))}, but the variables in {source or 'the checkpoint'} "
+                f"say {_field_text(found[key])}; it is of another model, so move it away"
+            )
 
 
 def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
@@ -103,9 +167,14 @@ def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
         )
 
 
-def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mapping[str, Any]) -> Iterator[str]:
-    """One line for each field that neither the weights nor the user determine."""
-    yield from notes
+def setting_lines(config: EfficientDetConfig, fields: Iterable[str]) -> tuple[str, ...]:
+    """What ``config`` says of ``fields``, in words: ``activation swish``."""
+    lines = _setting_lines(config)
+    return tuple(lines[name] for name in fields if name in lines)
+
+
+def _setting_lines(config: EfficientDetConfig) -> dict[str, str]:
+    """Field → a line about it, for each field that variables do not show."""
     ratios = ", ".join(_number_or_numbers(ratio) for ratio in config.aspect_ratios)
     lines = {
         "image_size": f"image size {config.image_size[0]}×{config.image_size[1]}",
@@ -121,19 +190,11 @@ def _assumptions(config: EfficientDetConfig, notes: list[str], overrides: Mappin
     }
     if config.fpn_weight_method != "sum":  # without fusion weights, the method is known
         lines["fpn_weight_method"] = f"fusion {config.fpn_weight_method}"
-    for field_name, line in lines.items():
-        if field_name not in overrides:
-            yield line
+    return lines
 
 
 def _number_or_numbers(value: float | tuple[float, ...]) -> str:
     return "×".join(f"{n:g}" for n in value) if isinstance(value, tuple) else f"{value:g}"
-
-
-def _model_variables(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """The model variables; a moving average or optimizer slot counts as the variable it belongs to."""
-    named = ((model_name(entry), shape) for entry, shape in shapes.items())
-    return {name: shape for name, shape in named if name is not None}
 
 
 def _field_text(value: Any) -> str:
@@ -168,10 +229,12 @@ def _tail(source: str) -> str:
     return "/" + "/".join(source.replace("\\", "/").split("/")[-3:]).lower().replace("_", "-")
 
 
-def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetConfig, str | None, list[str]]:
+def _nearest_variant(
+    found: dict[str, Any], source: str, stated: str | None
+) -> tuple[EfficientDetConfig, str | None, list[str]]:
     """The released model with this structure, or the nearest one: (configuration, name or None, notes).
 
-    The numbers of classes and anchors may differ.
+    The numbers of classes and anchors may differ. ``stated``: the variant stated beside the checkpoint.
     """
     free = {"num_anchors", "num_classes"}
     structure = {key: value for key, value in found.items() if key not in free}
@@ -180,6 +243,8 @@ def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetCo
         for name in MODELS
         if all(getattr(model_config(name), key) == value for key, value in structure.items())
     ]
+    if stated in matches:
+        return model_config(stated), stated, []
     if matches:
         named = _named_in(source, matches)
         name = named or matches[0]
@@ -192,7 +257,7 @@ def _nearest_variant(found: dict[str, Any], source: str) -> tuple[EfficientDetCo
     backbone = found["backbone"].name
     same_backbone = [name for name in MODELS if model_config(name).backbone.name == backbone]
     lite = "lite" in backbone
-    name = same_backbone[0] if same_backbone else ("efficientdet-lite0" if lite else "efficientdet-d0")
+    name = stated or next(iter(same_backbone), "efficientdet-lite0" if lite else "efficientdet-d0")
     return (
         model_config(name),
         None,
@@ -213,198 +278,42 @@ def _named_in(source: str, names: list[str]) -> str | None:
     return found[0] if len(found) == 1 and set(short) <= set(found) else None
 
 
-@dataclass
-class _Structure:
-    """Reads from the variables the fields that determine their shapes."""
-
-    shapes: Shapes
-    fields: dict[str, Any] = field(default_factory=dict)
-
-    def read(self) -> dict[str, Any]:
-        self._reject_unsupported_models()
-        fpn = self.shape(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/pointwise_kernel", 4)
-        backbone = self._backbone()
-        nodes = 1 + max(self.numbers(r"fpn_cells/cell_0/fnode(\d+)/"))
-        bn_levels = self.numbers(r"box_net/box-0-bn-(\d+)/")
-        min_level = min(bn_levels) if bn_levels else self._lowest_level(backbone)
-        anchors = self.shape(r"box_net/box-predict/bias", 1)[0] // 4
-        classes = self.shape(r"class_net/class-predict/bias", 1)[0]
-        if not anchors or classes % anchors:
-            raise ConversionError(
-                f"class_net predicts {classes} values per location for {anchors} anchors, which is not a "
-                "whole number of classes; this checkpoint mixes two models"
-            )
-        first_after = r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/bias"
-        return {
-            "backbone": backbone,
-            "fpn_num_filters": fpn[-1],
-            "fpn_cell_repeats": 1 + max(self.numbers(r"fpn_cells/cell_(\d+)/")),
-            "box_class_repeats": 1 + max(self.numbers(r"box_net/box-(\d+)/"), default=-1),
-            "min_level": min_level,
-            "max_level": max(bn_levels, default=min_level + nodes // 2),
-            "num_classes": classes // anchors,
-            "num_anchors": anchors,
-            "fpn_weight_method": self._weight_method(),
-            "conv_bn_act_pattern": not self.matches(first_after),
-        }
-
-    def matches(self, pattern: str) -> list[str]:
-        regex = re.compile(pattern)
-        return [name for name in self.shapes if regex.match(name)]
-
-    def numbers(self, pattern: str) -> set[int]:
-        regex = re.compile(pattern)
-        return {int(m.group(1)) for name in self.shapes if (m := regex.match(name))}
-
-    def shape(self, pattern: str, rank: int) -> tuple[int, ...]:
-        """The shape of the first variable that matches.
-
-        Raises :class:`ConversionError` if none does, or if it does not have ``rank`` dimensions.
-        """
-        names = self.matches(pattern)
-        if not names:
-            if all(self.matches(scope) for scope in ("efficientnet-", "fpn_cells/", "(class|box)_net/")):
-                raise ConversionError(
-                    f"this EfficientDet is incomplete: no variable name matches {_readable(pattern)}; save "
-                    "all variables, or fetch the file again"
-                )
-            looks = ", ".join(sorted(self.shapes)[:3]) or "nothing"
-            raise ConversionError(
-                f"this is not an AutoML EfficientDet: no variable name matches {_readable(pattern)}; "
-                f"the file holds {len(self.shapes)} variables such as {looks}"
-            )
-        shape = tuple(self.shapes[names[0]])
-        if len(shape) != rank or 0 in shape:
-            raise ConversionError(
-                f"{names[0]} has shape {list(shape)}, but must have {rank} dimensions, none of them 0; "
-                "the file is not an EfficientDet, or it is damaged"
-            )
-        return shape
-
-    def _reject_unsupported_models(self) -> None:
-        backbones = sorted({name.split("/")[0] for name in self.matches(r"efficientnet-[^/]+/")})
-        if len(backbones) > 1:
-            raise ConversionError(
-                f"the checkpoint holds two models, {' and '.join(backbones)}; save only one of them"
-            )
-        twice = self.matches(r"efficientnet-[^/]+/(stem|blocks_\d+)_1/") or self.matches(
-            r"(fpn_cells|class_net|box_net|resample_p6)_1/"
-        )
-        if twice:
-            raise ConversionError(
-                f"two models were built in one graph: {twice[0]} belongs to the second; build and save one "
-                "model per process"
-            )
-        if self.matches(r".*resample[^/]*/conv2d/kernel") and not self.matches(r".*resample[^/]*/bn/gamma"):
-            raise ConversionError(
-                "this model was trained with apply_bn_for_resampling=False, which this project does not build"
-            )
-        if self.matches(r"fpn_cells/cell_0/fnode0/op_after_combine\d+/conv/kernel"):
-            raise ConversionError(
-                "this model was trained with separable_conv=False, which this project does not build; only "
-                "separable convolutions are supported"
-            )
-
-    def _lowest_level(self, backbone: BackboneConfig) -> int:
-        """The level of the first cell's first input, found by its width; 3 if the width is not known.
-
-        The width is not known if that input has no resampling convolution.
-        """
-        kernels = self.matches(r"fpn_cells/cell_0/fnode\d+/resample_\d+_0_\d+/conv2d/kernel")
-        widths = {self.shapes[name][2] for name in kernels if len(self.shapes[name]) == 4}
-        levels = (*ENDPOINT_LEVELS, 2, 1)
-        return next((level for level in levels if backbone.filters_at(level) in widths), 3)
-
-    def _weight_method(self) -> str:
-        wsm = self.matches(r"fpn_cells/cell_0/fnode0/WSM$")
-        if not wsm:
-            return "sum"
-        return "channel_fastattn" if self.shapes[wsm[0]] else "fastattn"
-
-    def _backbone(self) -> BackboneConfig:
-        stem = self.shape(r"efficientnet-[^/]+/stem/conv2d/kernel", 4)
-        scope = self.matches(r"efficientnet-[^/]+/stem/conv2d/kernel")[0].split("/")[0]
-        blocks: list[tuple[int, int, int, int]] = []  # kernel, expand ratio, out, se
-        filters = stem[-1]
-        for i in range(1 + max(self.numbers(rf"{re.escape(scope)}/blocks_(\d+)/"), default=-1)):
-            block = self._block(f"{scope}/blocks_{i}", filters)
-            blocks.append(block)
-            filters = block[2]
-        stages = _group_stages(blocks)
-        config = BackboneConfig(scope, stem[-1], stages, se_ratio=0.25 if blocks[0][3] else 0.0)
-        for i, (built, (_, _, _, se)) in enumerate(zip(config.blocks, blocks, strict=True)):
-            if built.se_filters != se:
-                raise ConversionError(
-                    f"{scope}/blocks_{i}/se has {se} squeeze filters, an EfficientNet has "
-                    f"{built.se_filters}; other squeeze-and-excitation ratios are not supported"
-                )
-        return config
-
-    def _block(self, scope: str, filters: int) -> tuple[int, int, int, int]:
-        where = re.escape(scope)
-        depthwise = self.shape(rf"{where}/depthwise_conv2d/depthwise_kernel", 4)
-        expands = f"{scope}/conv2d_1/kernel" in self.shapes
-        project = self.shape(rf"{where}/conv2d_1/kernel" if expands else rf"{where}/conv2d/kernel", 4)
-        has_se = f"{scope}/se/conv2d/bias" in self.shapes
-        se = self.shape(rf"{where}/se/conv2d/bias", 1)[0] if has_se else 0
-        if depthwise[2] % filters:
-            raise ConversionError(
-                f"{scope}/depthwise_conv2d/depthwise_kernel has shape {list(depthwise)}, whose channels are "
-                f"not a multiple of the block's {filters} input channels; the backbone is not an EfficientNet"
-            )
-        return depthwise[0], depthwise[2] // filters, project[-1], se
-
-
-def _readable(pattern: str) -> str:
-    return pattern.replace(r"\d+", "N").replace("[^/]+", "…").replace("\\", "")
-
-
-def _group_stages(blocks: list[tuple[int, int, int, int]]) -> tuple[Stage, ...]:
-    """Consecutive blocks with the same kernel size, expansion and width form a stage.
-
-    ``blocks``: (kernel size, expand ratio, output filters, squeeze filters). Raises :class:`ConversionError`
-    if there are not seven stages.
-    """
-    runs: list[tuple[tuple[int, int, int], int]] = []
-    for kernel, expand, out, _ in blocks:
-        key = (kernel, expand, out)
-        if runs and runs[-1][0] == key:
-            runs[-1] = (key, runs[-1][1] + 1)
-        else:
-            runs.append((key, 1))
-    if len(runs) != len(STAGE_STRIDES):
-        raise ConversionError(
-            f"the backbone has {len(runs)} stages, EfficientNet has {len(STAGE_STRIDES)}, so its strides "
-            "cannot be inferred from the weights; this backbone_config is not supported"
-        )
-    return tuple(
-        Stage(repeats, kernel, stride, expand, out)
-        for ((kernel, expand, out), repeats), stride in zip(runs, STAGE_STRIDES, strict=True)
-    )
-
-
 def named_config(
     name: str,
     shapes: Shapes,
     overrides: Mapping[str, Any] | None = None,
     source: str = "",
     settings: Mapping[str, Any] | None = None,
+    stated_by: Mapping[str, str] | None = None,
+    by: str = "--model",
 ) -> Inference:
     """The configuration of the variant ``name``, checked against the variables.
 
-    The number of classes comes from the variables unless ``overrides`` give it. ``source`` and ``settings``
-    are as in :func:`infer_config`. Raises :class:`ConversionError` if the variables belong to a different
-    model, and names that model if it is known.
+    The number of classes comes from the variables unless ``overrides`` give it. ``source``, ``settings`` and
+    ``stated_by`` are as in :func:`infer_config`; ``name``, which the user gave ``by`` these means, outranks
+    what they say of the network's structure. Raises :class:`ConversionError` if the variables belong to a
+    different model, and names that model if it is known; or if ``settings`` name a different one.
     """
-    given, endpoints = _given(overrides, settings)
-    notes: list[str] = []
+    overrides, settings = dict(overrides or {}), dict(settings or {})
+    stated = settings.pop("model", name)
+    if stated != name and by == "--model":
+        witness = (stated_by or {}).get("model", source)
+        raise ConversionError(f"--model says {name}, but {witness} says {stated}; leave out --model")
     config = model_config(name)
+    structure = {
+        key: settings.pop(key)
+        for key in _STRUCTURE & settings.keys()
+        if key != "fpn_weight_method" or not _fits(key, settings[key], {key: config.fpn_weight_method})
+    }
+    given, endpoints, _ = _given(overrides, settings)
+    notes: list[str] = []
     config = config.replace(**{**_hints(config.name, source, notes), **given})
     variant: str | None = config.name
     backbone = config.backbone.ending_at(endpoints) if endpoints else config.backbone
     if backbone != config.backbone:
         variant, config = None, config.replace(name="custom", backbone=backbone)
-    model = _model_variables(shapes)
+    model = model_variables(shapes)
+    Structure(model).reject_unsupported_models()
     anchors = math.prod(model.get("box_net/box-predict/bias", (0,))) // 4
     classes = math.prod(model.get("class_net/class-predict/bias", (0,)))
     if anchors and classes % anchors == 0 and classes:
@@ -414,11 +323,24 @@ def named_config(
     expected = variable_shapes(config)
     wrong = next((key for key, shape in expected.items() if model.get(key) != shape), None)
     if wrong is not None or model.keys() - expected.keys():
-        raise ConversionError(_explain_mismatch(config, model, wrong))
-    return Inference(config, variant, tuple(_assumptions(config, notes, given)))
+        raise ConversionError(_explain_mismatch(config, model, wrong, overrides, source, by))
+    for key, value in structure.items():
+        shown = {key: getattr(config, key)}
+        if key not in overrides and not _fits(key, value, shown):
+            raise ConversionError(
+                _contradiction(key, value, shown, source, (stated_by or {}).get(key, source))
+            )
+    return _inference(config, variant, notes, given)
 
 
-def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | None) -> str:
+def _explain_mismatch(
+    config: EfficientDetConfig,
+    model: Shapes,
+    wrong: str | None,
+    overrides: Mapping[str, Any],
+    source: str,
+    by: str,
+) -> str:
     if wrong is None:
         extra = min(model.keys() - variable_shapes(config).keys())
         what = f"the checkpoint has {extra}, which {config.name} does not"
@@ -428,12 +350,16 @@ def _explain_mismatch(config: EfficientDetConfig, model: Shapes, wrong: str | No
         needed = list(variable_shapes(config)[wrong])
         what = f"{wrong} has shape {list(model[wrong])}, {config.name} needs {needed}"
     try:
-        likely = infer_config(model).config.name
+        found, likely = Structure(model).read(), infer_config(model).config.name
     except (ConfigError, ConversionError):
-        return f"{what}; leave out --model to have it inferred"
+        return f"{what}; leave out {by} to have it inferred"
+    for key, value in overrides.items():
+        if likely == config.name and key in found and not _fits(key, value, found):
+            return _contradiction(key, value, found, source, None)
     hint = (
-        "leave out --model"
+        f"leave out {by}"
         if likely in ("custom", config.name)
         else f"these are the variables of {likely}: give --model {likely}"
+        + ("" if by == "--model" else f" instead of {by}")
     )
     return f"{what}; {hint}"

@@ -12,7 +12,7 @@ import numpy as np
 
 from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError, ConversionError
-from porting.infer import Inference, infer_config
+from porting.infer import Inference, configure
 from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, STATISTICS, model_name
 from tf_reference.variables import variables
 
@@ -59,7 +59,7 @@ def inspect(checkpoint: Checkpoint) -> Inspection:
     model = _model_shapes(entries)
     inference, unexpected = None, []
     try:
-        inference = infer_config(entries, checkpoint.source, settings=checkpoint.settings)
+        inference = configure(checkpoint)
     except (ConfigError, ConversionError) as error:
         unexpected.append(str(error))
     if inference:

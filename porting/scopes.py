@@ -26,8 +26,26 @@ TRAINING_SCALARS = frozenset(
     }
 )
 
+#: Scopes of AutoML's segmentation head, by name and in the tree of objects (``efficientdet_keras.py``). This
+#: project builds the detector only.
+SEGMENTATION_SCOPES = ("segmentation_head/", "seg_head/")
+
+#: Why a checkpoint of AutoML's other pyramid is rejected.
+QUFPN = (
+    "was trained with fpn_name=qufpn (QuFPN, a pyramid of four paths), which this project does not build; "
+    "only BiFPN is supported"
+)
+
 #: Scope of a head → the beginning of the names of its layers.
 HEADS = {"class_net": "class", "box_net": "box"}
+
+
+def is_qufpn(nodes: int, levels: int) -> bool:
+    """Whether a cell of ``nodes`` nodes is QuFPN's: four paths of ``levels`` − 1 nodes, and a sum per level.
+
+    Source: AutoML ``fpn_configs.py``.
+    """
+    return levels > 1 and nodes == 5 * levels - 4
 
 
 def model_name(name: str) -> str | None:

@@ -52,6 +52,14 @@ def memory_of(config: EfficientDetConfig, values: dict[str, np.ndarray], **extra
     return Memory({**arrays, **extra}, automl_graph(config))
 
 
+def test_qufpn_is_named() -> None:
+    """Its cells have 21 nodes for 5 levels, not 8."""
+    nodes = {f"fpn_cells/cells/0/fnodes/{node}/vars/0": Variable(VALUE, "", ()) for node in range(21)}
+    heads = {f"box_net/bns/0/{level}/gamma": Variable(VALUE, "", ()) for level in range(5)}
+    with pytest.raises(CheckpointError, match="run/ckpt-1 was trained with fpn_name=qufpn"):
+        _ = KerasNames({**nodes, **heads}, None, "run/ckpt-1").num_levels
+
+
 # --- files that Google wrote ----------------------------------------------------------------------------
 
 
@@ -384,10 +392,10 @@ def test_a_slot_of_a_different_shape_is_rejected() -> None:
 def test_unknown_parts_of_the_model_keep_their_path_and_are_rejected() -> None:
     config = tiny()
     values, paths = seeded(config), automl_paths(config)
-    extra = "seg_head/con2d_ts/0/kernel"
+    extra = "mask_head/conv_ts/0/kernel"
     arrays = {paths[name] + VALUE: value for name, value in values.items()}
     arrays[extra + VALUE] = np.zeros(3, np.float32)
-    checkpoint = read(Memory(arrays, automl_graph(config, {extra: "segmentation_head/kernel"})))
+    checkpoint = read(Memory(arrays, automl_graph(config, {extra: "mask_head/kernel"})))
     assert checkpoint.shapes[extra] == (3,)
     with pytest.raises(ConversionError, match=f"{extra} is not a variable of"):
         choose_variables(checkpoint, config, raw=False)

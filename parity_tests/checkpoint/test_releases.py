@@ -27,6 +27,7 @@ from parity_tests.helpers.servers import BODY, Handler, Server, encode
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
 from porting.errors import CheckpointError, EfficientDetError, OutputError
+from porting.hparams import UNSEEN
 from porting.infer import ADVPROP, infer_config
 from porting.sources import download
 from porting.sources import google_releases as releases
@@ -795,6 +796,9 @@ def test_a_release_opens_by_its_name(server: Server, tmp_path: Path, monkeypatch
         assert np.array_equal(checkpoint["v"], variables["v"])
         archive = cache / "efficientdet-d0-advprop" / "efficientdet-d0-advprop.tar.gz"
         assert checkpoint.source == f"{archive}:efficientdet-d0/model"
+        # The name is that of AutoML's own configuration, so the network's function is known.
+        assert checkpoint.stated_by == dict.fromkeys(UNSEEN, "the release efficientdet-d0-advprop")
+        assert checkpoint.settings["act_type"] == "swish"
     assert server.requests[0]["path"] == "/e/advprop/efficientdet-d0.tar.gz"
     assert list(work.iterdir()) == []
     with pytest.raises(

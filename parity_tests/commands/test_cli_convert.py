@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from parity_tests.helpers.paths import GOLDENS, ROOT, TOOLS
+from parity_tests.helpers.small_models import seeded
 from parity_tests.helpers.tflite_files import TINY
 from porting.checkpoint.v2.writer import write_bundle
 from porting.scopes import EMA_SUFFIX, STATISTICS
@@ -135,6 +136,98 @@ def test_settings_of_the_file_are_written_with_the_weights(tmp_path: Path) -> No
     assert "anchor_scale" not in row
 
 
+PAIRS = "[(1.0,1.0),(1.4,0.7),(0.7,1.4)]"
+YAML_PAIRS = "- !!python/tuple [1.0, 1.0]\n- [1.4, 0.7]\n- !!python/tuple\n  - 0.7\n  - 1.4\n"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "shown"),
+    [
+        ("[1.0,2.0,0.5]", "1/2/0.5"),
+        ("1.0*2.0*0.5", "1/2/0.5"),
+        ("(1,2,0.5)", "1/2/0.5"),
+        (PAIRS, "1×1/1.4×0.7/0.7×1.4"),
+        ("[[1.0,1.0],[1.4,0.7],[0.7,1.4]]", "1×1/1.4×0.7/0.7×1.4"),
+        ("[1.0,(1.4,0.7),0.5]", "1/1.4×0.7/0.5"),
+        ("yaml:[1.0, 2.0, 0.5]", "1/2/0.5"),
+        ("yaml:[[1.0, 1.0], [1.4, 0.7], [0.7, 1.4]]", "1×1/1.4×0.7/0.7×1.4"),
+        ("yaml:\n" + YAML_PAIRS, "1×1/1.4×0.7/0.7×1.4"),
+        ("beside:\n" + YAML_PAIRS, "1×1/1.4×0.7/0.7×1.4"),
+    ],
+)
+def test_every_way_of_writing_ratios(ratios: str, shown: str, tmp_path: Path, one_cell: Path) -> None:
+    """The whole command: as text, in a YAML file, and in the run's own config.yaml."""
+    where, _, value = ratios.rpartition(":")
+    as_json = ratios != PAIRS  # the table is printed then too, elsewhere
+    given: list[object] = []
+    if where == "beside":
+        folder = tmp_path / "run"
+        shutil.copytree(one_cell, folder)
+        (folder / "config.yaml").write_text(f"aspect_ratios:{value}")
+    else:
+        folder, text = one_cell, f"aspect_ratios={value}"
+        if where == "yaml":
+            text = str(tmp_path / "hparams.yaml")
+            Path(text).write_text(f"aspect_ratios: {value}")
+        given = ["--hparams", text]
+    done = convert("--ckpt", folder, "--out", "x.safetensors", *given, *["--json"] * as_json, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    row = " ".join((done.stderr if as_json else done.stdout).split())
+    assert f"aspect_ratios {shown}" in row
+    numbers = [[float(side) for side in ratio.split("×")] for ratio in shown.split("/")]
+    expected = [tuple(sides) if len(sides) == 2 else sides[0] for sides in numbers]
+    assert load_model(tmp_path / "x.safetensors").config.aspect_ratios == tuple(expected)
+    if as_json:
+        config = json.loads(done.stdout)["config"]
+        assert config["aspect_ratios"] == [list(r) if isinstance(r, tuple) else r for r in expected]
+
+
+@pytest.fixture(scope="module")
+def one_cell(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one_cell") / "run"
+    small = model_config(MODEL, fpn_cell_repeats=1, box_class_repeats=1, num_classes=2)
+    write_bundle(folder / "model", seeded(small))
+    return folder
+
+
+def test_the_run_s_own_config_is_read_and_named(tmp_path: Path, one_cell: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(one_cell, folder)
+    (folder / "config.yaml").write_text("image_size: 416x320\nsurvival_prob: 0.8\nlearning_rate: 0.1\n")
+    done = convert("--ckpt", "run", "--out", "x.safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "stated by run/config.yaml: image_size 320×416; survival_prob 0.8" in " ".join(done.stdout.split())
+    assert load_model(tmp_path / "x.safetensors").config.image_size == (320, 416)
+    done = convert(
+        "--ckpt", "run", "--out", "y.safetensors", "--hparams", "image_size=640", "--json", cwd=tmp_path
+    )
+    summary = json.loads(done.stdout)
+    assert summary["stated_by"] == {"survival_prob": "run/config.yaml"}
+    assert summary["config"]["image_size"] == [640, 640]
+    assert not [line for line in summary["assumed"] if "image size" in line or "residual" in line]
+    (folder / "config.yaml").write_text("num_classes: 3")
+    done = convert("--ckpt", "run", "--out", "z.safetensors", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "run/config.yaml says num_classes is 3, but the variables in run/model say 2" in done.stderr
+    assert not (tmp_path / "z.safetensors").exists()
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_a_verdict_names_what_is_assumed(tmp_path: Path, one_cell: Path) -> None:
+    sentence = (
+        "proven for these assumed settings: activation relu6, no residual in the heads, pooling after "
+        "resampling convolutions; only the original graph or config can confirm them"
+    )
+    done = convert("--ckpt", one_cell, "--verify", "--size", 64, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sentence in " ".join(done.stderr.split())
+    assert json.loads(done.stdout)["parity"]["about_assumed"] == sentence
+    hparams = "act_type=relu6,survival_prob=None,conv_after_downsample=false"
+    done = convert("--ckpt", one_cell, "--verify", "--size", 64, "--hparams", hparams, "--json", cwd=tmp_path)
+    assert "assumed settings" not in done.stderr
+    assert json.loads(done.stdout)["parity"]["about_assumed"] is None
+
+
 @pytest.mark.usefixtures("tensorflow")
 def test_verify_prints_every_layer_and_passes(tmp_path: Path) -> None:
     done = convert("--ckpt", f"synthetic:{MODEL}", "--verify", "--size", 128, cwd=tmp_path)
@@ -143,6 +236,7 @@ def test_verify_prints_every_layer_and_passes(tmp_path: Path) -> None:
         assert line in done.stdout
     assert "passed float64: 211 activations" in done.stdout
     assert "passed float32: 211 activations" in done.stdout
+    assert "assumed settings" not in done.stdout  # the name says how the network computes
     assert (tmp_path / "synthetic" / MODEL / "model.index").exists()
     assert (tmp_path / "efficientdet_lite0.safetensors").exists()
 

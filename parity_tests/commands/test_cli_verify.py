@@ -11,7 +11,9 @@ import torch
 
 from parity_tests.helpers.commands import verify
 from porting.checkpoint import open_checkpoint
+from porting.cli.commands.verify import still_assumed
 from porting.convert import convert
+from porting.infer import configure
 from porting.sources.open import write_synthetic
 from pytorch_model.config import BN_EPSILON, model_config
 from pytorch_model.weights.files import read_weights, write_weights
@@ -48,9 +50,25 @@ def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
     assert summary["float64"]["activations"] == 211
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["passed"]
+    assert report["about_assumed"] == summary["about_assumed"]
+    assert summary["about_assumed"].startswith(
+        "proven for these assumed settings: activation relu6, no resid"
+    )
     assert [row["name"] for row in report["variants"]] == [row["name"] for row in summary["variants"]]
     assert "bfloat16" in [row["name"] for row in report["variants"]]
     assert "fpn_cells/cell_2/fnode7" in (folder / "out" / "report.html").read_text()
+
+
+def test_what_was_given_when_the_weights_were_ported_is_not_assumed(folder: Path) -> None:
+    with open_checkpoint(folder / "synthetic" / CONFIG.name) as checkpoint:
+        inference = configure(checkpoint)
+        conversion = convert(checkpoint, CONFIG)
+    lines = ("activation relu6", "no residual in the heads", "pooling after resampling convolutions")
+    assert still_assumed(inference, conversion, {}) == lines
+    about = {"assumed": json.dumps(["image size 320×320", lines[1]])}
+    assert still_assumed(inference, conversion, about) == lines[1:2]
+    assert still_assumed(inference, conversion, {"assumed": "not JSON"}) == lines
+    assert still_assumed(inference.confirmed(), conversion, {}) == ()
 
 
 @pytest.mark.usefixtures("tensorflow")

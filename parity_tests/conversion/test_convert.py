@@ -92,6 +92,24 @@ def test_the_account_balances(tmp_path: Path, content: Variables, config: Effici
     EfficientDet(config).load_state_dict(conversion.state_dict)
 
 
+def test_a_segmentation_head_is_left_out_and_accounted_for(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    """By its names in graphs and .h5 files, and by its path in object-based checkpoints."""
+    head = {
+        f"{scope}/{name}{suffix}": np.zeros(3, np.float32)
+        for scope in ("segmentation_head", "seg_head")
+        for name in ("bn_0/gamma", "conv2d_transpose_4/bias")
+        for suffix in ("", EMA_SUFFIX, "/Momentum")
+    }
+    write_bundle(tmp_path / "model", {**content, **head})
+    with open_checkpoint(tmp_path) as checkpoint:
+        conversion = convert(checkpoint, infer_config(checkpoint.shapes).config)
+    why = "the segmentation head, which is not ported: the detector does not run it"
+    assert sorted(conversion.coverage.unused[why]) == sorted(head)
+    assert conversion.digest == port(tmp_path / "plain", content, config).digest
+
+
 def drop(name: str) -> Callable[[Variables], None]:
     def change(content: Variables) -> None:
         del content[name]

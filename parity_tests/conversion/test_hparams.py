@@ -14,6 +14,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from parity_tests.helpers.configs import AUTOML_DEFAULTS as DEFAULTS
 from parity_tests.helpers.paths import ROOT
 from porting.errors import ConfigError
 from porting.hparams import Hparams, given_names, read_hparams
@@ -24,85 +25,8 @@ from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.labels.known import COCO_NAMES, LABEL_MAPS
 from tf_reference.variables import variable_shapes
 
-# The config.yaml that AutoML's training of a D1 on COCO writes: every hyper-parameter, at its default.
-DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(
-        [
-            *("autoaugment_policy", "backbone_config", "ckpt_var_scope", "dataset_type", "fpn_config"),
-            *("fpn_name", "fpn_weight_method", "img_summary_steps", "iou_loss_type", "label_map"),
-            *("loss_scale", "positives_momentum", "sample_image", "strategy", "survival_prob"),
-            *("target_size", "var_freeze_expr"),
-        ]
-    ),
-    **dict.fromkeys(
-        [
-            *("conv_after_downsample", "conv_bn_act_pattern", "grad_checkpoint", "grid_mask"),
-            *("mixed_precision", "regenerate_source_id", "scale_range"),
-        ],
-        False,
-    ),
-    **dict.fromkeys(
-        [
-            *("apply_bn_for_resampling", "drop_remainder", "input_rand_hflip", "is_training_bn"),
-            *("separable_conv", "skip_crowd_during_training", "skip_mismatch", "use_keras_model"),
-        ],
-        True,
-    ),
-    "act_type": "swish",
-    "alpha": 0.25,
-    "anchor_scale": 4.0,
-    "aspect_ratios": [1.0, 2.0, 0.5],
-    "backbone_name": "efficientnet-b1",
-    "box_class_repeats": 3,
-    "box_loss_weight": 50.0,
-    "clip_gradients_norm": 10.0,
-    "data_format": "channels_last",
-    "delta": 0.1,
-    "first_lr_drop_epoch": 200.0,
-    "fpn_cell_repeats": 4,
-    "fpn_num_filters": 88,
-    "gamma": 1.5,
-    "heads": ["object_detection"],
-    "image_size": (640, 640),
-    "iou_loss_weight": 1.0,
-    "jitter_max": 2.0,
-    "jitter_min": 0.1,
-    "label_smoothing": 0.0,
-    "learning_rate": 0.08,
-    "lr_decay_method": "cosine",
-    "lr_warmup_epoch": 1.0,
-    "lr_warmup_init": 0.008,
-    "map_freq": 5,
-    "max_instances_per_image": 100,
-    "max_level": 7,
-    "mean_rgb": [123.675, 116.28, 103.53],
-    "min_level": 3,
-    "model_optimizations": {},
-    "momentum": 0.9,
-    "moving_average_decay": 0.9998,
-    "name": "efficientdet-d1",
-    "nms_configs": {
-        "iou_thresh": None,
-        "max_nms_inputs": 0,
-        "max_output_size": 100,
-        "method": "gaussian",
-        "pyfunc": False,
-        "score_thresh": 0.0,
-        "sigma": None,
-    },
-    "num_classes": 90,
-    "num_epochs": 300,
-    "num_scales": 3,
-    "optimizer": "sgd",
-    "poly_lr_power": 0.9,
-    "save_freq": "epoch",
-    "second_lr_drop_epoch": 250.0,
-    "seg_num_classes": 3,
-    "stddev_rgb": [0.229 * 255, 0.224 * 255, 0.225 * 255],
-    "tflite_max_detections": 100,
-    "verbose": 1,
-    "weight_decay": 4e-5,
-}
+#: Names that set several things, or nothing alone.
+SPECIAL = {"fpn_name", "name", "scale_range"}
 
 
 def written(tmp_path: Path, content: str | bytes) -> str:
@@ -128,7 +52,7 @@ def test_the_yaml_of_a_training_run_is_the_model(tmp_path: Path) -> None:
     assert found.config.stddev_rgb == pytest.approx(plain.stddev_rgb)
     assert found.assumed == ()  # all of it was given
     assert set(read.ignored) == {
-        name for name in DEFAULTS if name not in {*FIELDS, *FIXED, "name", "nms_configs", "scale_range"}
+        name for name in DEFAULTS if name not in {*FIELDS, *FIXED, *SPECIAL, "nms_configs"}
     }
 
 
@@ -188,6 +112,15 @@ def test_each_default_alone_is_accepted(name: str, tmp_path: Path) -> None:
         ("aspect_ratios=[1.0,[1.4,0.7]]", {"aspect_ratios": (1.0, (1.4, 0.7))}),
         ("separable_conv=true,fpn_name=None,heads=['object_detection']", {}),
         ("fpn_name=bifpn,backbone_config=None,model_optimizations={}", {}),
+        ("fpn_name=bifpn_dyn", {}),
+        ("fpn_name=bifpn_dyn,fpn_weight_method=attn", {"fpn_weight_method": "attn"}),
+        ("fpn_name=bifpn_fa", {"fpn_weight_method": "fastattn"}),
+        ("fpn_name=bifpn_sum", {"fpn_weight_method": "sum"}),
+        ("fpn_name=bifpn_sum,fpn_weight_method=None", {"fpn_weight_method": "sum"}),  # AutoML's D6 of 2020-05
+        ("fpn_weight_method=sum,fpn_name=bifpn_sum", {"fpn_weight_method": "sum"}),
+        ("use_native_resize_op=true,pooling_type=max", {}),
+        ("heads=['object_detection','segmentation']", {}),
+        ("heads=segmentation*object_detection", {}),
         ("learning_rate=0.1,var_freeze_expr=(efficientnet|fpn_cells),label_map={1:'a,b',2:'c'}", {}),
     ],
 )
@@ -211,8 +144,8 @@ def test_nms_ignored_and_model() -> None:
 
 
 def test_every_field_of_a_configuration_can_be_given() -> None:
-    fields = {field.name for field in dataclasses.fields(EfficientDetConfig)} - {"name", "class_names"}
-    assert {field for field, _ in FIELDS.values()} == fields
+    fields = {field.name for field in dataclasses.fields(EfficientDetConfig)} - {"name"}
+    assert {field for field, _ in FIELDS.values()} == fields - {"class_names"}
     assert {name.removeprefix("nms_configs.") for name in NMS_FIELDS} == {
         field.name for field in dataclasses.fields(NMSConfig)
     } - {"scope"}  # AutoML has two functions there, no hyper-parameter
@@ -348,12 +281,19 @@ def test_a_label_map_of_another_model() -> None:
         ("separable_conv=false", "separable_conv=False makes a network .* only separable_conv=True"),
         ("separable_conv=1", "separable_conv=1 makes"),
         ("apply_bn_for_resampling=false", "apply_bn_for_resampling=False makes"),
-        ("fpn_name=qufpn", "fpn_name='qufpn' makes"),
+        ("fpn_name=qufpn", "fpn_name='qufpn' makes a QuFPN, a network .* only bifpn, bifpn_dyn"),
+        ("fpn_name=qufpn_fa", "fpn_name='qufpn_fa' makes a QuFPN"),
+        ("fpn_name=[1]", r"fpn_name=\[1\] makes a network"),
+        (
+            "fpn_name=bifpn_sum,fpn_weight_method=attn",
+            "fpn_name=bifpn_sum and fpn_weight_method='attn' contra",
+        ),
         ("fpn_config={'nodes':[]}", "fpn_config=.* makes"),
         ("backbone_config={}", "backbone_config={} makes"),
         ("backbone_config.blocks=[1]", r"backbone_config\.blocks=\[1\] makes .*; leave it out"),
-        ("heads=['object_detection','segmentation']", "heads=.* makes"),
-        ("heads=object_detection*segmentation", "heads=.* makes"),
+        ("heads=['segmentation']", "heads=.* makes"),
+        ("heads=segmentation", "heads=.* makes"),
+        ("pooling_type=avg", "pooling_type='avg' makes"),
         ("model_optimizations={'prune':{}}", "model_optimizations=.* makes"),
         ("act_type=srelu", "act_type is 'srelu', must be one of swish,"),
         ("act_type=identity", "must be one of"),
@@ -435,6 +375,8 @@ def test_text_that_is_rejected(text: str, message: str) -> None:
         ("num_classes: 20\nnum_clases: 3", "did you mean num_classes"),
         ("x: !!python/object/apply:os.system ['true']", "is not YAML: line 1: could not determine"),
         ("x: !!python/name:os.system", "is not YAML"),
+        ("!!python/object:subprocess.Popen {num_classes: 3}", "is not YAML: line 1: could not determine"),
+        ("!!python/object/new:hparams_config.Config {num_classes: 3}", "is not YAML: line 1: could not"),
         ("learning_rate: 2020-99-99", "holds a value that means nothing|is not YAML"),
         ("? [1]\n: 2", "is not YAML: line 1: "),
         ("num_classes: &a [*a]", r"line 1 refers to another value \(\*a\)"),
@@ -452,6 +394,14 @@ def test_yaml_that_is_rejected(content: str | bytes, message: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=message) as caught:
         read_hparams(written(tmp_path, content))
     assert "\n" not in str(caught.value)
+
+
+def test_the_class_of_automl_is_read_as_a_mapping(tmp_path: Path) -> None:
+    """No object is made. Another class is rejected, see above."""
+    text = "!!python/object:hparams_config.Config\nnum_classes: 3\n"
+    text += "nms_configs: !!python/object:x.Config\n  method: hard"
+    read = read_hparams(written(tmp_path, text))
+    assert (read.overrides, read.nms) == ({"num_classes": 3}, {"method": "hard"})
 
 
 def test_yaml_that_is_accepted(tmp_path: Path) -> None:
@@ -499,7 +449,7 @@ def test_yaml_is_imported_only_for_yaml() -> None:
 
 # Any input gives a result or a ConfigError
 
-NAMES = [*FIELDS, *NMS_FIELDS, *FIXED, *sorted(IGNORED), "name", "scale_range", "device.x", "bogus"]
+ANY_NAME = [*FIELDS, *NMS_FIELDS, *FIXED, *sorted(IGNORED), *sorted(SPECIAL), "device.x", "bogus"]
 VALUES = st.one_of(
     st.text(max_size=20),
     st.sampled_from(
@@ -511,7 +461,7 @@ VALUES = st.one_of(
     st.lists(st.floats(0.1, 10), max_size=4).map(str),
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2).map(repr),
 )
-PAIRS = st.lists(st.tuples(st.sampled_from(NAMES) | st.text(max_size=8), VALUES), max_size=6)
+PAIRS = st.lists(st.tuples(st.sampled_from(ANY_NAME) | st.text(max_size=8), VALUES), max_size=6)
 
 
 def read_or_reject(text: str) -> None:
@@ -563,12 +513,12 @@ YAML_VALUES = st.recursive(
     | st.text(st.characters(codec="utf-8"), max_size=10)
     | st.dates()
     | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ANY_NAME), inner, max_size=3),
     max_leaves=8,
 )
 
 
-@given(st.dictionaries(st.sampled_from(NAMES), YAML_VALUES, max_size=6))
+@given(st.dictionaries(st.sampled_from(ANY_NAME), YAML_VALUES, max_size=6))
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_yaml_values(tmp_path: Path, values: dict[str, Any]) -> None:
     read_or_reject(written(tmp_path, yaml.safe_dump(values)))
@@ -584,6 +534,9 @@ def test_any_yaml_values(tmp_path: Path, values: dict[str, Any]) -> None:
 @example("a: !!float ''")
 @example("a: !!binary é")
 @example("a: !!python/tuple 3")
+@example("a: !!python/object:Config 3")
+@example("!!python/object:x.Config [1]")
+@example("!!python/object:Config {? {a: b} : c}")
 @example("a: &a !!python/tuple [*a]")
 @example("<<: 3")
 @example("<<: *x")

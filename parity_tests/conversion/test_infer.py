@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 
 from parity_tests.helpers.configs import configs
 from porting.errors import ConfigError, ConversionError
-from porting.infer import INDISTINGUISHABLE, infer_config, named_config
+from porting.infer import INDISTINGUISHABLE, infer_config, named_config, setting_lines
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes
 
@@ -274,3 +276,50 @@ def test_an_override_that_contradicts_the_variables_is_rejected() -> None:
         ).config.fpn_weight_method
         == "attn"
     )
+
+
+# AutoML's other network parts
+
+
+def google_names(shared: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Keras D0 that Google's code saved as .h5, by AutoML's names."""
+    listed = json.loads((shared / f"exports/names_h5_{name}.json").read_text())
+    return {path.partition("/")[2].removesuffix(":0"): tuple(shape) for path, shape in listed.items()}
+
+
+@pytest.mark.parametrize("model", [None, "efficientdet-d0"])
+def test_the_detector_beside_a_segmentation_head(shared: Path, model: str | None) -> None:
+    shapes = google_names(shared, "seg")
+    assert any(name.startswith("segmentation_head/") for name in shapes)
+    found = named_config(model, shapes) if model else infer_config(shapes)
+    assert found.config == model_config("efficientdet-d0", num_classes=3)
+
+
+@pytest.mark.parametrize("model", [None, "efficientdet-d0"])
+def test_qufpn_is_named(shared: Path, model: str | None) -> None:
+    shapes = google_names(shared, "qufpn")
+    with pytest.raises(ConversionError, match=r"model was trained with fpn_name=qufpn \(QuFPN, a"):
+        _ = named_config(model, shapes) if model else infer_config(shapes)
+
+
+@pytest.mark.parametrize("levels", [3, 5, 6])
+def test_qufpn_of_any_height_is_named(levels: int) -> None:
+    config = model_config("efficientdet-d0", max_level=2 + levels)
+    shapes = dict(variable_shapes(config))
+    for node in range(2 * levels - 2, 5 * levels - 4):
+        shapes[f"fpn_cells/cell_0/fnode{node}/WSM"] = ()
+    with pytest.raises(ConversionError, match="fpn_name=qufpn"):
+        infer_config(shapes)
+    del shapes[f"fpn_cells/cell_0/fnode{5 * levels - 5}/WSM"]
+    infer_config(shapes)  # conversion will find the nodes that are too many
+
+
+def test_the_original_graph_confirms_the_function() -> None:
+    found = infer_config(variable_shapes(model_config("efficientdet-d0")), overrides={"act_type": "relu"})
+    assert found.unseen == ("fpn_weight_method", "survival_prob", "conv_after_downsample")
+    left = found.confirmed()
+    assert left.unseen == ()
+    assert set(found.assumed) - set(left.assumed) == set(setting_lines(found.config, found.unseen))
+    assert "image size 512×512" in left.assumed  # a graph of one size does not say that it was trained so
+    summed = infer_config(variable_shapes(model_config("efficientdet-d7")), "efficientdet-d7/model")
+    assert "fpn_weight_method" not in summed.unseen  # there are no fusion weights

@@ -1,6 +1,8 @@
-"""Small random configurations: every part of the network, few weights."""
+"""Small random configurations: every part of the network, few weights; and AutoML's own defaults."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -61,3 +63,84 @@ def configs(draw: st.DrawFn) -> EfficientDetConfig:
         conv_bn_act_pattern=draw(st.booleans()),
         survival_prob=draw(st.sampled_from([None, 0.8])),
     )
+
+
+#: The config.yaml that AutoML's training of a D1 on COCO writes: every hyper-parameter, at its default.
+AUTOML_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(
+        [
+            *("autoaugment_policy", "backbone_config", "ckpt_var_scope", "dataset_type", "fpn_config"),
+            *("fpn_name", "fpn_weight_method", "img_summary_steps", "iou_loss_type", "label_map"),
+            *("loss_scale", "positives_momentum", "sample_image", "strategy", "survival_prob"),
+            *("target_size", "var_freeze_expr"),
+        ]
+    ),
+    **dict.fromkeys(
+        [
+            *("conv_after_downsample", "conv_bn_act_pattern", "grad_checkpoint", "grid_mask"),
+            *("mixed_precision", "regenerate_source_id", "scale_range"),
+        ],
+        False,
+    ),
+    **dict.fromkeys(
+        [
+            *("apply_bn_for_resampling", "drop_remainder", "input_rand_hflip", "is_training_bn"),
+            *("separable_conv", "skip_crowd_during_training", "skip_mismatch", "use_keras_model"),
+        ],
+        True,
+    ),
+    "act_type": "swish",
+    "alpha": 0.25,
+    "anchor_scale": 4.0,
+    "aspect_ratios": [1.0, 2.0, 0.5],
+    "backbone_name": "efficientnet-b1",
+    "box_class_repeats": 3,
+    "box_loss_weight": 50.0,
+    "clip_gradients_norm": 10.0,
+    "data_format": "channels_last",
+    "delta": 0.1,
+    "first_lr_drop_epoch": 200.0,
+    "fpn_cell_repeats": 4,
+    "fpn_num_filters": 88,
+    "gamma": 1.5,
+    "heads": ["object_detection"],
+    "image_size": (640, 640),
+    "iou_loss_weight": 1.0,
+    "jitter_max": 2.0,
+    "jitter_min": 0.1,
+    "label_smoothing": 0.0,
+    "learning_rate": 0.08,
+    "lr_decay_method": "cosine",
+    "lr_warmup_epoch": 1.0,
+    "lr_warmup_init": 0.008,
+    "map_freq": 5,
+    "max_instances_per_image": 100,
+    "max_level": 7,
+    "mean_rgb": [123.675, 116.28, 103.53],
+    "min_level": 3,
+    "model_optimizations": {},
+    "momentum": 0.9,
+    "moving_average_decay": 0.9998,
+    "name": "efficientdet-d1",
+    "nms_configs": {
+        "iou_thresh": None,
+        "max_nms_inputs": 0,
+        "max_output_size": 100,
+        "method": "gaussian",
+        "pyfunc": False,
+        "score_thresh": 0.0,
+        "sigma": None,
+    },
+    "num_classes": 90,
+    "num_epochs": 300,
+    "num_scales": 3,
+    "optimizer": "sgd",
+    "poly_lr_power": 0.9,
+    "save_freq": "epoch",
+    "second_lr_drop_epoch": 250.0,
+    "seg_num_classes": 3,
+    "stddev_rgb": [0.229 * 255, 0.224 * 255, 0.225 * 255],
+    "tflite_max_detections": 100,
+    "verbose": 1,
+    "weight_decay": 4e-5,
+}

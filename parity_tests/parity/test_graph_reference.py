@@ -409,6 +409,10 @@ def test_command_line(d0: tuple[Path, EfficientDetConfig, Variables, np.ndarray]
     assert summary["reference"] == str(folder / "model.meta")
     assert (summary["float32"]["activations"], summary["float32"]["absent"]) == (227, 0)
     assert "float64" not in summary
+    assert summary["about_assumed"] == (
+        f"confirmed by {folder / 'model.meta'}: activation swish, fusion fastattn, no residual in the heads, "
+        "pooling after resampling convolutions"
+    )
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["metadata"]["reference"] == str(folder / "model.meta")
     shutil.copy(unpacked("d0_train", folder), folder / "train.meta")

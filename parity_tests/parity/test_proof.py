@@ -14,7 +14,10 @@ from porting.convert import Conversion, Coverage, apply_rules, variables_digest
 from porting.errors import EfficientDetError, WeightsError
 from porting.parity.inputs import seeded_images, verification_size
 from porting.parity.lockstep import TapResult
+from porting.parity.proof import about_assumed
+from porting.parity.report.content import report_dict
 from porting.parity.report.from_proof import build_report
+from porting.parity.report.html import render
 from porting.rules import rules, taps
 from porting.synthetic import synthetic_variables
 
@@ -72,6 +75,7 @@ def test_a_right_port_passes_and_nothing_is_printed(
     assert sorted(recorder.compared_taps) == sorted(2 * names)
     assert json.loads(json.dumps(proof.figures()))["float32"]["passed"]
     assert capfd.readouterr() == ("", "")
+    assert proof.about_assumed is None  # all settings of the network are known
     report = build_report(proof, conversion, origin={"source": "x"}, environment={"torch": "y"})
     assert list(report.metadata) == ["source", "values", "variables_sha256", "picture", "torch"]
     assert report.metadata["picture"] == "64×64, seeded"
@@ -110,3 +114,50 @@ def test_the_size_of_a_verification() -> None:
     for text in ("0", "-5", "big", "1x2x3", "96X64"):
         with pytest.raises(EfficientDetError, match=f"--size {text} is not a size"):
             verification_size(large, text)
+
+
+ASSUMED = ("activation swish", "no residual in the heads")
+
+
+@pytest.mark.parametrize(
+    ("passed", "original", "sentence"),
+    [
+        (
+            True,
+            None,
+            "proven for these assumed settings: activation swish, no residual in the heads; only the "
+            "original graph or config can confirm them",
+        ),
+        (False, None, None),
+        (None, None, None),
+        (True, "model.meta", "confirmed by model.meta: activation swish, no residual in the heads"),
+        (
+            False,
+            "model.meta",
+            "these settings are assumed, and may be the cause: activation swish, no residual in the heads; "
+            "--hparams sets them",
+        ),
+        (
+            None,
+            "model.tflite",
+            "still assumed, because this reference is too coarse to confirm them: activation swish, no "
+            "residual in the heads",
+        ),
+    ],
+)
+def test_what_a_verdict_says_of_assumed_settings(
+    passed: bool | None, original: str | None, sentence: str | None
+) -> None:
+    assert about_assumed(ASSUMED, passed, original) == sentence
+    assert about_assumed((), passed, original) is None
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_assumed_settings_stand_with_the_verdict(conversion: Conversion, images: np.ndarray) -> None:
+    """In the figures for --json and in both forms of the report."""
+    proof = porting.parity.prove(conversion, images, assumed=ASSUMED)
+    assert proof.figures()["assumed"] == list(ASSUMED)
+    assert proof.figures()["about_assumed"].startswith("proven for these assumed settings: activation swish")
+    report = build_report(proof, conversion, origin={}, environment={})
+    assert report_dict(report)["about_assumed"] == proof.about_assumed
+    assert "proven for these assumed settings: activation swish" in render(report)

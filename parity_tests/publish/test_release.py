@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import Conversion, apply_rules, convert
 from porting.errors import EfficientDetError, OutputError
-from porting.infer import infer_config
+from porting.infer import infer_config, setting_lines
 from porting.parity import ParityResult, compare, tensorflow_reference
 from porting.parity.lockstep import Observer
 from porting.parity.report.html import _embeddable
@@ -565,7 +566,14 @@ def test_a_release_as_a_library_call(checkpoint: Path, tmp_path: Path) -> None:
         assert made.folder == tmp_path / "mine"
         assert problems(made.folder, convert(opened, inference.config)) == []
         assert heard == list(made.checks)
-        assert "licence of the weights: unknown" in (made.folder / CARD).read_text()
+        card = (made.folder / CARD).read_text()
+        assert "licence of the weights: unknown" in card
+        lines = setting_lines(inference.config, inference.unseen)
+        assert f"\nThe port is proven for these assumed settings: {', '.join(lines)}; only the" in card
+        known = dataclasses.replace(inference, unseen=())
+        again = dataclasses.replace(request, name="known")
+        sure = make_release(again, opened, known, lambda config: images, prove)
+        assert "proven for these assumed settings" not in (sure.folder / CARD).read_text()
         with pytest.raises(OutputError, match="it is not empty"):
             make_release(request, opened, inference, lambda config: images, prove)
 

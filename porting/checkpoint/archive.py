@@ -68,6 +68,9 @@ class _ArchivedCheckpoint(Checkpoint):
     def __init__(self, inner: Checkpoint, archive: Path, folder: Path) -> None:
         source, *notes = (_spoken(text, archive, folder) for text in (inner.source, *inner.notes))
         super().__init__(source, inner.format, inner.shapes, inner.dtypes, notes, inner.settings)
+        self.stated_by = {
+            field: _spoken(witness, archive, folder) for field, witness in inner.stated_by.items()
+        }
         self.location = inner.location
         self._inner, self._archive, self._folder = inner, archive, folder
         self._remove = weakref.finalize(self, _close_and_remove, inner, folder.parent)

@@ -63,13 +63,22 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         self.shapes = MappingProxyType(dict(shapes))
         self.dtypes = MappingProxyType(dict(dtypes))
         self.notes = tuple(notes)  # sentences for the user about the variables
-        #: Fields of ``EfficientDetConfig`` that the source holds in addition to the variables, and
-        #: ``endpoints`` of its backbone.
-        self.settings = MappingProxyType(dict(settings or {}))
+        #: Fields of ``EfficientDetConfig`` that the source holds in addition to the variables, ``endpoints``
+        #: of its backbone, and ``model``, the variant that it names.
+        self.settings: Mapping[str, Any] = MappingProxyType(dict(settings or {}))
+        #: Field of ``settings`` → who states it, if not the file of the variables.
+        self.stated_by: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def _read(self, name: str) -> np.ndarray:
         """The variable ``name``, one of ``shapes``, as a new array of its shape and dtype."""
+
+    def add_settings(self, settings: Mapping[str, Any], witness: str, notes: Iterable[str] = ()) -> None:
+        """Add what ``witness``, a file or a name, states. What was stated before stays."""
+        new = {field: value for field, value in settings.items() if field not in self.settings}
+        self.settings = MappingProxyType({**self.settings, **new})
+        self.stated_by = MappingProxyType({**self.stated_by, **dict.fromkeys(new, witness)})
+        self.notes = (*self.notes, *notes)
 
     def close(self) -> None:
         """Close the open files, if any. Reading afterwards raises CheckpointError."""

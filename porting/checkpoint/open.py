@@ -13,6 +13,7 @@ from pathlib import Path
 
 from porting.checkpoint.archive import is_archive, open_archive
 from porting.checkpoint.base import Checkpoint, read_head
+from porting.checkpoint.beside import add_run_config
 from porting.checkpoint.frozen_graph import is_frozen_graph, open_frozen_graph
 from porting.checkpoint.keras_h5 import is_h5, open_h5
 from porting.checkpoint.messages import unreadable
@@ -30,11 +31,15 @@ from pytorch_model.files import check_regular, is_special
 
 @dataclass(frozen=True)
 class Reader:
-    """A format. ``matches``: whether a file is of this format, from its first bytes and its path."""
+    """A format. ``matches``: whether a file is of this format, from its first bytes and its path.
+
+    ``contains``: it opens a checkpoint inside the file with :func:`open_checkpoint`.
+    """
 
     name: str
     matches: Callable[[bytes, Path], bool]
     open: Callable[[Path, int | None], Checkpoint]
+    contains: bool = False
 
 
 def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
@@ -43,7 +48,8 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     ``path``: a checkpoint folder, a prefix (``…/model``, ``…/model.ckpt-1000``), or one of the files of a
     checkpoint; a SavedModel folder; a frozen graph (``.pb``); Keras weights (``.h5``); an EfficientDet-Lite
     ``.tflite`` file; or a ``.tar.gz``, ``.tar`` or ``.zip`` of one of these. ``step`` selects one of several
-    checkpoints in a folder; the default is the one that the state file names, or the newest.
+    checkpoints in a folder; the default is the one that the state file names, or the newest. The
+    ``config.yaml`` that AutoML's training leaves with a checkpoint is read too (:attr:`Checkpoint.settings`).
 
     Raises :class:`~porting.errors.CheckpointError`: ``path`` does not exist, names several checkpoints, or is
     damaged, incomplete or not a checkpoint.
@@ -57,7 +63,14 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
         raise unreadable(path, error) from None
     head = read_head(path)
     reader = next(reader for reader in READERS if reader.matches(head, path))
-    return without_counts(reader.open(path, step))
+    checkpoint = without_counts(reader.open(path, step))
+    if not reader.contains:
+        try:
+            add_run_config(checkpoint)
+        except BaseException:
+            checkpoint.close()
+            raise
+    return checkpoint
 
 
 def _open_archive(path: Path, step: int | None) -> Checkpoint:
@@ -82,7 +95,7 @@ def _open_v2(path: Path, step: int | None) -> Checkpoint:
 #: The first that matches is used. The last one takes everything: folders, prefixes, and wrong paths, for
 #: which it has the error messages.
 READERS = (
-    Reader("archive", is_archive, _open_archive),
+    Reader("archive", is_archive, _open_archive, contains=True),
     Reader("TFLite file", is_tflite, open_tflite),
     Reader("Keras HDF5 weights", is_h5, open_h5),
     Reader("frozen graph", is_frozen_graph, open_frozen_graph),

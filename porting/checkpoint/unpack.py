@@ -24,6 +24,7 @@ from porting.checkpoint.base import HEAD_SIZE
 from porting.checkpoint.messages import shortened
 from porting.checkpoint.v2.locate import STATE_FILE
 from porting.errors import CheckpointError, Reason
+from porting.hparams import RUN_CONFIG
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # the second is that of an empty archive
@@ -36,10 +37,10 @@ _OTHER_MAGICS = {  # formats that are not supported
 }
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
-#: Files that hold weights, describe them or name their classes; also the graph (``.meta``), which can be a
-#: reference.
+#: Files that hold weights, describe them and their training, or name their classes; also the graph
+#: (``.meta``), which can be a reference.
 _WANTED = re.compile(
-    rf"{STATE_FILE}|pipeline\.config|.*label_?map.*\.(pbtxt|txt)|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
+    rf"{STATE_FILE}|pipeline\.config|{re.escape(RUN_CONFIG)}|.*label_?map.*\.(pbtxt|txt)|.+\.(index|meta|data-\d{{5,}}-of-\d{{5,}}|h5|hdf5|tflite|pb)"
 )
 # The largest EfficientDet, D7x, is 0.9 GB with averages and optimizer slots; float weights hardly compress.
 _MOST_BYTES = 8 << 30
@@ -242,6 +243,8 @@ def _place(member: _Member) -> PurePosixPath | None:
     if member.is_folder or not _is_wanted(member.name):
         return None
     if not member.is_file:
+        if PurePosixPath(member.name.replace("\\", "/")).name == RUN_CONFIG:  # weights can do without it
+            return None
         raise _Rejected(
             f"holds {shortened(member.name)!r} as a link, device or sparse file, which is not supported; "
             "pack a plain file"

@@ -1,7 +1,8 @@
 """AutoML's ``--hparams``: ``num_classes=20,image_size=640x480``, or the name of a ``.yaml`` file.
 
 ``text`` and ``yaml_file`` read the two ways to write them; ``meaning`` turns names and values into fields of
-our configuration. Source of the names, the defaults and the syntax: AutoML ``hparams_config.py``.
+our configuration; ``history`` lists all names that AutoML ever had; ``run_config`` reads what a training run
+left behind. Source of the names, the defaults and the syntax: AutoML ``hparams_config.py``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from porting.hparams.label_map import given_names
 from porting.hparams.meaning import Hparams, interpret, nms_and_size
 from porting.hparams.text import read_text
 
-__all__ = ["Hparams", "given_names", "nms_and_size", "read_hparams"]
+#: The file of a run's hyper-parameters in AutoML's model_dir; :mod:`porting.hparams.run_config` reads it.
+RUN_CONFIG = "config.yaml"
+
+#: Fields of ``EfficientDetConfig`` that decide what the network computes without a trace in its variables.
+UNSEEN = ("act_type", "fpn_weight_method", "survival_prob", "conv_after_downsample")
+
+__all__ = ["RUN_CONFIG", "UNSEEN", "Hparams", "given_names", "nms_and_size", "read_hparams"]
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from porting.errors import ConfigError, Reason
+from porting.hparams.history import HPARAMS, NAMES, RUNNING, SUPPRESSION, TRAINING, with_effect
 from porting.hparams.label_map import LABEL_MAP_NAMES, NotFoundReason, read_label_map
 from porting.hparams.text import in_message
 from pytorch_model.config import (
@@ -26,20 +27,8 @@ from pytorch_model.config import (
 )
 from pytorch_model.detection.settings import SCOPES, NMSConfig
 
-#: Hyper-parameters of training, data and evaluation. No weight and no activation depends on them.
-IGNORED = frozenset(
-    """
-    alpha augmix_params autoaugment_policy box_loss_weight ckpt_var_scope clip_gradients_norm data_format
-    dataset_type delta device drop_remainder each_epoch_in_separate_process first_lr_drop_epoch gamma
-    grad_checkpoint grid_mask img_summary_steps input_rand_hflip iou_loss_type iou_loss_weight is_training_bn
-    jitter_max jitter_min label_smoothing learning_rate loss_scale lr_decay_method lr_warmup_epoch
-    lr_warmup_init map_freq max_instances_per_image mixed_precision momentum moving_average_decay num_epochs
-    optimizer poly_lr_power positives_momentum regenerate_source_id resnet_depth sample_image save_freq
-    second_lr_drop_epoch seg_num_classes skip_crowd_during_training skip_mismatch strategy target_size
-    tflite_max_detections train_scale_max train_scale_min use_augmix use_bfloat16 use_keras_model
-    var_exclude_expr var_freeze_expr verbose weight_decay
-    """.split()  # noqa: SIM905 - sixty lines would hide the rest of the module
-)
+#: Hyper-parameters on which neither weights nor activations nor boxes depend.
+IGNORED = with_effect(NAMES, RUNNING, SUPPRESSION, TRAINING) - {"nms_configs"}
 
 _IGNORED_DICTIONARIES = ("device",)
 
@@ -50,12 +39,26 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "backbone_config": (None,),
     "conv_bn_relu_pattern": (False,),
     "fpn_config": (None,),
-    "fpn_name": (None, "bifpn"),
-    "heads": (["object_detection"], "object_detection"),
+    "heads": (
+        ["object_detection"],
+        "object_detection",
+        ["object_detection", "segmentation"],  # conversion leaves the second head out, and says so
+        ["segmentation", "object_detection"],
+    ),
     "model_optimizations": ({}, None),
-    "pooling_type": (None,),
+    "pooling_type": (None, "max"),
     "separable_conv": (True,),
-    "use_native_resize_op": (False,),
+    "use_native_resize_op": (False, True),  # two ways to write the same nearest-neighbour resize
+}
+
+#: What ``fpn_name`` says of ``fpn_weight_method``, which it decided alone in AutoML's first months; None:
+#: nothing. Source: AutoML ``fpn_configs.py`` and, older, ``efficientdet_arch.py``.
+FPN_NAMES: Mapping[str | None, str | None] = {
+    None: None,
+    "bifpn": None,
+    "bifpn_dyn": None,
+    "bifpn_fa": "fastattn",
+    "bifpn_sum": "sum",
 }
 
 
@@ -126,6 +129,8 @@ def interpret(values: dict[str, Any], folders: Sequence[Path] = (Path(),), stric
                 label_map = names or label_map
                 if not names:
                     ignored.append(name + problem)
+            elif name == "fpn_name":
+                _check_fpn_name(value)  # likewise
             elif root in FIXED:
                 _require_fixed(name, value)
             elif name in IGNORED or root in _IGNORED_DICTIONARIES:
@@ -140,6 +145,8 @@ def interpret(values: dict[str, Any], folders: Sequence[Path] = (Path(),), stric
             ) from None
     if values.get("scale_range"):
         overrides.update(_scaled_range(overrides))
+    if fusion := FPN_NAMES[values.get("fpn_name")]:
+        overrides["fpn_weight_method"] = _named_fusion(fusion, values)
     NMSConfig(**nms)  # rejects settings that do not fit each other
     return Hparams(model, overrides, nms, tuple(ignored), label_map)
 
@@ -173,7 +180,7 @@ def _label_map(value: Any, folders: Sequence[Path], strict: bool) -> tuple[Mappi
 
 
 def _unknown(name: str) -> str:
-    known = [*FIELDS, *NMS_FIELDS, *FIXED, *IGNORED, *LABEL_MAP_NAMES, "name", "scale_range"]
+    known = [*HPARAMS, *NMS_FIELDS, *LABEL_MAP_NAMES]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see AutoML's hparams_config.py for the known names"
     return f"{in_message(name)} is not a hyper-parameter of AutoML's EfficientDet; {hint}"
@@ -186,6 +193,27 @@ def _require_fixed(name: str, value: Any) -> None:
         raise ConfigError(
             f"{name}={in_message(value)} makes a network that this project does not build; {advice}"
         )
+
+
+def _check_fpn_name(value: Any) -> None:
+    if value is None or (isinstance(value, str) and value in FPN_NAMES):
+        return
+    what = "a QuFPN, a network" if isinstance(value, str) and value.startswith("qufpn") else "a network"
+    raise ConfigError(
+        f"fpn_name={in_message(value)} makes {what} that this project does not build; only "
+        f"{', '.join(name for name in FPN_NAMES if name)} are supported"
+    )
+
+
+def _named_fusion(fusion: str, values: Mapping[str, Any]) -> str:
+    """The fusion that ``fpn_name`` names, unless ``fpn_weight_method`` is another."""
+    method = values.get("fpn_weight_method")
+    if method not in (None, fusion):
+        raise ConfigError(
+            f"fpn_name={values['fpn_name']} and fpn_weight_method={in_message(method)} contradict each "
+            "other; leave one out"
+        )
+    return fusion
 
 
 def _scaled_range(overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,8 @@ from pytorch_model.efficientdet import EfficientDet
 
 #: A diagnosis keeps every activation and runs the network often, so its image is small. Pixels a side.
 DIAGNOSIS_SIZE = 256
+
+_WITNESSES = "only the original graph or config"
 
 
 class Listener(Protocol):
@@ -58,6 +60,8 @@ class Proof:
     latter if the reference is a file. ``diagnosis``: the cause of the first divergence, None without one or
     if a small image does not show it. ``reference``: what the port was compared with, in words.
     ``image_size``: (height, width). ``precisions``: see :func:`porting.parity.precision.measure_precisions`.
+    ``assumed``: settings of the network that nobody states. ``is_original``: the reference is a file that
+    holds the network.
     """
 
     results: tuple[ParityResult, ...]
@@ -65,6 +69,8 @@ class Proof:
     reference: str
     image_size: tuple[int, int]
     precisions: tuple[PrecisionCost, ...] = ()
+    assumed: tuple[str, ...] = ()
+    is_original: bool = False
 
     @property
     def passed(self) -> bool | None:
@@ -72,10 +78,38 @@ class Proof:
         judged = [result.passed for result in self.results if result.judged]
         return all(judged) if judged else None
 
+    @property
+    def about_assumed(self) -> str | None:
+        """One sentence on ``assumed``; None if there is nothing to say."""
+        return about_assumed(self.assumed, self.passed, self.reference if self.is_original else None)
+
     def figures(self) -> dict[str, Any]:
         """A summary that JSON can hold."""
-        figures = {"reference": self.reference, **{result.dtype: _figures(result) for result in self.results}}
+        figures = {
+            "reference": self.reference,
+            **{result.dtype: _figures(result) for result in self.results},
+            "assumed": list(self.assumed),
+            "about_assumed": self.about_assumed,
+        }
         return {**figures, "variants": precision_rows(self.precisions)} if self.precisions else figures
+
+
+def about_assumed(assumed: Sequence[str], passed: bool | None, original: str | None) -> str | None:
+    """What a verdict means for settings of the network that nobody states; None if it means nothing.
+
+    ``assumed``: in words. ``passed``: the verdict. ``original``: the file of the network that was compared
+    with; None for our own reference, which takes these settings from the same configuration.
+    """
+    settings = ", ".join(assumed)
+    if not assumed or (original is None and not passed):
+        return None
+    if original is None:
+        return f"proven for these assumed settings: {settings}; {_WITNESSES} can confirm them"
+    if passed:
+        return f"confirmed by {original}: {settings}"
+    if passed is None:
+        return f"still assumed, because this reference is too coarse to confirm them: {settings}"
+    return f"these settings are assumed, and may be the cause: {settings}; --hparams sets them"
 
 
 def prove(
@@ -88,6 +122,7 @@ def prove(
     raw_variables: Mapping[str, np.ndarray] | None = None,
     device: str | torch.device = "cpu",
     observe: Observer | None = None,
+    assumed: Sequence[str] = (),
 ) -> Proof:
     """Compare a conversion with a TensorFlow reference, layer by layer.
 
@@ -95,7 +130,8 @@ def prove(
     with in float32 only; by default AutoML's network by :mod:`tf_reference`, in float64 and float32.
     ``state_dict``: the weights of the float32 run, by default the conversion's. ``raw_variables``: the
     checkpoint's values before averaging, which help a diagnosis. ``device``: where PyTorch runs. ``observe``
-    sees every pair of float32 activations.
+    sees every pair of float32 activations. ``assumed``: settings of the network that nobody states, in words
+    (:attr:`Inference.unseen <porting.infer.Inference>`).
 
     Raises :class:`EfficientDetError` if TensorFlow is not installed, the weights do not fit the configuration
     or the file cannot be run.
@@ -125,7 +161,14 @@ def prove(
         if result.judged and result.first_divergence and diagnosis is None:
             listener.diagnosing()
             diagnosis = _diagnose(conversion, weights, raw_variables, result)
-    return Proof(results, diagnosis, name, (height, width))
+    return Proof(
+        results,
+        diagnosis,
+        name,
+        (height, width),
+        assumed=tuple(assumed),
+        is_original=reference is not None,
+    )
 
 
 def _run_float64(

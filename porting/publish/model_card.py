@@ -128,6 +128,8 @@ def _evidence(parity: Mapping[str, Any]) -> Iterator[str]:
         for kind in ("accumulated", "isolated"):
             cells += [f"{run['worst'][kind]['relative']:.1e}", f"{run['tolerances'][kind]:.0e}"]
         yield f"| {' | '.join(cells)} |"
+    if sentence := parity.get("about_assumed"):  # releases of version 0.1.0 have none
+        yield f"\nThe port is {sentence}."
 
 
 def _figures(origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str]:

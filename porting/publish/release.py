@@ -13,9 +13,10 @@ import torch
 from porting.checkpoint import Checkpoint
 from porting.convert import Conversion, convert
 from porting.errors import CheckFailedError
-from porting.infer import Inference
+from porting.infer import Inference, setting_lines
 from porting.parity import ParityResult
 from porting.parity.lockstep import Observer
+from porting.parity.proof import about_assumed
 from porting.parity.report.content import Report
 from porting.parity.report.thumbnails import Thumbnails
 from porting.publish import GOOGLES_LICENSE
@@ -88,7 +89,8 @@ def make_release(
     source = published.url if published else _source_name(request.spec, checkpoint)
     license_id = request.license or (GOOGLES_LICENSE if published else "unknown")
     about = origin(conversion, checkpoint, inference.assumed, source, license_id, published)
-    report = _proven(conversion, images_for(conversion.config), source, prove)
+    unseen = setting_lines(conversion.config, inference.unseen)
+    report = _proven(conversion, images_for(conversion.config), source, prove, unseen)
     with new_folder(target) as folder:
         write_release(folder, name, conversion, about, report, request.metrics)
         checks = []
@@ -100,7 +102,9 @@ def make_release(
     return MadeRelease(target, tuple(checks))
 
 
-def _proven(conversion: Conversion, images: np.ndarray, source: str, prove: Prove) -> Report:
+def _proven(
+    conversion: Conversion, images: np.ndarray, source: str, prove: Prove, unseen: Sequence[str]
+) -> Report:
     """Raises :class:`CheckFailedError` unless every layer passed: only proven weights are released."""
     import tensorflow
 
@@ -118,6 +122,7 @@ def _proven(conversion: Conversion, images: np.ndarray, source: str, prove: Prov
             "tensorflow": tensorflow.__version__,
         },
         thumbnails=thumbnails,
+        about_assumed=about_assumed(unseen, True, None),
     )
     if not report.passed:
         raise CheckFailedError("the port does not match the reference; nothing was released")

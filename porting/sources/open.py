@@ -6,6 +6,7 @@ from pathlib import Path
 
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.errors import EfficientDetError
+from porting.hparams import UNSEEN
 from porting.sources import SYNTHETIC
 from porting.sources.download import Listener
 from porting.sources.foreign import check_foreign
@@ -30,12 +31,21 @@ def open_source(
     if spec.startswith(SYNTHETIC):
         if step is not None:
             raise EfficientDetError(f"{spec} has one step; leave out --step, which selects one of several")
-        return open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
+        written = open_checkpoint(write_synthetic(spec.removeprefix(SYNTHETIC), folder))
+        return _known(written, spec.removeprefix(SYNTHETIC), spec)
     release = google_release_named(spec, cache)
     if release:
-        return open_checkpoint(fetch(release, cache, listener), step)
+        fetched = open_checkpoint(fetch(release, cache, listener), step)
+        return _known(fetched, release.model, f"the release {release.name}")
     check_foreign(spec)
     return open_checkpoint(spec, step)
+
+
+def _known(checkpoint: Checkpoint, model: str, name: str) -> Checkpoint:
+    """``name`` says what its weights do not show: the network computes as AutoML's ``model`` by default."""
+    config = model_config(model)
+    checkpoint.add_settings({field: getattr(config, field) for field in UNSEEN}, name)
+    return checkpoint
 
 
 def write_synthetic(model: str, folder: Path, seed: int = 0) -> Path:

@@ -14,8 +14,9 @@ MOST_VALUES = 10_000  # names included; PyYAML takes half a kilobyte for each
 def load_yaml(content: bytes | str) -> Any:
     """The value that ``content`` holds; None if it is empty.
 
-    The tuples that AutoML's training writes (image_size, as height, width) are read too. Raises
-    :class:`Reason`, a sentence that lacks its subject: "is not YAML: line 1: …".
+    The tuples that AutoML's training writes (image_size, as height, width) are read too, and an object of its
+    class ``Config`` as the mapping that it is written as; none is made. Raises :class:`Reason`, a sentence
+    that lacks its subject: "is not YAML: line 1: …".
     """
     return _load(_Loader, content)
 
@@ -52,6 +53,11 @@ class _Loader(_Bounded, yaml.SafeLoader):
     def construct_python_tuple(self, node: Any) -> tuple[Any, ...]:
         return tuple(self.construct_sequence(node, deep=True))
 
+    def construct_config(self, class_name: str, node: Any) -> Any:
+        if class_name.rpartition(".")[2] != "Config":
+            return self.construct_undefined(node)  # raises
+        return self.construct_mapping(node, deep=True)
+
 
 class _TextLoader(_Bounded, yaml.BaseLoader):
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -67,6 +73,7 @@ class _TextLoader(_Bounded, yaml.BaseLoader):
 
 
 _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_python_tuple)
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/object:", _Loader.construct_config)
 
 
 def _load(loader: type[yaml.SafeLoader | yaml.BaseLoader], content: bytes | str) -> Any:

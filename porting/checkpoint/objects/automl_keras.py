@@ -133,6 +133,8 @@ class KerasNames:
         """The number of pyramid levels. A BiFPN cell has two nodes for each level but one."""
         nodes = 1 + max(self._numbers(r"fpn_cells/cells/0/fnodes/(\d+)/"), default=-1)
         bns = 1 + max(self._numbers(r"(?:class|box)_net/bns/\d+/(\d+)/"), default=-1)
+        if scopes.is_qufpn(nodes, bns):
+            raise CheckpointError(f"{self._source} {scopes.QUFPN}")
         if nodes < 2 or nodes % 2 or bns not in (0, nodes // 2 + 1):
             raise CheckpointError(
                 f"{self._source} is not an AutoML EfficientDet: a BiFPN cell of {nodes} nodes does not fit "

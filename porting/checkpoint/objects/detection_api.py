@@ -94,8 +94,12 @@ def _endpoints(layout: Layout, source: str) -> tuple[int, int, int]:
 def settings_of(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str, Any]:
     """The part of the configuration that is not in the weights: :attr:`Checkpoint.settings`."""
     ratios = pipeline.aspect_ratios
-    settings = {
+    settings: dict[str, Any] = {
         "endpoints": endpoints,
+        "act_type": "swish",  # _check_pipeline saw to it; the API has no residual heads, and pools last
+        "fpn_weight_method": "sum" if pipeline.combine_method == "sum" else "fastattn",
+        "survival_prob": None,
+        "conv_after_downsample": False,
         "num_scales": pipeline.scales_per_octave,
         "anchor_scale": pipeline.anchor_scale,
         "aspect_ratios": _AUTOML_RATIOS if sorted(ratios) == sorted(_AUTOML_RATIOS) else ratios,

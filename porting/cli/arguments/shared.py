@@ -16,7 +16,7 @@ from pytorch_model.detection.settings import DECODERS, SCOPES
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = (
     "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,…, a list as 1.0*3.0*0.33 (here also "
-    "[1.0,3.0,0.33]), or a .yaml file"
+    "[1.0,3.0,0.33]), or a .yaml file; they win over a config.yaml that lies with the checkpoint"
 )
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
 WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"

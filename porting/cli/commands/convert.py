@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,9 +14,9 @@ from porting.audit import audit_parameters
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.convert import ConvertOptions
 from porting.cli.commands.source import (
+    add_settings,
     describe,
     describe_names,
-    describe_settings,
     find_config,
     open_checkpoint,
     setting_text,
@@ -25,9 +25,12 @@ from porting.cli.process import EXIT_FAILED, print_json
 from porting.convert import Conversion, convert, metadata, values_sentence, write_conversion
 from porting.errors import EfficientDetError
 from porting.hparams import Hparams
-from porting.infer import Inference
+from porting.infer import Inference, setting_lines
 from pytorch_model.files import check_writable, make_folder
 from pytorch_model.weights import SUFFIXES
+
+if TYPE_CHECKING:  # loads torch and the networks; only --verify needs them
+    from porting.parity import Proof
 
 
 def run(options: ConvertOptions) -> int:
@@ -44,11 +47,17 @@ def run(options: ConvertOptions) -> int:
         conversion = convert(checkpoint, inference.config, **vars(options.values))
         _print_conversion(console, checkpoint, inference, options.model.hparams, conversion)
         summary = _summary(checkpoint, inference, options.model.hparams, conversion, file)
-        if options.verify and not _is_proven(options, console, checkpoint, conversion, summary):
-            if options.json:
-                print_json({**summary, "weights_file": None})
-            console.print("[red bold]not written:[/] the port does not match the reference")
-            return EXIT_FAILED
+        if options.verify:
+            proof = _prove(options, console, checkpoint, inference, conversion)
+            summary["parity"] = {"size": list(proof.image_size), **proof.figures()}
+            if proof.passed is not True:  # a reference too coarse to judge by proves nothing
+                if options.json:
+                    print_json({**summary, "weights_file": None})
+                console.print("[red bold]not written:[/] the port does not match the reference")
+                return EXIT_FAILED
+            if proof.is_original:
+                inference = inference.confirmed()
+                summary["assumed"] = list(inference.assumed)
     write_conversion(conversion, checkpoint, inference.assumed, file)
     console.print(f"[bold]wrote[/] {escape(str(file))} ({file.stat().st_size / 1e6:.1f} MB)", soft_wrap=True)
     if options.json:
@@ -71,14 +80,14 @@ def _check_output(file: Path) -> None:
     check_writable(file)
 
 
-def _is_proven(
+def _prove(
     options: ConvertOptions,
     console: Console,
     checkpoint: Checkpoint,
+    inference: Inference,
     conversion: Conversion,
-    summary: dict[str, Any],
-) -> bool:
-    """Whether the port matches the reference; the figures go into ``summary``."""
+) -> Proof:
+    """Compare the port with the reference, and print the verdict."""
     from porting.cli.drawing.proof import ProofLines, print_verdict
     from porting.parity import prove
     from porting.parity.inputs import seeded_images, verification_size
@@ -88,10 +97,10 @@ def _is_proven(
     reference = choose_reference(options.reference.kind, options.reference.graph, checkpoint, conversion)
     images = seeded_images(config, verification_size(config, options.size, reference))
     with ProofLines(console) as lines:
-        proof = prove(conversion, images, reference, lines)
+        unseen = setting_lines(config, inference.unseen)
+        proof = prove(conversion, images, reference, lines, assumed=unseen)
     print_verdict(console, proof)
-    summary["parity"] = {"size": list(proof.image_size), **proof.figures()}
-    return proof.passed is True  # a reference too coarse to judge by proves nothing
+    return proof
 
 
 def _print_conversion(
@@ -111,10 +120,8 @@ def _print_conversion(
     table.add_row("class names", escape(describe_names(config)))
     if hparams.overrides:
         given = (f"{name} {setting_text(getattr(config, name))}" for name in hparams.overrides)
-        table.add_row("given", "; ".join(given))
-    settings = describe_settings(checkpoint, hparams.overrides)
-    if settings:
-        table.add_row("from the file", settings)
+        table.add_row("given", escape("; ".join(given)))
+    add_settings(table, checkpoint, hparams.overrides)
     if inference.assumed:
         table.add_row("assumed", "; ".join(inference.assumed))
     without_effect = [*hparams.ignored, *(f"nms_configs.{name}" for name in hparams.nms)]
@@ -157,6 +164,9 @@ def _summary(
         "source": checkpoint.source,
         "notes": list(checkpoint.notes),
         "given": list(hparams.overrides),
+        "stated_by": {
+            name: witness for name, witness in checkpoint.stated_by.items() if name not in hparams.overrides
+        },
         "config": conversion.config.to_dict(),
         "coverage": {
             "used": coverage.used,

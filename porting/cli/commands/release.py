@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from porting.cli.commands.source import find_config, open_checkpoint
 from porting.cli.drawing.proof import ProofLines, print_verdict
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.convert import Conversion, convert, how_converted
+from porting.infer import Inference, setting_lines
 from porting.parity import ParityResult, prove
 from porting.parity.inputs import seeded_images, verification_size
 from porting.parity.lockstep import Observer
@@ -58,10 +60,11 @@ def _make(
     options: ReleaseOptions, console: Console, source: SourceOptions, out: Path
 ) -> tuple[Path, Sequence[Check]]:
     def prove_and_print(
-        conversion: Conversion, images: np.ndarray, observe: Observer
+        inference: Inference, conversion: Conversion, images: np.ndarray, observe: Observer
     ) -> Sequence[ParityResult]:
+        unseen = setting_lines(conversion.config, inference.unseen)
         with ProofLines(console) as lines:
-            proof = prove(conversion, images, None, lines, observe=observe)
+            proof = prove(conversion, images, None, lines, observe=observe, assumed=unseen)
         print_verdict(console, proof)
         console.print()
         return proof.results
@@ -79,12 +82,13 @@ def _make(
     )
     make_folder(out)
     with open_checkpoint(source, console, out) as checkpoint:
+        inference = find_config(options.model, checkpoint)
         made = make_release(
             request,
             checkpoint,
-            find_config(options.model, checkpoint),
+            inference,
             lambda config: seeded_images(config, verification_size(config, options.size)),
-            prove_and_print,
+            partial(prove_and_print, inference),
             lambda check: _print_check(console, check),
         )
     console.print(f"[bold]wrote[/] {escape(str(made.folder))}", soft_wrap=True)

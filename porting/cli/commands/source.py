@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,11 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.shared import ModelOptions, SourceOptions
 from porting.hparams import given_names
-from porting.infer import Inference, infer_config, named_config
+from porting.infer import Inference, configure
 from porting.sources import SYNTHETIC
 from porting.sources.open import open_source
 from pytorch_model.config import BackboneConfig, EfficientDetConfig
@@ -47,13 +49,8 @@ def find_config(options: ModelOptions, checkpoint: Checkpoint) -> Inference:
     Raises :class:`EfficientDetError`.
     """
     hparams = options.hparams
-    model = options.model or hparams.model
-    if model:
-        found = named_config(
-            model, checkpoint.shapes, hparams.overrides, checkpoint.source, checkpoint.settings
-        )
-    else:
-        found = infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides, checkpoint.settings)
+    by = "--model" if options.model else "the name in --hparams"
+    found = configure(checkpoint, hparams.overrides, options.model or hparams.model, by)
     count = found.config.num_classes
     names = read_names(options.labels, count) if options.labels else given_names(hparams, count)
     if names is None:
@@ -69,13 +66,18 @@ def describe(config: EfficientDetConfig) -> str:
     )
 
 
-def describe_settings(checkpoint: Checkpoint, overrides: Collection[str] = ()) -> str:
-    """Settings that the file has in addition to its weights, without those that the user overrides."""
-    return "; ".join(
-        f"{name} {setting_text(value)}"
-        for name, value in checkpoint.settings.items()
-        if name not in overrides and name != "class_names"
-    )
+def add_settings(table: Table, checkpoint: Checkpoint, overrides: Collection[str] = ()) -> None:
+    """A row for each witness of settings that are not in the weights: the file itself, another file, a name.
+
+    Without those settings that the user overrides.
+    """
+    stated: dict[str | None, list[str]] = {}
+    for name, value in checkpoint.settings.items():
+        if name not in overrides and name != "class_names":
+            stated.setdefault(checkpoint.stated_by.get(name), []).append(f"{name} {setting_text(value)}")
+    for witness, settings in stated.items():
+        who = f"{witness}: " if witness else ""
+        table.add_row("stated by" if witness else "from the file", escape(f"{who}{'; '.join(settings)}"))
 
 
 def describe_names(config: EfficientDetConfig) -> str:
@@ -88,10 +90,19 @@ def describe_names(config: EfficientDetConfig) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """A setting's value in a few characters: ``640×480``, ``1/2/0.5``, a backbone's name."""
+    """A setting's value in a few characters: ``640×480``, ``1/2/0.5``, ``1.4×0.7/…``, a backbone's name."""
+    if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+        return f"{len(value)} names"
     if isinstance(value, tuple):
-        return ("×" if len(value) == 2 else "/").join(f"{number:.5g}" for number in value)
-    return value.name if isinstance(value, BackboneConfig) else str(value)
+        return "/".join(map(setting_text, value)) if _is_list(value) else "×".join(map(setting_text, value))
+    if isinstance(value, BackboneConfig):
+        return value.name
+    return f"{value:.5g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _is_list(value: tuple[Any, ...]) -> bool:
+    """Whether ``value`` lists things of one kind; if not, it is a height and a width."""
+    return len(value) != 2 or any(isinstance(item, tuple) for item in value)
 
 
 class DownloadBar:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from porting.cli.arguments.verify import ALL, CompareOptions, VerifyOptions
 from porting.cli.commands.source import find_config, open_checkpoint
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.convert import Conversion, convert, read_raw_variables
+from porting.infer import Inference, setting_lines
 from porting.parity.compared_weights import ComparedWeights, read_weight_file
 from porting.parity.weight_comparison import (
     CheckpointComparison,
@@ -46,14 +49,16 @@ def _verify(options: VerifyOptions, console: Console) -> int:
     if options.report:
         make_folder(options.report)
     with open_checkpoint(options.source, console, Path()) as checkpoint:
-        config = find_config(options.model, checkpoint).config
-        weights = _read_weights(options.weights, checkpoint, config) if options.weights else None
+        inference = find_config(options.model, checkpoint)
+        config = inference.config
+        weights, about = _read_weights(options.weights, checkpoint, config) if options.weights else (None, {})
         conversion = convert(checkpoint, (weights and weights.config) or config, **vars(options.values))
+        assumed = still_assumed(inference, conversion, about)
         same = None
         if weights is not None:
             name = f"{checkpoint.source} ({conversion.values_kind})"
             same = compare_weights(weights, ComparedWeights(name, conversion.state_dict, config))
-        passed, figures = _prove(options, console, device, checkpoint, conversion, weights, same)
+        passed, figures = _prove(options, console, device, checkpoint, conversion, assumed, weights, same)
     if same is not None:
         _print_comparison(console, same)
         passed = passed if same.same_function else False
@@ -66,13 +71,18 @@ def _verify(options: VerifyOptions, console: Console) -> int:
     return EXIT_FAILED if passed is False else 0
 
 
-def _read_weights(path: Path, checkpoint: Checkpoint, config: EfficientDetConfig) -> ComparedWeights:
-    """Raises :class:`EfficientDetError` unless they fit their configuration, and that the checkpoint's."""
-    state_dict, stored, _ = read_weights(path)
+def _read_weights(
+    path: Path, checkpoint: Checkpoint, config: EfficientDetConfig
+) -> tuple[ComparedWeights, dict[str, str]]:
+    """The weights and their metadata.
+
+    Raises :class:`EfficientDetError` unless they fit their configuration, and that the checkpoint's.
+    """
+    state_dict, stored, about = read_weights(path)
     weights = ComparedWeights(str(path), state_dict, stored)
     check_same_network(weights, ComparedWeights(checkpoint.source, {}, config))
     EfficientDet.from_state_dict(state_dict, stored, str(path))
-    return weights
+    return weights, about
 
 
 def _prove(
@@ -81,6 +91,7 @@ def _prove(
     device: torch.device,
     checkpoint: Checkpoint,
     conversion: Conversion,
+    assumed: tuple[str, ...],
     weights: ComparedWeights | None,
     same: WeightComparison | None,
 ) -> tuple[bool | None, dict[str, object]]:
@@ -108,6 +119,7 @@ def _prove(
             raw_variables=read_raw_variables(checkpoint, conversion),
             device=device,
             observe=thumbnails,
+            assumed=assumed,
         )
     print_verdict(console, proof)
     if options.precision:
@@ -132,6 +144,17 @@ def _prove(
         page = write_report(report, options.report)
         console.print(f"[bold]wrote[/] {escape(str(page))}", soft_wrap=True)
     return proof.passed, proof.figures()
+
+
+def still_assumed(inference: Inference, conversion: Conversion, about: Mapping[str, str]) -> tuple[str, ...]:
+    """Settings of the network that nobody stated, neither now nor when the weights were ported.
+
+    ``about``: the metadata of the weights, empty if they were ported just now.
+    """
+    lines = setting_lines(conversion.config, inference.unseen)
+    then = about.get("assumed", "")
+    is_list = then.startswith("[")  # of JSON
+    return tuple(line for line in lines if not is_list or json.dumps(line) in then)
 
 
 def _images(config: EfficientDetConfig, size: tuple[int, int], image: Path | None) -> np.ndarray:

@@ -95,6 +95,9 @@ def print_verdict(console: Console, proof: Proof) -> None:
     console.print()
     for result in proof.results:
         _print_run(console, result)
+    if proof.about_assumed:
+        colour = "" if proof.is_original and proof.passed else "yellow"
+        console.print(f"  {escape(proof.about_assumed)}", style=colour, soft_wrap=True)
     if proof.diagnosis:
         _print_diagnosis(console, proof.diagnosis)
     elif proof.passed is False and "float64" not in {result.dtype for result in proof.results}:

@@ -9,6 +9,7 @@ JavaScript's ``Number`` and Python's ``float`` both read back. ::
     model       the configuration: EfficientDetConfig.to_dict(), plus "levels" [min … max]
     metadata    the caller's own facts about checkpoint and run, unchanged
     diagnosis   str or null: the cause, if it is known
+    about_assumed  str or null: what the verdict means for settings that are assumed
     runs        one object per run, in the caller's order:
         dtype             "float64"
         passed            bool
@@ -67,7 +68,7 @@ class Report:
     ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in this order.
     ``diagnosis``: the cause of a failure, in words. ``thumbnails``: the observer of one run. ``precisions``:
     the same weights run in other ways. ``not_the_port``: compared tensor by tensor, the weights of the runs
-    are not the port, even if all layers passed.
+    are not the port, even if all layers passed. ``about_assumed``: a sentence on assumed settings.
 
     Raises ``ValueError`` if the runs do not belong together.
     """
@@ -79,6 +80,7 @@ class Report:
     thumbnails: Thumbnails | None = None
     precisions: tuple[PrecisionCost, ...] = ()
     not_the_port: bool = False
+    about_assumed: str | None = None
 
     def __post_init__(self) -> None:
         if not self.results:
@@ -110,6 +112,7 @@ def report_dict(report: Report) -> dict[str, Any]:
         "model": {**config.to_dict(), "levels": [config.min_level, config.max_level]},
         "metadata": report.metadata,
         "diagnosis": report.diagnosis,
+        "about_assumed": report.about_assumed,
         "runs": [_run(result) for result in report.results],
         "layers": [
             _layer({result.dtype: tap for result, tap in zip(report.results, taps, strict=True)})

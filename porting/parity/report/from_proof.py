@@ -52,6 +52,7 @@ def build_report(
         thumbnails=thumbnails,
         precisions=proof.precisions,
         not_the_port=not_the_port,
+        about_assumed=proof.about_assumed,
     )
 
 
