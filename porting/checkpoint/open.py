@@ -17,6 +17,7 @@ from porting.checkpoint.frozen_graph import is_frozen_graph, open_frozen_graph
 from porting.checkpoint.keras_h5 import is_h5, open_h5
 from porting.checkpoint.objects.graph import is_object_based
 from porting.checkpoint.objects.open import open_object_checkpoint
+from porting.checkpoint.renamed import without_outer_scope
 from porting.checkpoint.saved_model import as_served, is_saved_model, saved_model_prefix
 from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
 from porting.checkpoint.v2.bundle import TensorBundle
@@ -51,7 +52,7 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     path = Path(path)
     head = read_head(path)
     reader = next(reader for reader in READERS if reader.matches(head, path))
-    return reader.open(path, step)
+    return without_outer_scope(reader.open(path, step))
 
 
 def _open_archive(path: Path, step: int | None) -> Checkpoint:

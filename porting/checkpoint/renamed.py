@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.messages import shortened
+from porting.scopes import outer_scope
 
 
 class Source(NamedTuple):
@@ -61,3 +63,13 @@ class Renamed(Checkpoint):
         source = self._sources[name]
         array = self._inner._read(source.key)
         return np.array(source.take(array), order="C") if source.take else array
+
+
+def without_outer_scope(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` without a scope around the whole model, such as ``model/`` in ``model/class_net/…``."""
+    scope = outer_scope(checkpoint)
+    sources = {name.removeprefix(scope): Source(name) for name in checkpoint}
+    if not scope or len(sources) < len(checkpoint):
+        return checkpoint
+    note = f"the scope {shortened(scope)} before the names of all variables was left out"
+    return Renamed(checkpoint, sources, checkpoint.format, [note])
