@@ -6,6 +6,9 @@ other.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from pytorch_model.config import Node
 
 EMA_SUFFIX = "/ExponentialMovingAverage"
@@ -46,6 +49,18 @@ def is_qufpn(nodes: int, levels: int) -> bool:
     Source: AutoML ``fpn_configs.py``.
     """
     return levels > 1 and nodes == 5 * levels - 4
+
+
+#: The outermost scope of a variable of the model, and what is before it: ``model/`` of ``model/class_net/…``.
+_OUTER_SCOPE = re.compile(
+    r"(?P<outer>(?:.+?/)??)(efficientnet-[^/]+|resample_p\d+|fpn_cells|class_net|box_net)/"
+)
+
+
+def outer_scope(names: Iterable[str]) -> str:
+    """The scope around all of the model's variables: ``model/``; empty if there is none, or more than one."""
+    found = {match["outer"] for match in map(_OUTER_SCOPE.match, names) if match}
+    return found.pop() if len(found) == 1 else ""
 
 
 def model_name(name: str) -> str | None:

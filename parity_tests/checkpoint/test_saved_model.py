@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
-import struct
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from parity_tests.helpers.object_trees import automl_paths
 from parity_tests.helpers.paths import ROOT
 from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
-from porting.checkpoint import open_checkpoint, wire
-from porting.checkpoint.frozen_graph import FrozenGraph
+from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import choose_variables
@@ -170,146 +164,6 @@ def test_a_saved_model_without_variables(tmp_path: Path) -> None:
             CheckpointError, match=r"is a SavedModel without variables: .*; fetch the whole folder"
         ):
             open_checkpoint(path)
-
-
-# --- frozen graphs --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("resource", [False, True], ids=["reference variables", "resource variables"])
-def test_tensorflow_1_frozen_graph(tensorflow: Any, tmp_path: Path, resource: bool) -> None:
-    """AutoML's network with AutoML's variable names, frozen by TensorFlow as in ``model_inspect.py``."""
-    from tf_reference.efficientdet import efficientdet
-
-    tf, v1, config = tensorflow, tensorflow.compat.v1, small()
-    values = seeded(config)
-    values["fpn_cells/cell_0/fnode0/op_after_combine5/bn/beta"][:] = 0.25  # TensorFlow stores it as one value
-    values["box_net/box-0/bias"][:] = 0  # and this as none
-    with tf.Graph().as_default() as graph, v1.Session(graph=graph) as session:
-        placed = {
-            name: v1.get_variable(name, initializer=tf.constant(value), use_resource=resource)
-            for name, value in values.items()
-        }
-        images = v1.placeholder(tf.float32, [1, 64, 64, 3], "images")
-        heads = efficientdet({name: tf.convert_to_tensor(v) for name, v in placed.items()}, config, images)
-        outputs = [tf.identity(level, f"out_{i}") for i, level in enumerate([*heads[0], *heads[1]])]
-        session.run(v1.global_variables_initializer())
-        frozen = v1.graph_util.convert_variables_to_constants(
-            session, graph.as_graph_def(), [output.op.name for output in outputs]
-        )
-    path = tmp_path / "efficientdet-d0_frozen.pb"
-    path.write_bytes(frozen.SerializeToString())
-    with open_checkpoint(path) as checkpoint:
-        assert isinstance(checkpoint, FrozenGraph)
-        assert_same(dict(checkpoint), values)
-        assert infer_config(checkpoint.shapes).config.backbone == config.backbone
-
-
-def test_tensorflow_2_frozen_graph_is_recognised(tensorflow: Any, tmp_path: Path) -> None:
-    from tensorflow.python.framework.convert_to_constants import (
-        convert_variables_to_constants_v2_as_graph,
-    )
-
-    tf = tensorflow
-    kernel = tf.Variable(np.ones((3, 3, 3, 4), np.float32), name="efficientnet-b0/stem/conv2d/kernel")
-
-    def serve(images: Any) -> Any:
-        with tf.name_scope("efficientnet-b0/stem/conv2d"):
-            return tf.nn.conv2d(images, kernel, 1, "SAME")
-
-    images = tf.TensorSpec([1, 8, 8, 3], tf.float32)
-    _, frozen = convert_variables_to_constants_v2_as_graph(tf.function(serve).get_concrete_function(images))
-    (tmp_path / "model.pb").write_bytes(frozen.SerializeToString())
-    with pytest.raises(CheckpointError, match=r"was frozen by TensorFlow 2, .* give the SavedModel folder"):
-        open_checkpoint(tmp_path / "model.pb")
-
-
-NAME = "efficientnet-b0/stem/conv2d/kernel"
-
-
-def tensor(shape: tuple[int, ...], **fields: Any) -> bytes:
-    """A ``TensorProto``: ``content`` raw, ``packed`` or ``single`` values listed, ``dtype``."""
-    dimensions = b"".join(wire.bytes_field(2, wire.int_field(1, n)) for n in shape)
-    message = wire.int_field(1, fields.get("dtype", 1)) + wire.bytes_field(2, dimensions)
-    if "content" in fields:
-        message += wire.bytes_field(4, fields["content"])
-    if "packed" in fields:
-        message += wire.bytes_field(5, struct.pack(f"<{len(fields['packed'])}f", *fields["packed"]))
-    for value in fields.get("single", ()):
-        message += wire.fixed32_field(5, struct.unpack("<I", struct.pack("<f", value))[0])
-    return message
-
-
-def node(name: str, message: bytes, op: str = "Const") -> bytes:
-    entry = wire.bytes_field(1, b"value") + wire.bytes_field(2, wire.bytes_field(8, message))
-    content = wire.bytes_field(1, name.encode()) + wire.bytes_field(2, op.encode())
-    return wire.bytes_field(1, content + wire.bytes_field(5, entry))
-
-
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        (tensor((2, 2), content=struct.pack("<4f", 1, 2, 3, 4)), [[1, 2], [3, 4]]),
-        (tensor((2, 2), packed=[1, 2, 3, 4]), [[1, 2], [3, 4]]),
-        (tensor((2, 2), single=[1, 2, 3, 4]), [[1, 2], [3, 4]]),
-        (tensor((2, 2), packed=[1, 2]), [[1, 2], [2, 2]]),
-        (tensor((2, 2), single=[7]), [[7, 7], [7, 7]]),
-        (tensor((2, 2)), [[0, 0], [0, 0]]),
-        (tensor((), packed=[3]), 3),
-        (tensor((0, 4)), np.zeros((0, 4))),
-    ],
-)
-def test_ways_of_writing_a_tensor(tmp_path: Path, tensorflow: Any, message: bytes, expected: Any) -> None:
-    (tmp_path / "g.pb").write_bytes(node(NAME, message))
-    proto = tensorflow.compat.v1.AttrValue.FromString(wire.bytes_field(8, message)).tensor
-    np.testing.assert_array_equal(tensorflow.make_ndarray(proto), expected)
-    with open_checkpoint(tmp_path / "g.pb") as checkpoint:
-        assert_same(dict(checkpoint), {NAME: np.array(expected, np.float32)})
-
-
-@pytest.mark.parametrize(
-    ("graph", "reason"),
-    [
-        (b"", "is a graph without AutoML's variables"),
-        (node("a/kernel", tensor((1,), packed=[1])), "is a graph without AutoML's variables"),
-        (node(NAME, tensor(()), op="VarHandleOp"), "is a graph whose variables are not in it"),
-        (node(NAME, tensor((1,), dtype=3)), f"{NAME} is of type number 3, but weights are float32"),
-        (
-            node(NAME, tensor((1 << 20, 1 << 20), packed=[1])),
-            "claims 4398046511104 bytes, more than the file",
-        ),
-        (node(NAME, tensor((2,), content=b"1234")), r"of shape \[2\] holds 4 bytes"),
-        (node(NAME, tensor((2,), packed=[1, 2, 3])), r"of shape \[2\] holds 12 bytes"),
-        (node(NAME, tensor((-1 % (1 << 64), 1))), "has an impossible shape"),
-        (node(NAME, tensor((1,), packed=[1])) * 2, f"the constant {NAME} is in it twice"),
-        (b"\x08\x01\x12\x00", "it is the saved_model.pb of a SavedModel, renamed"),
-        (node(NAME, tensor((1,), packed=[1]))[:-2], "runs past the end"),
-        (wire.bytes_field(1, wire.bytes_field(1, b"\xff")), "the name of a node is not UTF-8"),
-    ],
-)
-def test_rejected_graphs(tmp_path: Path, graph: bytes, reason: str) -> None:
-    (tmp_path / "g.pb").write_bytes(graph)
-    with pytest.raises(CheckpointError, match=reason) as caught:
-        open_checkpoint(tmp_path / "g.pb")
-    assert str(tmp_path / "g.pb") in str(caught.value)
-
-
-def test_no_steps(tmp_path: Path) -> None:
-    (tmp_path / "g.pb").write_bytes(node(NAME, tensor((1,), packed=[1])))
-    with pytest.raises(CheckpointError, match="which has no step 3; leave out the step"):
-        open_checkpoint(tmp_path / "g.pb", step=3)
-
-
-@given(st.data())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_damage_is_reported(tmp_path: Path, data: st.DataObject) -> None:
-    """Changed bytes give another graph or a CheckpointError; never a different exception or a giant array."""
-    graph = bytearray(node(NAME, tensor((2, 3), packed=range(6))) + node("class_net/a/bias", tensor((4,))))
-    for _ in range(data.draw(st.integers(1, 4))):
-        graph[data.draw(st.integers(0, len(graph) - 1))] = data.draw(st.integers(0, 255))
-    (tmp_path / "g.pb").write_bytes(graph)
-    with suppress(CheckpointError), open_checkpoint(tmp_path / "g.pb") as checkpoint:
-        for name in checkpoint:
-            assert checkpoint[name].nbytes == 4 * math.prod(checkpoint.shapes[name]) <= len(graph)
 
 
 def test_readers_need_neither_tensorflow_nor_h5py(tmp_path: Path) -> None:

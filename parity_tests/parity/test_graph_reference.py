@@ -270,7 +270,7 @@ def test_a_missing_graph_is_rejected(tmp_path: Path) -> None:
             EfficientDetError, match=r"cannot read .*: No such file or directory; check --graph"
         ):
             open_reference("meta", checkpoint, tmp_path / "other.meta", config, values)
-        with pytest.raises(EfficientDetError, match="is not the folder of a SavedModel"):
+        with pytest.raises(EfficientDetError, match="neither the folder of a SavedModel nor a frozen"):
             open_reference("savedmodel", checkpoint, tmp_path / "x", config, values)
 
 

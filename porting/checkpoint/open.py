@@ -19,7 +19,7 @@ from porting.checkpoint.keras_h5 import is_h5, open_h5
 from porting.checkpoint.messages import unreadable
 from porting.checkpoint.objects.graph import is_object_based
 from porting.checkpoint.objects.open import open_object_checkpoint
-from porting.checkpoint.renamed import without_counts
+from porting.checkpoint.renamed import without_counts, without_outer_scope
 from porting.checkpoint.saved_model import as_served, is_saved_model, saved_model_prefix
 from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
 from porting.checkpoint.v2.bundle import TensorBundle
@@ -63,7 +63,7 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
         raise unreadable(path, error) from None
     head = read_head(path)
     reader = next(reader for reader in READERS if reader.matches(head, path))
-    checkpoint = without_counts(reader.open(path, step))
+    checkpoint = without_counts(without_outer_scope(reader.open(path, step)))
     if not reader.contains:
         try:
             add_run_config(checkpoint)

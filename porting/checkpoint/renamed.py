@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from porting.checkpoint.base import Checkpoint
-from porting.scopes import model_name
+from porting.checkpoint.messages import shortened
+from porting.scopes import model_name, outer_scope
 
 #: The second model in one Python process gets numbered layers in its stem: stem_1/conv2d_1, …
 _COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
@@ -83,3 +84,13 @@ def without_counts(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint.format,
         [f"{len(changed)} variables of the stem were saved by a second model in one process; renamed"],
     )
+
+
+def without_outer_scope(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` without a scope around the whole model, such as ``model/`` in ``model/class_net/…``."""
+    scope = outer_scope(checkpoint)
+    sources = {name.removeprefix(scope): Source(name) for name in checkpoint}
+    if not scope or len(sources) < len(checkpoint):
+        return checkpoint
+    note = f"the scope {shortened(scope)} before the names of all variables was left out"
+    return Renamed(checkpoint, sources, checkpoint.format, [note])

@@ -168,7 +168,7 @@ def add_reference_options(parser: argparse._ActionsContainer, default: str | Non
         "--graph",
         type=Path,
         metavar="PATH",
-        help="the file of that reference: .meta, SavedModel folder or .tflite (default: the "
+        help="the file of that reference: .meta, SavedModel folder, frozen .pb or .tflite (default: the "
         "checkpoint's own)",
     )
 

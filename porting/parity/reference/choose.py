@@ -1,8 +1,8 @@
 """Choose the reference: our reading of AutoML's network, or a file that holds the network.
 
 ``ops`` is :mod:`tf_reference`. The others run a file: ``meta`` the graph saved with a checkpoint,
-``savedmodel`` an exported model, ``tflite`` an EfficientDet-Lite file. A file computes in float32 or coarser,
-usually takes images of one size, and may not show every activation.
+``savedmodel`` an exported model or a frozen graph, ``tflite`` a TFLite file. A file computes in float32 or
+coarser, usually takes images of one size, and may not show every activation.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import numpy as np
 
 from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.base import read_head
+from porting.checkpoint.frozen_graph import is_frozen_graph
 from porting.checkpoint.tflite.checkpoint import is_tflite
 from porting.convert import Conversion, convert
 from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
 from porting.parity.reference import META, OPS, SAVED_MODEL
-from porting.parity.reference.graph import meta_beside, open_meta, open_saved_model
+from porting.parity.reference.graph import meta_beside, open_frozen, open_meta, open_saved_model
 from porting.parity.reference.tflite import TFLiteReference
 from pytorch_model.config import EfficientDetConfig
 
@@ -88,11 +89,15 @@ def open_reference(
         path = graph or meta_beside(checkpoint.location)
         return open_meta(path, config, variables)
     if kind == SAVED_MODEL:
+        frozen = graph or Path(checkpoint.location)
+        if is_frozen_graph(b"", frozen):
+            return open_frozen(frozen, config)
         folder = graph or _saved_model_of(checkpoint)
         if graph is not None:
             if not graph.is_dir():
                 raise EfficientDetError(
-                    f"{graph} is not the folder of a SavedModel; point --graph at the folder"
+                    f"{graph} is neither the folder of a SavedModel nor a frozen graph (.pb); point --graph "
+                    "at one of them"
                 )
             with open_checkpoint(graph) as served:
                 variables = convert(served, config).variables

@@ -16,10 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from porting.checkpoint.frozen_graph import FrozenGraph
 from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
 from porting.parity.reference.graph_session import run_graph
 from porting.parity.reference.graph_taps import SAME_VALUE, find_taps
+from porting.scopes import outer_scope
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import check_regular
 from tf_reference.variables import variable_shapes
@@ -97,6 +99,18 @@ def open_saved_model(
     if meta.HasField("object_graph_def"):
         return _keras_reference(folder, config, variables)
     return _reference(meta.graph_def, str(path), config, variables)
+
+
+def open_frozen(path: str | os.PathLike[str], config: EfficientDetConfig) -> GraphReference:
+    """A frozen graph, with its own values. Raises as :func:`open_meta` does, and CheckpointError."""
+    import tensorflow as tf
+
+    graph_def = _parse(tf.compat.v1.GraphDef, path, "a frozen graph")
+    frozen = FrozenGraph(path)
+    scope = outer_scope(frozen)
+    holders = {node: name.removeprefix(scope) for name, node in frozen.nodes.items()}
+    nodes = {node.name: node for node in graph_def.node}
+    return _cut(graph_def, nodes, holders, str(path), config, {})
 
 
 def meta_beside(source: str) -> Path:
