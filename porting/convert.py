@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import replacing
 from pytorch_model.weights.files import write_weights
 from tf_reference.variables import variable_shapes
+
+#: Values that a conversion is made of.
+EMA, RAW = "EMA", "raw"
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,28 @@ class Conversion:
     config: EfficientDetConfig
     state_dict: dict[str, torch.Tensor]
     variables: dict[str, np.ndarray]
-    values_kind: str  # "EMA" or "raw"
+    values_kind: str  # "EMA", "raw", or "EMA (705 of 709, the rest raw)"
     coverage: Coverage
     digest: str  # SHA-256 over names, shapes and values of `variables`
 
 
 def convert(
-    checkpoint: Checkpoint, config: EfficientDetConfig, raw: bool = False, dtype: str = "float32"
+    checkpoint: Checkpoint,
+    config: EfficientDetConfig,
+    raw: bool = False,
+    dtype: str = "float32",
+    *,
+    ema_or_raw: bool = False,
 ) -> Conversion:
     """Port ``checkpoint`` to the state dict of ``EfficientDet(config)``.
 
-    The exponential moving averages are used if the checkpoint has them, unless ``raw``. ``dtype`` is the type
+    The exponential moving averages are used if the checkpoint has them, unless ``raw``. With ``ema_or_raw``,
+    a variable without an average is taken raw, as AutoML's Keras code restores it. ``dtype`` is the type
     of the tensors: ``float32``, or ``float64`` to keep the folded means exact. Raises
     :class:`ConversionError` naming the first missing, unknown or non-finite variable, or the first with a
     wrong shape; raises :class:`CheckpointError` if the file is damaged.
     """
-    chosen, unused, values_kind = choose_variables(checkpoint, config, raw)
+    chosen, unused, values_kind = choose_variables(checkpoint, config, raw, ema_or_raw)
     stored = {name: base for base, name in chosen.items()}
     variables = {stored[name]: value for name, value in checkpoint.read_many(stored)}
     for name in chosen:
@@ -127,18 +136,19 @@ def apply_rules(
 
 
 def choose_variables(
-    checkpoint: Checkpoint, config: EfficientDetConfig, raw: bool
+    checkpoint: Checkpoint, config: EfficientDetConfig, raw: bool, ema_or_raw: bool = False
 ) -> tuple[dict[str, str], dict[str, tuple[str, ...]], str]:
     """Choose the checkpoint entry for each model variable, and say why every other entry is left out.
 
-    Returns (model variable → entry to read, reason → entries left out, "EMA" or "raw"). Raises
+    Returns (model variable → entry to read, reason → entries left out, ``values_kind``). Raises
     :class:`ConversionError` unless names and shapes fit the configuration exactly.
     """
     expected = variable_shapes(config)
     averaged = [name for name in checkpoint.shapes if name.endswith(EMA_SUFFIX)]
     use_ema = bool(averaged) and not raw
-    suffix = EMA_SUFFIX if use_ema else ""
-    chosen = {name: name + suffix for name in expected}
+    chosen = {name: name + EMA_SUFFIX if use_ema else name for name in expected}
+    if use_ema and ema_or_raw:
+        chosen = {name: twin if twin in checkpoint.shapes else name for name, twin in chosen.items()}
     unused: dict[str, list[str]] = defaultdict(list)
     taken = set(chosen.values())
     for name in checkpoint.shapes:
@@ -149,7 +159,33 @@ def choose_variables(
             raise ConversionError(_missing(name, entry, checkpoint, config, use_ema))
         if checkpoint.shapes[entry] != expected[name]:
             raise ConversionError(_misshapen(entry, expected[name], checkpoint, config))
-    return chosen, {why: tuple(names) for why, names in unused.items()}, "EMA" if use_ema else "raw"
+    return chosen, {why: tuple(names) for why, names in unused.items()}, _values_kind(chosen)
+
+
+def _values_kind(chosen: Mapping[str, str]) -> str:
+    averages = sum(name != entry for name, entry in chosen.items())
+    if averages in (0, len(chosen)):
+        return EMA if averages else RAW
+    return f"{EMA} ({averages} of {len(chosen)}, the rest {RAW})"
+
+
+def values_sentence(values_kind: str) -> str:
+    """The ``values_kind`` of a conversion in a reader's words."""
+    if values_kind in (EMA, RAW):
+        return "moving averages (EMA)" if values_kind == EMA else "raw values"
+    return f"moving averages where the checkpoint has them: {values_kind}"
+
+
+class ValuesChoice(TypedDict):
+    """The options of :func:`convert` that say which values are taken."""
+
+    raw: bool
+    ema_or_raw: bool
+
+
+def how_converted(values_kind: str) -> ValuesChoice:
+    """The options of :func:`convert` that give values of this kind again."""
+    return {"raw": values_kind == RAW, "ema_or_raw": values_kind not in (EMA, RAW)}
 
 
 def _why_unused(
@@ -193,7 +229,7 @@ def _missing(name: str, entry: str, checkpoint: Checkpoint, config: EfficientDet
     if use_ema and name in checkpoint.shapes:
         return (
             f"{name} in {checkpoint.source} has no moving average while other variables do; "
-            "--raw ports the raw values instead"
+            "--ema-or-raw takes averages where they are and raw values elsewhere, --raw takes only raw values"
         )
     if name + EMA_SUFFIX in checkpoint.shapes:
         return f"{name} in {checkpoint.source} has no raw value, only a moving average; leave out --raw"
@@ -282,7 +318,7 @@ def read_raw_variables(checkpoint: Checkpoint, conversion: Conversion) -> dict[s
 
     They help to diagnose a mistake. None if the conversion is of raw values, or the checkpoint lacks some.
     """
-    if conversion.values_kind == "raw" or not checkpoint.shapes.keys() >= conversion.variables.keys():
+    if conversion.values_kind == RAW or not checkpoint.shapes.keys() >= conversion.variables.keys():
         return None
     chosen, _, _ = choose_variables(checkpoint, conversion.config, raw=True)
     return dict(checkpoint.read_many(chosen.values()))

@@ -33,10 +33,31 @@ def is_special(path: str | os.PathLike[str]) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+#: What ``git clone`` without Git LFS leaves in place of a large file: a text of this beginning.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MOST_POINTER_BYTES = 1024  # its specification's limit
+
+
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise OSError, its ``strerror`` the reason, if :func:`is_special`. Call it before opening a file."""
+    """Raise OSError, its ``strerror`` the reason, if ``path`` cannot hold what its name says.
+
+    That is if :func:`is_special`, or if it is a Git LFS pointer. Call it before opening a file.
+    """
     if is_special(path):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", os.fspath(path))
+    if _is_lfs_pointer(path):
+        reason = "it is a Git LFS pointer, not the file itself: run git lfs pull"
+        raise OSError(errno.EINVAL, reason, os.fspath(path))
+
+
+def _is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    try:
+        if os.path.isdir(path) or os.path.getsize(path) > _MOST_POINTER_BYTES:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except (OSError, ValueError):  # nothing there, not readable, or an impossible name: the reader says it
+        return False
 
 
 def read_bounded(path: str | os.PathLike[str], most: int) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from porting.checkpoint.v2 import snappy, table
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
-from porting.errors import CheckpointError
+from porting.convert import convert
+from porting.errors import CheckpointError, ConversionError
+from porting.infer import infer_config
+from porting.synthetic import synthetic_checkpoint
+from pytorch_model.config import model_config
 
 BUNDLES = GOLDENS / "bundle"
 REAL = [SHARED / "oracle/checkpoints/efficientdet-d0", SHARED / "lite0/efficientdet-lite0"]
@@ -330,6 +336,39 @@ def test_step_is_none_unless_a_scalar_integer(tmp_path: Path, value: np.ndarray 
     write_bundle(tmp_path / "model", {} if value is None else {"global_step": value})
     with open_checkpoint(tmp_path / "model") as checkpoint:
         assert checkpoint.step is None
+
+
+def second_model(content: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Under the names of a model that is the second of its process."""
+    stem = re.compile(r"/stem/(conv2d|tpu_batch_normalization)/")
+    return {stem.sub(r"/stem_1/\1_1/", name): value for name, value in content.items()}
+
+
+def test_second_model_in_one_process(tmp_path: Path) -> None:
+    config = model_config("efficientdet-lite0", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
+    content = synthetic_checkpoint(config, momentum=True)
+    write_bundle(tmp_path / "model", second_model(content))
+    assert "efficientnet-lite0/stem_1/conv2d_1/kernel/ExponentialMovingAverage" in second_model(content)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.keys() == content.keys()
+        assert checkpoint.format == "TensorFlow V2 checkpoint"
+        assert checkpoint.notes == (
+            "5 variables of the stem were saved by a second model in one process; renamed",
+        )
+        found = convert(checkpoint, infer_config(checkpoint.shapes).config)
+    write_bundle(tmp_path / "plain", content)
+    with open_checkpoint(tmp_path / "plain") as checkpoint:
+        assert found.digest == convert(checkpoint, found.config).digest
+
+
+def test_two_models_in_one_checkpoint_stay_two(tmp_path: Path) -> None:
+    config = model_config("efficientdet-lite0", num_classes=2, fpn_cell_repeats=1, box_class_repeats=1)
+    content = synthetic_checkpoint(config)
+    write_bundle(tmp_path / "model", content | second_model(content))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.notes == ()
+        with pytest.raises(ConversionError, match=r"two models were built in one graph: .*/stem_1/"):
+            infer_config(checkpoint.shapes)
 
 
 def test_reading_does_not_import_tensorflow(tmp_path: Path) -> None:

@@ -72,14 +72,14 @@ def stall(after: int) -> Callable[[Handler], bool]:
     def fault(handler: Handler) -> bool:
         handler.serve(limit=after)
         handler.wfile.flush()
-        handler.server.stop.wait(20)
+        handler.server.stop.wait(300)
         return True
 
     return fault
 
 
 def silence(handler: Handler) -> bool:
-    handler.server.stop.wait(20)
+    handler.server.stop.wait(300)
     return True
 
 
@@ -101,7 +101,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv(releases.BASE_URL_VARIABLE, server.url)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.001)
-    monkeypatch.setattr(download, "STALL_SECONDS", 10.0)
+    monkeypatch.setattr(download, "STALL_SECONDS", 60.0)
     yield server
     server.stop.set()
     server.shutdown()
@@ -490,11 +490,11 @@ def test_a_stalled_server(
     watcher: Watcher,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(download, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(download, "STALL_SECONDS", 2.0)
     server.faults = [fault]
     fetch(D0, tmp_path, watcher)
     assert_fetched(tmp_path)
-    assert any("for 0.5 s; trying again" in note for note in watcher.notes)
+    assert any("for 2 s; trying again" in note for note in watcher.notes)
 
 
 @pytest.mark.parametrize(
@@ -720,7 +720,7 @@ def test_two_runs_at_once_fetch_it_once(server: Server, tmp_path: Path, watcher:
 
     def slow(handler: Handler) -> bool:
         started.set()
-        go.wait(20)
+        go.wait(300)
         return False
 
     server.faults = [slow]
@@ -734,16 +734,16 @@ def test_two_runs_at_once_fetch_it_once(server: Server, tmp_path: Path, watcher:
 
     first = threading.Thread(target=run, args=(None,))
     first.start()
-    assert started.wait(20)
+    assert started.wait(300)
     second = threading.Thread(target=run, args=(watcher,))
     second.start()
-    for _ in range(2000):
+    for _ in range(30_000):
         if watcher.notes:
             break
         time.sleep(0.01)
     go.set()
-    first.join(20)
-    second.join(20)
+    first.join(300)
+    second.join(300)
     assert errors == []
     assert watcher.notes == ["another run is fetching efficientdet-d0.tar.gz; waiting for it"]
     assert len(server.requests) == 1
@@ -768,7 +768,7 @@ def test_many_processes_at_once(locks: bool, server: Server, tmp_path: Path) -> 
     server.faults = [drop(500_000), drop(900_000)]
     runs = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for run in runs:
-        _, stderr = run.communicate(timeout=120)
+        _, stderr = run.communicate(timeout=600)
         assert run.returncode == 0, stderr
     assert_fetched(tmp_path)
     if locks:

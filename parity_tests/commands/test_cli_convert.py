@@ -19,10 +19,12 @@ import pytest
 from parity_tests.helpers.paths import GOLDENS, ROOT, TOOLS
 from parity_tests.helpers.tflite_files import TINY
 from porting.checkpoint.v2.writer import write_bundle
-from porting.scopes import EMA_SUFFIX
+from porting.scopes import EMA_SUFFIX, STATISTICS
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import load_model
 from pytorch_model.config import model_config
+from pytorch_model.weights.files import read_weights
+from tf_reference.variables import variable_shapes
 
 TOOL = TOOLS / "convert.py"
 MODEL = "efficientdet-lite0"
@@ -92,6 +94,26 @@ def test_json_is_all_there_is_on_stdout(tmp_path: Path, checkpoint: Path) -> Non
     assert summary["coverage"]["used"] == 588
     assert load_model(tmp_path / summary["weights_file"]).config.to_dict() == model_config(MODEL).to_dict()
     assert "read" in done.stderr
+
+
+def test_partial_averages_are_taken_if_asked_for(tmp_path: Path) -> None:
+    config = model_config(MODEL)
+    content = synthetic_checkpoint(config)
+    statistics = [name for name in variable_shapes(config) if name.endswith(STATISTICS)]
+    for name in statistics:  # as in AutoML's Keras trainer, which averages what it trains
+        del content[name + EMA_SUFFIX]
+    (tmp_path / "run").mkdir()
+    write_bundle(tmp_path / "run/model", content)
+    refused = convert("--ckpt", "run", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--ema-or-raw" in refused.stderr
+    done = convert("--ckpt", "run", "--ema-or-raw", "--json", "--out", "x.safetensors", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    kind = f"EMA ({588 - len(statistics)} of 588, the rest raw)"
+    assert json.loads(done.stdout)["weights"] == kind
+    assert kind in " ".join(done.stderr.split())
+    assert json.loads(read_weights(tmp_path / "x.safetensors")[2]["weights"]) == kind
+    assert convert("--ckpt", "run", "--ema-or-raw", "--raw", cwd=tmp_path).returncode == 2
 
 
 def test_settings_of_the_file_are_written_with_the_weights(tmp_path: Path) -> None:
@@ -292,7 +314,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     process.stdout.readline()  # it has begun
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     if process.returncode == 0:
         pytest.skip("it had finished already")
     assert process.returncode == 130
@@ -309,7 +331,7 @@ def test_ctrl_c_while_starting_is_quiet(tmp_path: Path, checkpoint: Path, second
     )
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     if seconds > 0.1:  # before that Python itself is starting and answers for itself
         assert process.returncode in (0, 130)
         assert "Traceback" not in errors

@@ -15,15 +15,18 @@ from parity_tests.helpers.configs import configs
 from parity_tests.helpers.recordings import golden_recording
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
-from porting.convert import Conversion, apply_rules, convert
+from porting.convert import Conversion, apply_rules, convert, how_converted, values_sentence
 from porting.errors import ConversionError
 from porting.infer import infer_config
+from porting.parity.compared_weights import ComparedWeights
+from porting.parity.weight_comparison import compare_with_checkpoint
 from porting.rules import Rule, rules
 from porting.scopes import EMA_SUFFIX
 from porting.sources.open import write_synthetic
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
 from pytorch_model.config import EfficientDetConfig, model_config
+from tf_reference.variables import variable_shapes
 
 Variables = dict[str, np.ndarray]
 
@@ -43,10 +46,16 @@ def shared_d0(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_synthetic("efficientdet-d0", tmp_path_factory.mktemp("d0"))
 
 
-def port(folder: Path, content: Variables, config: EfficientDetConfig, raw: bool = False) -> Conversion:
+def port(
+    folder: Path,
+    content: Variables,
+    config: EfficientDetConfig,
+    raw: bool = False,
+    ema_or_raw: bool = False,
+) -> Conversion:
     write_bundle(folder / "model", content)
     with open_checkpoint(folder) as checkpoint:
-        return convert(checkpoint, config, raw)
+        return convert(checkpoint, config, raw, ema_or_raw=ema_or_raw)
 
 
 def test_moving_averages_are_used_unless_raw(
@@ -101,7 +110,7 @@ STEM = "efficientnet-lite0/stem/conv2d/kernel"
 REFUSED = {
     "missing": (
         drop(STEM + EMA_SUFFIX),
-        rf"{STEM} in .* has no moving average while other variables do; --raw",
+        rf"{STEM} in .* has no moving average while other variables do; --ema-or-raw takes",
     ),
     "misshapen twin": (
         put("resample_p6/bn/beta", np.zeros(3, np.float32)),
@@ -170,6 +179,42 @@ def test_averages_without_raw_values(tmp_path: Path, content: Variables, config:
     assert port(tmp_path, only, config).values_kind == "EMA"
     with pytest.raises(ConversionError, match=r"has no raw value, only a moving average; leave out --raw"):
         port(tmp_path, only, config, raw=True)
+
+
+def test_averages_where_they_are_and_raw_values_elsewhere(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    names = [STEM, "resample_p6/bn/moving_variance"]
+    partial = {name: value for name, value in content.items() if name not in {n + EMA_SUFFIX for n in names}}
+    found = port(tmp_path, partial, config, ema_or_raw=True)
+    count = len(variable_shapes(config))
+    assert found.values_kind == f"EMA ({count - 2} of {count}, the rest raw)"
+    for name, value in found.variables.items():
+        expected = content[name if name in names else name + EMA_SUFFIX]
+        assert value.tobytes() == expected.tobytes()
+    left_out = {name for names in found.coverage.unused.values() for name in names}
+    assert left_out.isdisjoint(names)
+    assert port(tmp_path, content, config, ema_or_raw=True).values_kind == "EMA"
+    raw = {name: value for name, value in content.items() if not name.endswith(EMA_SUFFIX)}
+    assert port(tmp_path, raw, config, ema_or_raw=True).values_kind == "raw"
+
+
+def test_a_partial_average_is_found_by_comparison_too(
+    tmp_path: Path, content: Variables, config: EfficientDetConfig
+) -> None:
+    partial = {name: value for name, value in content.items() if name != STEM + EMA_SUFFIX}
+    state_dict = port(tmp_path, partial, config, ema_or_raw=True).state_dict
+    with open_checkpoint(tmp_path / "model") as checkpoint:
+        found = compare_with_checkpoint(ComparedWeights("w", state_dict, config), checkpoint, config)
+    assert found.passed
+    count = len(variable_shapes(config))
+    assert found.match == f"EMA ({count - 1} of {count}, the rest raw)"
+
+
+@pytest.mark.parametrize("kind", ["EMA", "raw", "EMA (3 of 4, the rest raw)"])
+def test_the_kind_of_values_says_how_to_convert_again(kind: str) -> None:
+    assert how_converted(kind) == {"raw": kind == "raw", "ema_or_raw": "(" in kind}
+    assert kind.partition(" ")[0].lower() in values_sentence(kind).lower()
 
 
 def test_scalars_of_automls_training_are_left_out(

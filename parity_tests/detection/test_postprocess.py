@@ -24,6 +24,7 @@ from pytorch_model.detection.postprocess import (
     Candidates,
     Detections,
     non_max_suppression,
+    postprocess_global,
     postprocess_per_class,
     pre_nms,
 )
@@ -59,6 +60,11 @@ class Heads:
 
     def per_class(self, nms: NMSConfig) -> Detections:
         return postprocess_per_class(self.classes, self.boxes, self.anchors_yxyx, nms, self.image_scales)
+
+    def across_classes(self, nms: NMSConfig) -> Detections:
+        return postprocess_global(
+            self.classes, self.boxes, self.anchors_yxyx, self.image_size, nms, self.image_scales
+        )
 
 
 def nchw(array: np.ndarray) -> Tensor:
@@ -134,6 +140,12 @@ def test_per_class(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> 
     compare(heads.per_class(nms_config(name)), stored, f"synth/per_class/{name}")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_global(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> None:
+    heads, stored = synth
+    compare(heads.across_classes(nms_config(name)), stored, f"synth/global/{name}")
+
+
 @pytest.mark.parametrize("name", GENERATED)
 def test_generate_detections(synth: tuple[Heads, Mapping[str, np.ndarray]], name: str) -> None:
     heads, stored = synth
@@ -143,10 +155,17 @@ def test_generate_detections(synth: tuple[Heads, Mapping[str, np.ndarray]], name
 
 def test_more_recorded_paths_of_the_same_detections(shared: Path) -> None:
     heads, stored = synth_heads(shared)
+    found = heads.across_classes(nms_config("default_gaussian"))
+    compare_rows(found, stored["synth/generate_detections/tf_global/id_box_score_class"][..., 1:])
+    expected = stored["synth/det_post_process/detections"][..., [2, 1, 4, 3, 5, 6]]
+    compare_rows(found, expected)
     for name, nms in (("tf", NMSConfig()), ("pyfunc", NMSConfig(pyfunc=True))):
         rows = stored[f"synth/det_model_fn_eval/{name}/detections"][..., 1:].copy()
         rows[..., 2:4] += rows[..., :2]  # recorded as x, y, width, height
         compare_rows(heads.per_class(nms), rows)
+    heads.image_scales = torch.ones(2)
+    found = heads.across_classes(nms_config("default_gaussian"))
+    compare(found, stored, "synth/global_noscale/default_gaussian")
 
 
 def test_tensorflow_combined_nms_over_all_pairs(shared: Path) -> None:
@@ -196,6 +215,7 @@ def test_suppression_of_googles_own_candidates(
         none: Any = None
         nms = nms_config(name)
         compare(postprocess_per_class(none, none, none, nms, scales), stored, f"per_class/{name}")
+        compare(postprocess_global(none, none, none, (size, size), nms, scales), stored, f"global/{name}")
         compared += 1
     if model == "efficientdet-d7x":
         assert compared == 0, "recorded with a stride, so there are no candidates to take"
@@ -205,6 +225,7 @@ def test_suppression_of_googles_own_candidates(
 
 @pytest.mark.parametrize("name", ["gaussian_topk5000", "default_gaussian"])
 def test_heads_of_random_weights(shared: Path, name: str) -> None:
+    """Here, unlike among clustered objects, a location's second-best classes reach the global result too."""
     with np.load(shared / "oracle/efficientdet-d0/acts_fp64_s128.npz") as recorded:
         classes, boxes = (
             [nchw(recorded[f"{kind}_outputs/{level}"].astype(np.float32)) for level in range(3, 8)]
@@ -214,6 +235,7 @@ def test_heads_of_random_weights(shared: Path, name: str) -> None:
     heads = Heads(classes, boxes, torch.from_numpy(stored["image_scales"]), "efficientdet-d0")
     tolerances = (FLOAT32_SCORE_TOLERANCE, FLOAT32_BOX_TOLERANCE)
     compare(heads.per_class(nms_config(name)), stored, f"per_class/{name}", *tolerances)
+    compare(heads.across_classes(nms_config(name)), stored, f"global/{name}", *tolerances)
 
 
 def test_trained_weights_on_two_photographs(shared: Path) -> None:
@@ -333,6 +355,15 @@ def test_the_numpy_variant_keeps_what_equals_the_threshold_and_the_best_of_each_
     ):
         indices, _, count = non_max_suppression(boxes, scores, classes, nms)
         assert indices[0, : int(count)].tolist() == expected
+
+
+def test_the_global_path_clips_each_axis_to_its_own_side() -> None:
+    heads = random_heads(1)
+    heads.image_size = (20, 40)
+    heads.image_scales = torch.tensor([2.0])
+    boxes_yxyx = heads.across_classes(NMSConfig()).boxes_yxyx[0]
+    assert boxes_yxyx.amin(dim=0).tolist() == [0.0, 0.0, 0.0, 0.0]
+    assert boxes_yxyx.amax(dim=0).tolist() == [40.0, 80.0, 40.0, 80.0]
 
 
 # A coarse grid makes equal scores, equal boxes, touching boxes, empty boxes and overlaps of exactly 1/2.
@@ -526,6 +557,7 @@ EVERY_PATH = [
     pytest.param(lambda heads: heads.per_class(NMSConfig()), id="per class"),
     pytest.param(lambda heads: heads.per_class(NMSConfig(max_nms_inputs=0, method="hard")), id="hard"),
     pytest.param(lambda heads: heads.per_class(NMSConfig(pyfunc=True)), id="pyfunc"),
+    pytest.param(lambda heads: heads.across_classes(NMSConfig()), id="global"),
 ]
 
 
@@ -608,6 +640,8 @@ BAD_CONFIGS = [
     pytest.param({"method": "linear"}, "method", id="linear is pyfunc's"),
     pytest.param({"max_nms_inputs": -1}, "max_nms_inputs", id="negative inputs"),
     pytest.param({"max_output_size": 0}, "max_output_size", id="no output"),
+    pytest.param({"scope": "all"}, "scope of suppression is 'all'", id="unknown scope"),
+    pytest.param({"scope": "global", "pyfunc": True}, "suppresses per class", id="pyfunc global"),
     pytest.param({"sigma": 0.0}, "sigma", id="no sigma"),
     pytest.param({"pyfunc": True, "method": "hard", "score_thresh": 0.1}, "no threshold", id="pyfunc hard"),
 ]

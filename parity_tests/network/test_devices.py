@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from pytorch_model import create_model
 from pytorch_model.anchors import generate_anchors
-from pytorch_model.detection.postprocess import postprocess_per_class
+from pytorch_model.detection.postprocess import postprocess_global, postprocess_per_class
 from pytorch_model.detection.preprocess import preprocess
 from pytorch_model.detection.settings import PYFUNC_METHODS, TF_METHODS, NMSConfig
 
@@ -74,6 +74,14 @@ def test_suppression_within_classes(nms: NMSConfig) -> None:
     outputs = head_outputs()
     with staying():
         found = postprocess_per_class(*outputs, nms, on_gpu(2))
+    assert {str(tensor.device) for tensor in found} == {DEVICE}
+    assert found.boxes_yxyx.shape == (2, 100, 4)
+
+
+def test_suppression_across_classes() -> None:
+    outputs = head_outputs()
+    with staying():
+        found = postprocess_global(*outputs, SIZE, NMSConfig(scope="global"), on_gpu(2))
     assert {str(tensor.device) for tensor in found} == {DEVICE}
     assert found.boxes_yxyx.shape == (2, 100, 4)
 

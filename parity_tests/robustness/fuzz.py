@@ -3,8 +3,11 @@
 Each input must be rejected with the project's own error, or give exactly the result of the sound file.
 Formats without checksums (a digit in a YAML file, a pixel) may also give a different valid result, which is
 counted separately. Anything else is a fault: another exception, a different result although the format has
-checksums, more than 10 seconds, more memory than twice the file, a dead process. For an image, twice the
+checksums, too much time, more memory than twice the file, a dead process. For an image, twice the
 pixels in the network's input are allowed if that is more, because formats compress.
+
+Time is the processor time of the reading process, because other processes do not change it much. The limit is
+ten seconds on a machine that runs :func:`pace` in :data:`PACE` seconds, and more on a slower one.
 
 Memory is measured twice. The memory from Python's own allocators (tracemalloc) is exact. The peak of the
 process's resident memory also counts PyTorch, Pillow, HDF5 and zlib, but only the pages that they touch. It
@@ -20,10 +23,13 @@ import argparse
 import contextlib
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -45,7 +51,10 @@ from parity_tests.robustness import named
 from parity_tests.robustness.damage import mutated, mutated_text
 from parity_tests.robustness.targets import TARGETS, Target
 
-SECONDS = 10.0
+SECONDS = 10.0  # of processor time
+PACE = 0.02  # processor seconds of pace() on the machine for which SECONDS was chosen
+#: Waiting that uses no processor time is ended after this many times SECONDS.
+PATIENCE = 60
 #: Memory for Python's own objects (names, shapes, the network's modules), in addition to twice the file.
 OBJECTS = 8 << 20
 #: Resident memory that is allowed in addition to that and to the peak of the sound file: code that only an
@@ -204,16 +213,18 @@ class _Reader:
 
     def read(self, path: Path, seconds: float) -> tuple[str, str, Peaks]:
         """(``"read"``, :data:`REFUSED` or a fault; digest, message or traceback; memory)."""
-        self.connection.send(str(path))
+        self.connection.send((str(path), seconds))
         try:
-            if self.connection.poll(seconds):
+            if self.connection.poll(PATIENCE * seconds):
                 answer: tuple[str, str, Peaks] = self.connection.recv()
                 return answer
         except (EOFError, OSError):
             self.process.join()
+            if self.process.exitcode == -signal.SIGXCPU:
+                return "too slow", f"more than {seconds:g} s of processor time", Peaks()
             return "process died", f"exit code {self.process.exitcode}", Peaks()
         self.stop()
-        return "too slow", f"no answer in {seconds:g} s", Peaks()
+        return "too slow", f"no answer in {PATIENCE * seconds:g} s", Peaks()
 
     def stop(self) -> None:
         self.process.kill()
@@ -224,9 +235,12 @@ def _serve(use: Callable[[Path], str], connection: Connection) -> None:
     from porting.errors import EfficientDetError
 
     warnings.simplefilter("ignore")
+    slowness = max(1.0, min(pace() for _ in range(3)) / PACE)
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
         while True:
-            path = Path(connection.recv())
+            name, seconds = connection.recv()
+            path = Path(name)
+            _limit_processor_time(seconds * slowness)
             before = _forget_peak()
             tracemalloc.start()
             try:
@@ -240,6 +254,22 @@ def _serve(use: Callable[[Path], str], connection: Connection) -> None:
             peaks = Peaks(tracemalloc.get_traced_memory()[1], _resident("VmHWM") - before if before else 0)
             tracemalloc.stop()
             connection.send((status, result, peaks))
+
+
+def pace() -> float:
+    """The processor time of a fixed amount of Python's own work, in seconds."""
+    start = time.process_time()
+    found: dict[bytes, int] = {}
+    for number in range(150_000):
+        found[b"%d" % number] = number & 255
+    assert sum(found.values()) > 0
+    return time.process_time() - start
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """From now on; then the kernel sends SIGXCPU. Its limit is a whole number of seconds, rounded up here."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), hard))
 
 
 def resident_measured() -> bool:

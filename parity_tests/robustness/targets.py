@@ -155,9 +155,9 @@ def pixel_bytes(path: Path) -> int:
 
 
 def read_labels(path: Path) -> str:
-    from pytorch_model.detection.labels import load_names
+    from pytorch_model.detection.labels import find_names
 
-    return repr(load_names(path, 5))
+    return repr(find_names(path, 5))
 
 
 def read_metrics(path: Path) -> str:

@@ -1,6 +1,6 @@
 """Well-formed files that would cost far more memory or time than their size.
 
-Each is read in the fuzzer's process, with its limits: ten seconds, twice the file plus a constant.
+Each is read in the fuzzer's process, with its limits: processor time, and twice the file plus a constant.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -29,8 +28,6 @@ SUFFIXES = (".h5", ".hdf5")
 
 _MAGIC = b"\x89HDF\r\n\x1a\n"
 _FLOATS = ("f2", "f4", "f8")
-#: The second model in one Python process gets numbered layers in its stem: stem_1/conv2d_1, …
-_COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
 
 
 def is_h5(head: bytes, path: Path) -> bool:
@@ -116,16 +113,7 @@ class KerasH5(Checkpoint):
             found[name] = dataset
         if not found:
             self._reject("holds no weights; build the model before saving it")
-        return self._uncount_stem(found, notes), notes
-
-    def _uncount_stem(self, found: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-        """Remove the numbers from the names that a second model in one process gets."""
-        renamed = {_COUNTED_STEM.sub(r"\1/stem/\2/", name): dataset for name, dataset in found.items()}
-        if renamed.keys() == found.keys() or len(renamed) != len(found):
-            return found  # no numbers, or a first and a second stem: then conversion reports it
-        changed = len(renamed.keys() - found.keys())
-        notes.append(f"{changed} variables of the stem were saved by a second model in one process; renamed")
-        return renamed
+        return found, notes
 
     def _walk(self, h5py: Any, root: Any) -> Iterator[tuple[str, Any]]:
         """Yield path and dataset of everything in ``root`` that is not a group, at any depth."""

@@ -15,15 +15,17 @@ from porting.checkpoint.archive import is_archive, open_archive
 from porting.checkpoint.base import Checkpoint, read_head
 from porting.checkpoint.frozen_graph import is_frozen_graph, open_frozen_graph
 from porting.checkpoint.keras_h5 import is_h5, open_h5
+from porting.checkpoint.messages import unreadable
 from porting.checkpoint.objects.graph import is_object_based
 from porting.checkpoint.objects.open import open_object_checkpoint
+from porting.checkpoint.renamed import without_counts
 from porting.checkpoint.saved_model import as_served, is_saved_model, saved_model_prefix
 from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.locate import locate
 from porting.errors import CheckpointError
-from pytorch_model.files import is_special
+from pytorch_model.files import check_regular, is_special
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,13 @@ def open_checkpoint(path: str | os.PathLike[str], step: int | None = None) -> Ch
     if is_special(path):
         raise CheckpointError(f"{path} is a pipe or a device, not a file; copy what it gives into a file")
     path = Path(path)
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
     head = read_head(path)
     reader = next(reader for reader in READERS if reader.matches(head, path))
-    return reader.open(path, step)
+    return without_counts(reader.open(path, step))
 
 
 def _open_archive(path: Path, step: int | None) -> Checkpoint:

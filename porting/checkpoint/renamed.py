@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from porting.checkpoint.base import Checkpoint
+from porting.scopes import model_name
+
+#: The second model in one Python process gets numbered layers in its stem: stem_1/conv2d_1, …
+_COUNTED_STEM = re.compile(r"^(efficientnet-[^/]+)/stem_\d+/(conv2d|tpu_batch_normalization)(?:_\d+)?/")
 
 
 class Source(NamedTuple):
@@ -61,3 +66,20 @@ class Renamed(Checkpoint):
         source = self._sources[name]
         array = self._inner._read(source.key)
         return np.array(source.take(array), order="C") if source.take else array
+
+
+def without_counts(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` without the numbers that a second model in one process gets in its stem's names.
+
+    A checkpoint that holds a first and a second stem stays as it is, and conversion rejects it.
+    """
+    names = {name: _COUNTED_STEM.sub(r"\1/stem/\2/", name) for name in checkpoint}
+    changed = {model_name(name) for name, plain in names.items() if name != plain}
+    if not changed or len(set(names.values())) != len(names):
+        return checkpoint
+    return Renamed(
+        checkpoint,
+        {plain: Source(name) for name, plain in names.items()},
+        checkpoint.format,
+        [f"{len(changed)} variables of the stem were saved by a second model in one process; renamed"],
+    )

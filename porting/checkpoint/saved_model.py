@@ -6,9 +6,11 @@ import os
 from pathlib import Path, PurePath
 
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.messages import unreadable
 from porting.checkpoint.renamed import Renamed, Source
 from porting.errors import CheckpointError
 from porting.scopes import EMA_SUFFIX
+from pytorch_model.files import check_regular
 
 FORMAT = "TensorFlow SavedModel"
 
@@ -23,6 +25,11 @@ def saved_model_prefix(path: str | os.PathLike[str]) -> Path | None:
     """
     path = Path(path)
     folder = path.parent if path.name in _GRAPHS else path
+    for graph in _GRAPHS:
+        try:
+            check_regular(folder / graph)
+        except OSError as error:
+            raise unreadable(folder / graph, error) from None
     prefix = folder / _VARIABLES / _VARIABLES
     if os.path.isfile(f"{prefix}.index"):
         return prefix

@@ -58,7 +58,7 @@ TARGETS: Mapping[str, Target] = {
         Target("h5", "one file, as Keras's save_weights writes AutoML's model", "h5"),
         Target("effdet", "a state dict that the effdet package's models load", "effdet"),
         Target("onnx", "the network, any batch, at the configuration's image size", "onnx_network"),
-        Target("onnx-detector", "the same, followed by AutoML's postprocessing", "onnx_detector"),
+        Target("onnx-detector", "the same, followed by AutoML's suppression per class", "onnx_detector"),
         Target("torch-export", "the network as a torch.export program, .pt2", "torch_export"),
     )
 }

@@ -1,6 +1,7 @@
 """ONNX: the network followed by AutoML's postprocessing, images → detections.
 
 The suppression is Gaussian and per class, as in AutoML's evaluation, and unrolled over its output slots.
+AutoML's own exports suppress across classes; this file does not.
 ONNX's own operator only does hard suppression.
 """
 

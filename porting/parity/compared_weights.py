@@ -13,7 +13,7 @@ from torch import Tensor
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.errors import WeightsError
 from pytorch_model.weights.checks import plain_tensors
-from pytorch_model.weights.files import read_weights
+from pytorch_model.weights.files import check_file, read_weights
 from pytorch_model.weights.pickles import load_pth
 
 
@@ -33,6 +33,7 @@ def read_weight_file(path: str | os.PathLike[str]) -> ComparedWeights:
     configuration. Code in a file is never run. Raises :class:`WeightsError`.
     """
     path = Path(path)
+    check_file(path)
     try:
         state_dict, config, _ = read_weights(path)
     except WeightsError:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from porting.checkpoint import Checkpoint
-from porting.convert import apply_rules, convert
+from porting.convert import RAW, apply_rules, convert
 from porting.parity.compared_weights import ComparedWeights
 from porting.parity.measure import Difference, relative_l2
 from porting.parity.weight_parts import batch_norms, bias_of, kernels_before, parts_of, tensor_difference
@@ -222,9 +222,9 @@ def _candidates(
     checkpoint: Checkpoint, config: EfficientDetConfig
 ) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
     """(name, state dict) of every set of values the checkpoint may stand for, conversion's default first."""
-    default = convert(checkpoint, config)
+    default = convert(checkpoint, config, ema_or_raw=True)
     yield default.values_kind, default.state_dict
-    if default.values_kind == "raw" or not checkpoint.shapes.keys() >= default.variables.keys():
+    if default.values_kind == RAW or not checkpoint.shapes.keys() >= default.variables.keys():
         return
     raw = convert(checkpoint, config, raw=True)
     yield raw.values_kind, raw.state_dict

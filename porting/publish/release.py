@@ -48,6 +48,7 @@ class ReleaseRequest:
     name: str | None = None
     license: str | None = None
     raw: bool = False
+    ema_or_raw: bool = False
     metrics: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +84,7 @@ def make_release(
     )
     target = request.out / name
     check_new_folder(target)
-    conversion = convert(checkpoint, inference.config, raw=request.raw)
+    conversion = convert(checkpoint, inference.config, raw=request.raw, ema_or_raw=request.ema_or_raw)
     source = published.url if published else _source_name(request.spec, checkpoint)
     license_id = request.license or (GOOGLES_LICENSE if published else "unknown")
     about = origin(conversion, checkpoint, inference.assumed, source, license_id, published)

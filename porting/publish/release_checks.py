@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from porting.audit import audit_parameters
-from porting.convert import Conversion
+from porting.convert import EMA, Conversion
 from porting.errors import EfficientDetError, Reason
 from porting.parity.measure import tolerances
 from porting.publish.release_folder import (
@@ -88,11 +88,11 @@ def verify_release(folder: Path, conversion: Conversion | None = None) -> Iterat
         yield Check("the checkpoint converts to these very tensors", _conversion_problem(folder, conversion))
 
 
-def holds_raw(folder: Path) -> bool:
-    """Whether the raw values were released. False if the folder is damaged; then a check fails."""
+def released_values(folder: Path) -> str:
+    """The kind of values that were released. ``EMA`` if the folder is damaged; then a check fails."""
     with suppress(EfficientDetError):
-        return read_weights(folder)[2].get("weights") == "raw"
-    return False
+        return str(read_weights(folder)[2].get("weights", EMA))
+    return EMA
 
 
 def _files_problem(folder: Path) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.detection.ensemble import mirrored, weighted_boxes_fusion
-from pytorch_model.detection.postprocess import postprocess_per_class
+from pytorch_model.detection.postprocess import postprocess
 from pytorch_model.detection.preprocess import (
     DecodedImage,
     ImageSource,
@@ -35,7 +35,8 @@ class Detector:
             print(detections["boxes"], detections["scores"], detections["labels"])
 
     ``model`` is put into evaluation mode and stays on its device; move it before. ``image_size`` (height,
-    width) of the network's input defaults to ``config.image_size``. ``nms`` defaults to AutoML's evaluation.
+    width) of the network's input defaults to ``config.image_size``. ``nms`` defaults to AutoML's evaluation;
+    ``NMSConfig(scope="global", max_nms_inputs=0)`` is what AutoML's exported models do.
     Only detections with a score above ``score_threshold`` are returned. ``decoder`` is described at
     :func:`~pytorch_model.detection.preprocess.load_image`: ``"fast-dct"`` gives the pixels of AutoML's
     evaluation. ``tta="flip"`` also detects in each mirrored image and fuses both results, see :func:`detect`.
@@ -69,8 +70,9 @@ class Detector:
         """Detect in one batch of images, see :func:`pytorch_model.detection.preprocess.preprocess`.
 
         Returns one dict per image, as torchvision's detectors do: ``boxes`` float32 [n, 4], order xyxy, in
-        pixels of the given image, not clipped to it; ``scores`` float32 [n], descending; ``labels`` int64
-        [n], class ids from 1 (COCO's own ids for COCO weights). All on the model's device.
+        pixels of the given image, not clipped to it (with global suppression, to the network's input);
+        ``scores`` float32 [n], descending; ``labels`` int64 [n], class ids from 1 (COCO's own ids for COCO
+        weights). All on the model's device.
         Raises :class:`~pytorch_model.detection.preprocess.ImageError` on a bad image and
         :class:`WeightsError` if the network's output is not finite.
         """
@@ -136,7 +138,8 @@ def _detect_once(
     network: Network, images: Tensor, image_scales: Tensor, anchors_yxyx: Tensor, nms: NMSConfig
 ) -> list[dict[str, Tensor]]:
     class_outputs, box_outputs = network(images)
-    found = postprocess_per_class(class_outputs, box_outputs, anchors_yxyx, nms, image_scales)
+    size = (images.shape[2], images.shape[3])
+    found = postprocess(class_outputs, box_outputs, anchors_yxyx, size, nms, image_scales)
     boxes_xyxy = found.boxes_yxyx[..., [1, 0, 3, 2]]
     # Scores descend and padding has score 0, so the detections come first.
     counts = (found.scores > 0).sum(dim=1).tolist()

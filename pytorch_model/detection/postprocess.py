@@ -1,4 +1,4 @@
-"""Head outputs in, detections out, as AutoML evaluates: candidates, box decoding, non-maximum suppression.
+"""Head outputs in, detections out, as in AutoML: candidates, box decoding, non-maximum suppression.
 
 Sources: AutoML ``tf2/postprocess.py`` and ``nms_np.py``; TensorFlow's ``NonMaxSuppressionV5``; Soft-NMS
 (Bodla et al., ICCV 2017). Everything is batched tensor work on the device of the head outputs: the only
@@ -40,6 +40,20 @@ class Detections(NamedTuple):
     valid_len: Tensor  # int64 [N]
 
 
+def postprocess(
+    class_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors_yxyx: Tensor,
+    image_size: tuple[int, int],
+    nms: NMSConfig,
+    image_scales: Tensor | None = None,
+) -> Detections:
+    """Detections by the suppression that ``nms.scope`` names; arguments as in :func:`postprocess_global`."""
+    if nms.scope == "global":
+        return postprocess_global(class_outputs, box_outputs, anchors_yxyx, image_size, nms, image_scales)
+    return postprocess_per_class(class_outputs, box_outputs, anchors_yxyx, nms, image_scales)
+
+
 def postprocess_per_class(
     class_outputs: Sequence[Tensor],
     box_outputs: Sequence[Tensor],
@@ -71,6 +85,32 @@ def per_class_nms(candidates: Candidates, nms: NMSConfig, image_scales: Tensor |
     valid = torch.arange(selected.shape[1], device=selected.device) < valid_len[:, None]
     boxes_yxyx = _pick(candidates.boxes_yxyx, selected) * valid[..., None]
     classes = (_pick(candidates.classes, selected) + CLASS_OFFSET) * valid
+    return Detections(_to_original(boxes_yxyx, image_scales), scores, classes, valid_len)
+
+
+def postprocess_global(
+    class_outputs: Sequence[Tensor],
+    box_outputs: Sequence[Tensor],
+    anchors_yxyx: Tensor,
+    image_size: tuple[int, int],
+    nms: NMSConfig,
+    image_scales: Tensor | None = None,
+) -> Detections:
+    """Detections by suppression across classes, as in AutoML's exported models: a box acts on every other.
+
+    As :func:`postprocess_per_class`, but boxes are clipped to ``image_size`` (height, width, of the network's
+    input) after suppression, and padding repeats candidate 0 with score 0, as TensorFlow's padded operation
+    does. Source: AutoML ``tf2/postprocess.py``, ``postprocess_global``.
+    """
+    candidates = pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
+    one_class = torch.zeros_like(candidates.classes)
+    selected, scores, valid_len = non_max_suppression(
+        candidates.boxes_yxyx, candidates.scores, one_class, nms
+    )
+    boxes_yxyx = _pick(candidates.boxes_yxyx, selected)
+    boxes_yxyx[..., 0::2].clamp_(0, image_size[0])
+    boxes_yxyx[..., 1::2].clamp_(0, image_size[1])
+    classes = _pick(candidates.classes, selected) + CLASS_OFFSET
     return Detections(_to_original(boxes_yxyx, image_scales), scores, classes, valid_len)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import io
 import os
-import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch import Tensor
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.settings import DECODERS, FORMATS
 from pytorch_model.errors import EfficientDetError
+from pytorch_model.files import check_regular
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -282,12 +282,8 @@ def _unreadable(what: str, error: Exception) -> ImageError:
 
 def _read_file(path: Path) -> bytes:
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(
-            status.st_mode
-        ):  # reading it might never end
-            raise ImageError("cannot read the file: it is a pipe or a device, not a file")
-        if status.st_size > MOST_BYTES:
+        check_regular(path)  # reading a pipe might never end
+        if os.stat(path).st_size > MOST_BYTES:
             raise ImageError(f"the file has more than {MOST_BYTES:,} bytes; is it an image?")
         return path.read_bytes()
     except OSError as error:

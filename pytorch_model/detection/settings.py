@@ -26,6 +26,9 @@ TTA = ("none", "flip")
 
 TF_METHODS = ("gaussian", "hard")
 PYFUNC_METHODS = ("gaussian", "hard", "linear", "diou")
+# What a box can suppress → the other settings that AutoML runs it with: its COCO evaluation suppresses within
+# each class, its exported models across all classes.
+SCOPES: dict[str, dict[str, int]] = {"per-class": {}, "global": {"max_nms_inputs": 0}}
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,9 @@ class NMSConfig:
     threshold, and it always keeps the best box of every class.
     ``max_nms_inputs``: the number of (anchor, class) pairs that enter; 0: every anchor with its best class.
     ``max_output_size``: detections per image.
+    ``scope``: ``per-class``: a box acts on boxes of its own class; ``global``: on all boxes, and boxes are
+    clipped to the network's input, as in AutoML's exported models, which also have ``max_nms_inputs=0``.
+    ``pyfunc`` has no such path.
 
     Raises :class:`ConfigError` on a value that is not possible.
     """
@@ -52,11 +58,16 @@ class NMSConfig:
     pyfunc: bool = False
     max_nms_inputs: int = 5000
     max_output_size: int = 100
+    scope: str = "per-class"
 
     def __post_init__(self) -> None:
         methods = PYFUNC_METHODS if self.pyfunc else TF_METHODS
         if self.method not in methods:
             raise ConfigError(f"nms_configs.method is {self.method!r}, must be one of {', '.join(methods)}")
+        if self.scope not in SCOPES:
+            raise ConfigError(f"the scope of suppression is {self.scope!r}, must be {' or '.join(SCOPES)}")
+        if self.pyfunc and self.scope != "per-class":
+            raise ConfigError("nms_configs.pyfunc suppresses per class; it cannot be combined with global")
         if self.max_nms_inputs < 0:
             raise ConfigError(f"nms_configs.max_nms_inputs is {self.max_nms_inputs}, must be 0 or more")
         if self.max_output_size < 1:

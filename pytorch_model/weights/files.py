@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.errors import ConfigError, WeightsError, first_line
+from pytorch_model.files import check_regular
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE, SUFFIXES
 from pytorch_model.weights.checks import DIGEST, check_digest, content_digest, plain_tensors
 from pytorch_model.weights.pickles import load_pth
@@ -108,6 +109,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}: give the file that tools/convert.py wrote")
+    check_file(path)
     read = {".safetensors": _read_safetensors, ".pth": _read_pth}.get(path.suffix)
     if read is None:
         raise WeightsError(f"cannot read {path}: its name must end in {' or '.join(SUFFIXES)}")
@@ -151,7 +153,16 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], EfficientDetConfig, d
     return state_dict, config, metadata
 
 
+def check_file(path: Path) -> None:
+    """Raises :class:`WeightsError` for a pipe and for a Git LFS pointer."""
+    try:
+        check_regular(path)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}") from None
+
+
 def _read_config_file(path: Path) -> tuple[EfficientDetConfig, dict[str, str]]:
+    check_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in content["metadata"].items()}

@@ -23,6 +23,7 @@ from porting.checkpoint.v2.index import DT_BFLOAT16, DT_STRING, BundleIndex, Ent
 from porting.checkpoint.v2.table import mask_crc
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
+from pytorch_model.files import check_regular
 
 FORMAT = "TensorFlow V2 checkpoint"
 
@@ -154,6 +155,7 @@ def _open_shard(index: BundleIndex, shard: int, stop: int, name: str) -> BinaryI
     path = index.shard_path(shard)
     try:
         size = path.stat().st_size
+        check_regular(path)
         if size >= stop:
             return open(path, "rb", buffering=0)
     except FileNotFoundError:

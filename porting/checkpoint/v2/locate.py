@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from porting.errors import CheckpointError
+from pytorch_model.files import check_regular
 
 STATE_FILE = "checkpoint"
 
@@ -41,7 +42,8 @@ def locate(path: str | os.PathLike[str], step: int | None) -> Path:
             return _in_folder(path.parent, step)
         return _from_prefix(path, step)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; check the path") from None
+        place = error.filename or path
+        raise CheckpointError(f"{place} cannot be read: {error.strerror or error}; check the path") from None
 
 
 def _in_folder(folder: Path, step: int | None) -> Path:
@@ -107,6 +109,7 @@ def _named_by_state(folder: Path, state: Path, prefixes: list[str]) -> Path:
 
     The paths in a state file may be those of another machine.
     """
+    check_regular(state)
     with open(state, "rb") as file:
         match = _STATE_LINE.search(file.read(_STATE_LIMIT))
     if not match:

@@ -10,13 +10,17 @@ from porting.cli.arguments.shared import (
     ModelOptions,
     ReferenceOptions,
     SourceOptions,
+    ValuesOptions,
     add_checkpoint_options,
+    add_labels_to_keep,
     add_model_options,
     add_reference_options,
     add_size_option,
+    add_values_options,
     read_checkpoint_options,
     read_model_options,
     read_reference_options,
+    read_values_options,
 )
 from porting.cli.process import EXIT_CODES
 from porting.errors import EfficientDetError
@@ -48,7 +52,7 @@ class ConvertOptions:
 
     source: SourceOptions
     model: ModelOptions
-    raw: bool
+    values: ValuesOptions
     out: str | None
     verify: bool
     size: str
@@ -59,7 +63,8 @@ class ConvertOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser)
     add_model_options(parser)
-    parser.add_argument("--raw", action="store_true", help="port the raw values, not the moving averages")
+    add_values_options(parser)
+    add_labels_to_keep(parser)
     parser.add_argument(
         "--out",
         help=f"weight file, {' or '.join(SUFFIXES)}, or a folder for it, which exists or ends in / "
@@ -85,7 +90,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
     return ConvertOptions(
         source=read_checkpoint_options(arguments),
         model=model,
-        raw=arguments.raw,
+        values=read_values_options(arguments),
         out=arguments.out,
         verify=arguments.verify,
         size=arguments.size,

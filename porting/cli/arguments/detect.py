@@ -44,6 +44,7 @@ class DetectOptions:
     score_threshold: float
     labels: Path | None
     decoder: str
+    nms: str
     hparams: Hparams
     device: str
     batch_size: int

@@ -11,12 +11,15 @@ from porting.cli.arguments.shared import (
     WEIGHTS_HELP,
     ReferenceOptions,
     SourceOptions,
+    ValuesOptions,
     add_checkpoint_options,
     add_detection_options,
     add_reference_options,
+    add_values_options,
     check_at_least_one,
     read_checkpoint_options,
     read_reference_options,
+    read_values_options,
 )
 from porting.cli.process import EXIT_CODES
 from porting.hparams import Hparams
@@ -59,8 +62,9 @@ class EvalOptions:
     limit: int | None
     source: SourceOptions | None
     reference: ReferenceOptions | None
-    raw: bool
+    values: ValuesOptions
     decoder: str
+    nms: str
     hparams: Hparams
     tta: str
     device: str
@@ -84,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     reference = parser.add_argument_group("reference")
     add_reference_options(reference, default=None)
     add_checkpoint_options(reference, required=False)
-    reference.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
+    add_values_options(reference)
     detection = parser.add_argument_group("detection")
     add_detection_options(detection, batch_size=8)
     detection.add_argument(
@@ -120,8 +124,9 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         limit=arguments.limit,
         source=read_checkpoint_options(arguments) if arguments.ckpt else None,
         reference=read_reference_options(arguments) if arguments.reference else None,
-        raw=arguments.raw,
+        values=read_values_options(arguments),
         decoder=arguments.decoder,
+        nms=arguments.nms,
         hparams=arguments.hparams,
         tta=arguments.tta,
         device=arguments.device,

@@ -11,10 +11,14 @@ from porting.cli.arguments.shared import (
     SIZE_HELP,
     ModelOptions,
     SourceOptions,
+    ValuesOptions,
     add_checkpoint_options,
+    add_labels_to_keep,
     add_model_options,
+    add_values_options,
     read_checkpoint_options,
     read_model_options,
+    read_values_options,
 )
 from porting.cli.process import EXIT_CODES
 from porting.publish import GOOGLES_LICENSE
@@ -39,7 +43,7 @@ class ReleaseOptions:
 
     source: SourceOptions | None
     model: ModelOptions
-    raw: bool
+    values: ValuesOptions
     out: Path | None
     name: str | None
     license: str | None
@@ -52,7 +56,8 @@ class ReleaseOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser, required=False)
     add_model_options(parser)
-    parser.add_argument("--raw", action="store_true", help="release the raw values, not the moving averages")
+    add_values_options(parser)
+    add_labels_to_keep(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put the folder NAME")
     parser.add_argument("--name", help="name of the folder and the .pth (default: the model's or release's)")
     parser.add_argument(
@@ -70,14 +75,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ReleaseOptions:
     if arguments.verify_release:
-        if any((arguments.out, arguments.name, arguments.license, arguments.coco_metrics, arguments.raw)):
+        values = (arguments.raw, arguments.ema_or_raw, arguments.labels)
+        if any((arguments.out, arguments.name, arguments.license, arguments.coco_metrics, *values)):
             parser.error("--verify-release takes --ckpt, --model and --hparams, nothing else")
     elif not (arguments.ckpt and arguments.out):
         parser.error("give --ckpt and --out, or --verify-release")
     return ReleaseOptions(
         read_checkpoint_options(arguments) if arguments.ckpt else None,
         read_model_options(arguments),
-        arguments.raw,
+        read_values_options(arguments),
         arguments.out,
         arguments.name,
         arguments.license,

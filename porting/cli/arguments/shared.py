@@ -11,19 +11,24 @@ from porting.hparams import Hparams, read_hparams
 from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
-from pytorch_model.detection.settings import DECODERS
+from pytorch_model.detection.settings import DECODERS, SCOPES
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
 WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"
-LABELS_HELP = (
-    "names of the model's classes: a text file with one name per line (the first is class 1) or lines "
-    "'id: name', or JSON: a list, an {id: name} object, or COCO annotations (default: COCO's names for 90 "
-    "classes)"
+LABELS_FORMS = (
+    "names of the model's classes: a file with one name per line (the first is class 1; COCO's 80 names fit "
+    "its 90 classes) or lines 'id: name'; JSON or YAML, a list or {id: name}; COCO annotations; or a "
+    "label_map.pbtxt"
 )
+LABELS_HELP = f"{LABELS_FORMS} (default: those kept with the weights, else COCO's for 90 classes)"
 DECODER_HELP = (
     "how JPEG files are decoded; fast-dct equals tf.io.decode_jpeg and needs simplejpeg (default: pillow)"
+)
+NMS_HELP = (
+    "per-class: as AutoML's COCO evaluation; global: across all classes, as AutoML's exported models, also "
+    "with nms_configs.max_nms_inputs=0 and boxes clipped to the network's input (default: per-class)"
 )
 JSON_HELP = "print a machine-readable summary on stdout"
 
@@ -38,11 +43,23 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
+class ValuesOptions:
+    """Which of the checkpoint's values, as :func:`porting.convert.convert` takes them."""
+
+    raw: bool = False
+    ema_or_raw: bool = False
+
+
+@dataclass(frozen=True)
 class ModelOptions:
-    """Which model, as far as the user says. Raises :class:`ConfigError` if the two say different models."""
+    """Which model, as far as the user says; ``labels``: a file with the names of its classes.
+
+    Raises :class:`ConfigError` if the two say different models.
+    """
 
     model: str | None
     hparams: Hparams
+    labels: Path | None = None
 
     def __post_init__(self) -> None:
         named = self.hparams.model
@@ -79,6 +96,22 @@ def read_checkpoint_options(arguments: argparse.Namespace) -> SourceOptions:
     return SourceOptions(arguments.ckpt, arguments.step, arguments.cache_dir)
 
 
+def add_values_options(parser: argparse._ActionsContainer) -> None:
+    """``--raw``, ``--ema-or-raw``."""
+    values = parser.add_mutually_exclusive_group()
+    values.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
+    values.add_argument(
+        "--ema-or-raw",
+        action="store_true",
+        help="the moving average of a variable if it has one, else its raw value, as AutoML's Keras code "
+        "restores them (default: all averages, or none)",
+    )
+
+
+def read_values_options(arguments: argparse.Namespace) -> ValuesOptions:
+    return ValuesOptions(arguments.raw, arguments.ema_or_raw)
+
+
 def add_model_options(parser: argparse._ActionsContainer) -> None:
     """``--model``, ``--hparams``."""
     parser.add_argument(
@@ -92,7 +125,17 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
 
 
 def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
-    return ModelOptions(arguments.model, arguments.hparams)
+    return ModelOptions(arguments.model, arguments.hparams, getattr(arguments, "labels", None))
+
+
+def add_labels_to_keep(parser: argparse._ActionsContainer) -> None:
+    """``--labels`` of a command that writes weights."""
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help=f"{LABELS_FORMS}; they are kept with the weights (default: the label_map of --hparams)",
+    )
 
 
 def add_size_option(parser: argparse._ActionsContainer) -> None:
@@ -131,9 +174,10 @@ def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
 
 
 def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -> None:
-    """``--labels``, ``--decoder``, ``--hparams``, ``--device``, ``--batch-size``."""
+    """``--labels``, ``--decoder``, ``--nms``, ``--hparams``, ``--device``, ``--batch-size``."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help=LABELS_HELP)
     parser.add_argument("--decoder", choices=DECODERS, default="pillow", help=DECODER_HELP)
+    parser.add_argument("--nms", choices=tuple(SCOPES), default="per-class", help=NMS_HELP)
     add_hparams_option(parser)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument(

@@ -11,12 +11,15 @@ from porting.cli.arguments.shared import (
     ModelOptions,
     ReferenceOptions,
     SourceOptions,
+    ValuesOptions,
     add_checkpoint_options,
     add_model_options,
     add_reference_options,
     add_size_option,
+    add_values_options,
     read_model_options,
     read_reference_options,
+    read_values_options,
 )
 from porting.cli.process import EXIT_CODES
 from porting.parity.reference import OPS
@@ -57,7 +60,7 @@ class VerifyOptions:
     model: ModelOptions
     reference: ReferenceOptions
     weights: Path | None
-    raw: bool
+    values: ValuesOptions
     size: str
     image: Path | None
     device: str
@@ -73,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reference_options(parser)
     parser.add_argument("--weights", type=Path, help="weight file to prove (default: port the checkpoint)")
     parser.add_argument("--against", help="a second weight file, or a checkpoint, to compare --weights with")
-    parser.add_argument("--raw", action="store_true", help="the raw values, not the moving averages")
+    add_values_options(parser)
     add_size_option(parser)
     parser.add_argument("--image", type=Path, help="an image to run on (default: a seeded one)")
     parser.add_argument("--device", default="cpu", help="where PyTorch runs: cpu, cuda (default: cpu)")
@@ -121,7 +124,7 @@ def read_options(
         model=read_model_options(arguments),
         reference=reference,
         weights=arguments.weights,
-        raw=arguments.raw,
+        values=read_values_options(arguments),
         size=arguments.size,
         image=arguments.image,
         device=arguments.device,

@@ -15,13 +15,14 @@ from porting.checkpoint import Checkpoint
 from porting.cli.arguments.convert import ConvertOptions
 from porting.cli.commands.source import (
     describe,
+    describe_names,
     describe_settings,
     find_config,
     open_checkpoint,
     setting_text,
 )
 from porting.cli.process import EXIT_FAILED, print_json
-from porting.convert import Conversion, convert, metadata, write_conversion
+from porting.convert import Conversion, convert, metadata, values_sentence, write_conversion
 from porting.errors import EfficientDetError
 from porting.hparams import Hparams
 from porting.infer import Inference
@@ -40,7 +41,7 @@ def run(options: ConvertOptions) -> int:
             make_folder(folder)
             file = folder / (inference.config.name.replace("-", "_") + ".safetensors")
             _check_output(file)
-        conversion = convert(checkpoint, inference.config, raw=options.raw)
+        conversion = convert(checkpoint, inference.config, **vars(options.values))
         _print_conversion(console, checkpoint, inference, options.model.hparams, conversion)
         summary = _summary(checkpoint, inference, options.model.hparams, conversion, file)
         if options.verify and not _is_proven(options, console, checkpoint, conversion, summary):
@@ -107,6 +108,7 @@ def _print_conversion(
     step = f", step {checkpoint.step:,}" if checkpoint.step is not None else ""
     table.add_row("read", f"{escape(checkpoint.source)} ({checkpoint.format}{step})")
     table.add_row("model", escape(describe(config)))
+    table.add_row("class names", escape(describe_names(config)))
     if hparams.overrides:
         given = (f"{name} {setting_text(getattr(config, name))}" for name in hparams.overrides)
         table.add_row("given", "; ".join(given))
@@ -117,11 +119,10 @@ def _print_conversion(
         table.add_row("assumed", "; ".join(inference.assumed))
     without_effect = [*hparams.ignored, *(f"nms_configs.{name}" for name in hparams.nms)]
     if without_effect:
-        table.add_row("ignored", f"{', '.join(without_effect)}: no weight depends on these hparams")
+        table.add_row("ignored", f"{escape(', '.join(without_effect))}: no weight depends on these hparams")
     for note in checkpoint.notes:
         table.add_row("note", escape(note))
-    is_averaged = conversion.values_kind == "EMA"
-    table.add_row("weights", "moving averages (EMA)" if is_averaged else "raw values")
+    table.add_row("weights", values_sentence(conversion.values_kind))
     _add_account(table, conversion)
     console.print(table)
 

@@ -68,6 +68,8 @@ def _describe_averages(inspection: Inspection) -> str:
     if not inspection.averaged:
         return "no moving averages (EMA)"
     count = f"{inspection.averaged:,} of {len(inspection.shapes):,} variables have a moving average (EMA)"
+    if inspection.averaged < len(inspection.shapes):
+        count += "; convert --ema-or-raw takes them, and the raw values of the rest"
     averages = inspection.averages
     if not averages:
         return f"{count}; there are no raw values to compare them with"

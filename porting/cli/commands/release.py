@@ -15,13 +15,13 @@ from porting.cli.arguments.shared import SourceOptions
 from porting.cli.commands.source import find_config, open_checkpoint
 from porting.cli.drawing.proof import ProofLines, print_verdict
 from porting.cli.process import EXIT_FAILED, print_json
-from porting.convert import Conversion, convert
+from porting.convert import Conversion, convert, how_converted
 from porting.parity import ParityResult, prove
 from porting.parity.inputs import seeded_images, verification_size
 from porting.parity.lockstep import Observer
 from porting.parity.reference.choose import require_tensorflow
 from porting.publish.release import ReleaseRequest, make_release
-from porting.publish.release_checks import Check, holds_raw, verify_release
+from porting.publish.release_checks import Check, released_values, verify_release
 from porting.sources import SYNTHETIC
 from porting.sources.google_releases import google_release_named
 from pytorch_model.evaluation.metrics import read_metrics
@@ -45,7 +45,7 @@ def _check(options: ReleaseOptions, console: Console, folder: Path) -> Sequence[
     if options.source:
         with open_checkpoint(options.source, console, Path()) as checkpoint:
             config = find_config(options.model, checkpoint).config
-            conversion = convert(checkpoint, config, raw=holds_raw(folder))
+            conversion = convert(checkpoint, config, **how_converted(released_values(folder)))
     console.print()
     checks = []
     for check in verify_release(folder, conversion):
@@ -73,7 +73,8 @@ def _make(
         published=None if source.ckpt.startswith(SYNTHETIC) else google_release_named(source.ckpt),
         name=options.name,
         license=options.license,
-        raw=options.raw,
+        raw=options.values.raw,
+        ema_or_raw=options.values.ema_or_raw,
         metrics=read_metrics(options.coco_metrics) if options.coco_metrics else None,
     )
     make_folder(out)

@@ -48,7 +48,7 @@ def _verify(options: VerifyOptions, console: Console) -> int:
     with open_checkpoint(options.source, console, Path()) as checkpoint:
         config = find_config(options.model, checkpoint).config
         weights = _read_weights(options.weights, checkpoint, config) if options.weights else None
-        conversion = convert(checkpoint, (weights and weights.config) or config, raw=options.raw)
+        conversion = convert(checkpoint, (weights and weights.config) or config, **vars(options.values))
         same = None
         if weights is not None:
             name = f"{checkpoint.source} ({conversion.values_kind})"

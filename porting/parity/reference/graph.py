@@ -21,6 +21,7 @@ from porting.parity.lockstep import Reference
 from porting.parity.reference.graph_session import run_graph
 from porting.parity.reference.graph_taps import SAME_VALUE, find_taps
 from pytorch_model.config import EfficientDetConfig
+from pytorch_model.files import check_regular
 from tf_reference.variables import variable_shapes
 
 _IMAGE = "parity/picture"  # the node that replaces the input of the stem
@@ -116,6 +117,7 @@ def _parse(kind: Any, path: str | os.PathLike[str], what: str) -> Any:
     from google.protobuf.message import DecodeError
 
     try:
+        check_regular(path)
         message = kind.FromString(Path(path).read_bytes())
     except OSError as error:
         raise EfficientDetError(f"cannot read {path}: {error.strerror or error}; check --graph") from None
