@@ -119,8 +119,9 @@ def _top_indices(values: Tensor, count: int) -> Tensor:
     ``torch.topk`` does not define the order of equal values. An integer key holds the value in its high bits
     and the index in its low bits, so no two keys are equal.
     """
-    if on_host(values):
-        return _top_on_host(values, count)
+    found = _top_on_host(values, count) if on_host(values) else None
+    if found is not None:
+        return found
     if torch.onnx.is_in_onnx_export():
         return values.topk(count, dim=1).indices  # ONNX defines that TopK takes the lower of equal indices
     bits = (values + 0.0).contiguous().view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0
@@ -130,19 +131,17 @@ def _top_indices(values: Tensor, count: int) -> Tensor:
     return last - (keys.topk(count, dim=1).values & last)
 
 
-def _top_on_host(values: Tensor, count: int) -> Tensor:
-    """:func:`_top_indices` by ``topk``, which is several times faster; equal values get their order later."""
-    best = values.topk(count, dim=1)
+def _top_on_host(values: Tensor, count: int) -> Tensor | None:
+    """:func:`_top_indices` by NumPy's partition, many times faster; None if NaN is among the values."""
     indices = np.empty((len(values), count), np.int64)
-    for image, row in enumerate(values):
-        found, chosen = best.values[image].numpy(), best.indices[image].numpy()
-        edge = float(found[-1]) if count else 0.0
-        if int((row >= edge).sum()) > count:  # of the values at the edge, the first ones belong here
-            above = found > edge
-            level = (row == edge).nonzero()[: count - int(above.sum()), 0].numpy()
-            chosen = np.concatenate((chosen[above], level))
-            found = np.concatenate((found[above], np.full(len(level), edge, found.dtype)))
-        indices[image] = chosen[np.lexsort((chosen, -found))]
+    for image, row in enumerate(values.numpy()):
+        edge = np.partition(row, len(row) - count)[len(row) - count]
+        chosen = np.flatnonzero(row >= edge)
+        if len(chosen) < count:
+            return None
+        at_edge = np.flatnonzero(row[chosen] == edge)
+        chosen = np.delete(chosen, at_edge[len(at_edge) - (len(chosen) - count) :])  # the first ones stay
+        indices[image] = chosen[np.argsort(-row[chosen], kind="stable")]
     return torch.from_numpy(indices)
 
 
