@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ from parity_tests.helpers.paths import GOLDENS
 from parity_tests.helpers.recordings import CONFIGS, GENERATED
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import MODELS, model_config
-from pytorch_model.detection import postprocess
+from pytorch_model.detection import postprocess, suppression
 from pytorch_model.detection.postprocess import (
-    Candidates,
     Detections,
-    non_max_suppression,
     postprocess_global,
     postprocess_per_class,
-    pre_nms,
 )
 from pytorch_model.detection.settings import PYFUNC_METHODS, NMSConfig
+from pytorch_model.detection.suppression import candidates, host, non_max_suppression
+from pytorch_model.detection.suppression.candidates import Candidates, pre_nms
+from pytorch_model.detection.suppression.tensors import suppress_tensors
 from pytorch_model.errors import ConfigError
 
 # Two float32 implementations of sigmoid and exp differ by an ulp: 6e-8 of a score, and 1e-7 of a box side,
@@ -41,6 +42,16 @@ FLOAT32_SCORE_TOLERANCE = 2e-5
 FLOAT32_BOX_TOLERANCE = 1e-2  # pixels
 
 SYNTH_SIZE = (128, 128)
+
+
+@pytest.fixture(scope="module", params=["on the CPU", "on any device"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test runs both ways: the one that the CPU takes, and the one of all other devices."""
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "on any device":
+            for module in (suppression, candidates):
+                patched.setattr(module, "on_host", lambda tensor: False)
+        yield
 
 
 def nms_config(name: str) -> NMSConfig:
@@ -337,8 +348,8 @@ def test_a_decayed_score_equal_to_the_threshold_is_dropped() -> None:
 def test_equal_scores_go_to_the_lower_class(monkeypatch: pytest.MonkeyPatch) -> None:
     """AutoML concatenates the lists of all classes in class order before it takes the best."""
     boxes, scores = boxes_and_scores([(i, i, i + 1, i + 1, 0.5) for i in range(0, 50, 10)])
-    candidates = Candidates(boxes, scores, torch.tensor([[3, 0, 3, 1, 0]]))
-    monkeypatch.setattr(postprocess, "pre_nms", lambda *_: candidates)
+    chosen = Candidates(boxes, scores, torch.tensor([[3, 0, 3, 1, 0]]))
+    monkeypatch.setattr(postprocess, "pre_nms", lambda *_: chosen)
     none: Any = None
     found = postprocess_per_class(none, none, none, NMSConfig(max_output_size=5))
     assert found.classes.tolist() == [[1, 1, 2, 4, 4]]
@@ -493,8 +504,8 @@ def test_one_loop_over_all_classes_is_one_loop_per_class(
     boxes = np.concatenate((corners, corners + rng.uniform(1, 40, (3, 200, 2))), axis=2).astype(np.float32)
     scores = rng.uniform(0, 1, (3, 200)).astype(np.float32)
     classes = rng.integers(0, 6, (3, 200))
-    candidates = Candidates(*(torch.from_numpy(array) for array in (boxes, scores, classes)))
-    monkeypatch.setattr(postprocess, "pre_nms", lambda *_: candidates)
+    chosen = Candidates(*(torch.from_numpy(array) for array in (boxes, scores, classes)))
+    monkeypatch.setattr(postprocess, "pre_nms", lambda *_: chosen)
     none: Any = None
     found = postprocess_per_class(none, none, none, nms)
     for image in range(3):
@@ -506,6 +517,43 @@ def test_one_loop_over_all_classes_is_one_loop_per_class(
         )
         np.testing.assert_array_equal(found.classes[image, : len(expected)], classes[image][indices] + 1)
         np.testing.assert_array_equal(found.boxes_yxyx[image, : len(expected)], boxes[image][indices])
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    nms=st.sampled_from(ALL_METHODS),
+    count=st.integers(1, 900),
+    classes=st.integers(1, 5),
+    outputs=st.integers(1, 30),
+    crowded=st.booleans(),
+    levels=st.sampled_from([4, 1000, 1 << 24]),
+    seed=st.integers(0, 2**31),
+)
+def test_both_ways_select_the_same(
+    nms: NMSConfig, count: int, classes: int, outputs: int, crowded: bool, levels: int, seed: int
+) -> None:
+    """Bit for bit. Few ``levels`` make equal scores; a crowd and few outputs need wider searches."""
+    rng = np.random.default_rng(seed)
+    corners = rng.uniform(0, 6 if crowded else 300, (2, count, 2))
+    sides = rng.uniform(0, 30, (2, count, 2)) * rng.integers(0, 2, (2, count, 1))  # some have no area
+    boxes = torch.from_numpy(np.concatenate((corners, corners + sides), axis=2).astype(np.float32))
+    scores = torch.from_numpy((rng.integers(0, levels + 1, (2, count)) / levels).astype(np.float32))
+    groups = torch.from_numpy(rng.integers(0, classes, (2, count)))
+    few = dataclasses.replace(nms, max_output_size=outputs)
+    found = host.suppress_on_host(boxes, scores, groups, few)
+    assert found is not None
+    for ours, expected in zip(found, suppress_tensors(boxes, scores, groups, few), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_a_search_that_would_be_too_wide_is_left_to_the_other_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "MOST_AT_ONCE", 60)
+    boxes = torch.tensor([0.0, 0.0, 9.0, 9.0]).expand(1, 500, 4)  # all but the first are suppressed
+    scores, classes = torch.linspace(0.5, 1, 500)[None], torch.zeros(1, 500, dtype=torch.int64)
+    nms = NMSConfig(method="hard", max_output_size=5)
+    assert host.suppress_on_host(boxes, scores, classes, nms) is None
+    indices, _, valid_len = non_max_suppression(boxes, scores, classes, nms)
+    assert (int(indices[0, 0]), int(valid_len)) == (499, 1)
 
 
 @settings(max_examples=60, deadline=None)

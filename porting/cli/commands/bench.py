@@ -148,8 +148,9 @@ def _detect(folder: Path, options: BenchOptions) -> dict[str, Any]:
 
     from pytorch_model import create_model
     from pytorch_model.detection.detector import Detector
-    from pytorch_model.detection.postprocess import Candidates, per_class_nms, pre_nms
+    from pytorch_model.detection.postprocess import per_class_nms
     from pytorch_model.detection.preprocess import load_image
+    from pytorch_model.detection.suppression.candidates import Candidates, pre_nms
     from pytorch_model.devices import choose_device
 
     device = choose_device(options.device)

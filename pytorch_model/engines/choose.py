@@ -1,0 +1,80 @@
+"""Make an engine by its name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.engines import AUTO, ENGINES, NAMES
+from pytorch_model.errors import ConfigError
+
+#: float32 [N, 3, H, W] → (class_outputs, box_outputs), as ``EfficientDet`` returns them.
+Network: TypeAlias = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
+
+
+def chosen_engine(name: str, device: torch.device) -> str:
+    """``name``, or for ``auto`` the fastest engine that is installed for ``device``.
+
+    On a CPU that is ONNX Runtime; without it, and on other devices, the folded network. Raises
+    :class:`ConfigError` for an unknown name, and for a package that is not installed.
+    """
+    if name == AUTO:
+        return "onnxruntime" if device.type == "cpu" and not ENGINES["onnxruntime"].missing else "folded"
+    if name not in ENGINES:
+        raise ConfigError(f"the engine is {name!r}, must be one of {', '.join(NAMES)}")
+    engine = ENGINES[name]
+    if engine.missing:
+        raise ConfigError(
+            f"the engine {name} needs {', '.join(engine.missing)}: "
+            f"pip install 'efficientdet-porting[{engine.extra}]'"
+        )
+    return name
+
+
+def make_engine(name: str, model: EfficientDet, image_size: tuple[int, int]) -> Network:
+    """The engine ``name``, one of :data:`ENGINES`, for ``model`` as it is now.
+
+    Except for ``eager``, later changes of the model do not reach the engine. Its outputs are on the model's
+    device. Raises :class:`ConfigError` if the engine cannot run there.
+    """
+    module = importlib.import_module(f"{__package__}.{ENGINES[name].module}")
+    network: Network = module.make(model, image_size)
+    return network
+
+
+class EngineOf:
+    """A model behind an engine that is made again when the model has changed.
+
+    An engine holds copies of the parameters, and they may be trained, loaded or moved between two calls. Only
+    a change through ``parameter.data`` is not noticed. Images of another size go to the model itself.
+    """
+
+    def __init__(self, name: str, model: EfficientDet, image_size: tuple[int, int]) -> None:
+        self._given, self._model, self._image_size = name, model, image_size
+        self._state: object = None
+        self._network: Network = model
+        self.name = chosen_engine(name, next(model.parameters()).device)
+
+    def __call__(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        if (images.shape[2], images.shape[3]) != self._image_size:
+            return self._model(images.to(next(self._model.parameters()).dtype))
+        return self.current()(images)
+
+    def current(self) -> Network:
+        """The engine for the model as it is now."""
+        state = [_identity(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())]
+        if state != self._state:
+            self.name = chosen_engine(self._given, next(self._model.parameters()).device)
+            self._network = make_engine(self.name, self._model, self._image_size)
+            self._state = state
+        return self._network
+
+
+def _identity(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is moved, replaced or written to."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
