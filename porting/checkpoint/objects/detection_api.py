@@ -45,8 +45,17 @@ FORMAT = "TensorFlow Object Detection API checkpoint"
 ENDPOINTS = {3: (2, 1), 4: (4, 2), 5: (6, 0)}
 
 _AUTOML_RATIOS = (1.0, 2.0, 0.5)  # AutoML's aspect_ratios, in its order
-_MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # of the API's feature extractor, not in the pipeline
-_STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+_FUSIONS = {"fast_attention": "fastattn", "sum": "sum"}  # combine_method → fpn_weight_method
+
+#: What the API's code does whatever the pipeline says, or what the pipeline must say (_of_network).
+_FIXED: Mapping[str, Any] = {
+    "anchor_stride": "power_of_two",
+    "mean_rgb": (0.485 * 255, 0.456 * 255, 0.406 * 255),
+    "stddev_rgb": (0.229 * 255, 0.224 * 255, 0.225 * 255),
+    "act_type": "swish",
+    "conv_after_downsample": False,
+    "survival_prob": None,
+}
 
 
 def read(tree: ObjectTree, root: int) -> Checkpoint:
@@ -99,9 +108,8 @@ def settings_of(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str
         "num_scales": pipeline.scales_per_octave,
         "anchor_scale": pipeline.anchor_scale,
         "aspect_ratios": _AUTOML_RATIOS if sorted(ratios) == sorted(_AUTOML_RATIOS) else ratios,
-        "anchor_stride": "power_of_two",
-        "mean_rgb": _MEAN_RGB,
-        "stddev_rgb": _STDDEV_RGB,
+        "fpn_weight_method": _FUSIONS[pipeline.combine_method],
+        **_FIXED,
     }
     if pipeline.resizer and pipeline.image_size:
         settings |= {"image_size": pipeline.image_size, "resizer": pipeline.resizer}
