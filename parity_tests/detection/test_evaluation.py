@@ -21,16 +21,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from parity_tests.helpers.paths import GOLDENS, TOOLS
+from parity_tests.helpers.small_models import small
 from porting.cli import process
 from porting.cli.drawing.evaluation import print_parity
 from porting.cli.main import execute
 from porting.errors import EfficientDetError, OutputError
 from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
-from pytorch_model.config import model_config
+from pytorch_model.config import Resizer, model_config
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.results import server_file_name, server_results, to_results
 from pytorch_model.detection.settings import NMSConfig
+from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.errors import ConfigError
 from pytorch_model.evaluation import dataset as dataset_module
 from pytorch_model.evaluation.classes import class_to_category, left_out
@@ -110,6 +112,24 @@ def run(weights: Path, coco: Path, out: Path, *more: str) -> int:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def test_images_that_make_inputs_of_several_sizes(coco: Path, tmp_path: Path) -> None:
+    """A model whose resizer does not pad: every image is evaluated as it is detected alone."""
+    Image.fromarray(np.full((80, 60, 3), 99, np.uint8)).save(coco / "val2017/1.png")
+    resizer = Resizer("keep_aspect_ratio", pad=False)
+    config = small(resizer=resizer, image_size=(128, 128), anchor_stride="power_of_two", num_classes=90)
+    model = EfficientDet(config).eval()
+    weights = tmp_path / "varying.safetensors"
+    write_weights(weights, model.state_dict(), config, {})
+    assert run(weights, coco, tmp_path / "out", "--batch-size", "3") == 0
+    rows = read(tmp_path / "out" / "detections.json")
+    for number in range(3):
+        [alone] = Detector(model)([coco / f"val2017/{number}.png"])
+        counted = torch.isin(alone["labels"], torch.tensor([1, 2, 90]))  # the data set's categories
+        corners = [row["bbox"][:2] for row in rows if row["image_id"] == 10 * number]
+        assert len(corners) == counted.sum() > 0
+        np.testing.assert_allclose(corners, alone["boxes"][counted][:, :2], atol=0.01)  # pixels, rounded
 
 
 # --- figures ------------------------------------------------------------------------------------------

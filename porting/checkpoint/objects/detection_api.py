@@ -45,8 +45,17 @@ FORMAT = "TensorFlow Object Detection API checkpoint"
 ENDPOINTS = {3: (2, 1), 4: (4, 2), 5: (6, 0)}
 
 _AUTOML_RATIOS = (1.0, 2.0, 0.5)  # AutoML's aspect_ratios, in its order
-_MEAN_RGB = (0.485 * 255, 0.456 * 255, 0.406 * 255)  # of the API's feature extractor, not in the pipeline
-_STDDEV_RGB = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+_FUSIONS = {"fast_attention": "fastattn", "sum": "sum"}  # combine_method → fpn_weight_method
+
+#: What the API's code does whatever the pipeline says, or what the pipeline must say (_of_network).
+_FIXED: Mapping[str, Any] = {
+    "anchor_stride": "power_of_two",
+    "mean_rgb": (0.485 * 255, 0.456 * 255, 0.406 * 255),
+    "stddev_rgb": (0.229 * 255, 0.224 * 255, 0.225 * 255),
+    "act_type": "swish",
+    "conv_after_downsample": False,
+    "survival_prob": None,
+}
 
 
 def read(tree: ObjectTree, root: int) -> Checkpoint:
@@ -94,18 +103,13 @@ def _endpoints(layout: Layout, source: str) -> tuple[int, int, int]:
 def settings_of(pipeline: Pipeline, endpoints: tuple[int, int, int]) -> dict[str, Any]:
     """The part of the configuration that is not in the weights: :attr:`Checkpoint.settings`."""
     ratios = pipeline.aspect_ratios
-    settings: dict[str, Any] = {
+    settings = {
         "endpoints": endpoints,
-        "act_type": "swish",  # _check_pipeline saw to it; the API has no residual heads, and pools last
-        "fpn_weight_method": "sum" if pipeline.combine_method == "sum" else "fastattn",
-        "survival_prob": None,
-        "conv_after_downsample": False,
         "num_scales": pipeline.scales_per_octave,
         "anchor_scale": pipeline.anchor_scale,
         "aspect_ratios": _AUTOML_RATIOS if sorted(ratios) == sorted(_AUTOML_RATIOS) else ratios,
-        "anchor_stride": "power_of_two",
-        "mean_rgb": _MEAN_RGB,
-        "stddev_rgb": _STDDEV_RGB,
+        "fpn_weight_method": _FUSIONS[pipeline.combine_method],
+        **_FIXED,
     }
     if pipeline.resizer and pipeline.image_size:
         settings |= {"image_size": pipeline.image_size, "resizer": pipeline.resizer}
