@@ -37,6 +37,7 @@ LAYERS: Sequence[tuple[str, ...]] = (
         "pytorch_model.efficientdet",
     ),
     ("pytorch_model.devices", "pytorch_model.hub"),
+    ("pytorch_model.engines",),
     ("pytorch_model.detection",),
     ("pytorch_model.evaluation",),
     ("tf_reference",),

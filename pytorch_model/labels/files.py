@@ -35,11 +35,11 @@ _MOST_NAME = 1_000  # characters, as in EfficientDetConfig
 
 #: A possible class id. int() would raise on thousands of digits, and read "1_0" as ten.
 _ID = re.compile(r"[0-9]{1,9}")
-_PBTXT = re.compile(r"^[ \t]*item\s*:?\s*[{<]", re.M)  # blocks "item { id: 1 name: 'x' }"
+_PBTXT = re.compile(r"^[ \t]*item(?:\s*:)?\s*[{<]", re.M)  # blocks "item { id: 1 name: 'x' }"
 _KEYS = ("label_map", "label_id_mapping", "names", "obj_list")  # of AutoML, of Darknet's heirs, of zylo117's
 _YAML = re.compile(rf"^(?:{'|'.join(_KEYS)}|num_classes|nc)[ \t]*:", re.M)
 _ID_FIRST = re.compile(r"""["']?(?P<id>[0-9]{1,9})["']?(?:\s*[,;=]\s*|\s+)(?P<name>\S.*)""")
-_ID_LAST = re.compile(r"""(?P<name>.*\S)\s*[,;:\t]\s*["']?(?P<id>[0-9]{1,9})["']?""")
+_ID_LAST = re.compile(r"""(?P<name>.*\S) *[,;:\t]\s*["']?(?P<id>[0-9]{1,9})["']?""")
 _HEADER = re.compile(r"\W*((class|category|label|name|id|index|idx)(\W+|_|$)){2,}", re.I)
 
 
