@@ -875,6 +875,19 @@ def test_another_setting_is_rejected_until_restart(
     assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
 
 
+def test_the_scope_of_suppression_is_kept_with_the_results(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(small_weights, coco, out, "--nms", "global") == 0
+    assert "suppressed across classes" in capsys.readouterr().out
+    kept = read(out / "metrics.json")["settings"]["ours"]["nms_configs"]
+    assert (kept["scope"], kept["max_nms_inputs"]) == ("global", 0)
+    assert run(small_weights, coco, out) == 2
+    assert "nms_configs.scope: global there, per-class now" in capsys.readouterr().err
+    assert run(small_weights, coco, out, "--nms", "global") == 0
+
+
 def test_an_image_that_appears_later_changes_the_settings(
     small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
