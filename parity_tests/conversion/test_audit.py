@@ -199,6 +199,14 @@ def test_json_contains_every_figure() -> None:
     assert lite3x["multiply_adds"]["agrees"] is None
 
 
+def test_no_figure_is_cut_on_a_narrow_terminal() -> None:
+    done = run("--models", "efficientdet-d0", before="import os; os.environ['COLUMNS'] = '80'")
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    for figure in ("3,595,388", "194,361", "3,877,763", "3,880,067", "multiply-adds"):
+        assert figure in done.stdout
+
+
 def test_a_count_that_does_not_round_is_a_failed_check() -> None:
     before = "import porting.audit as a; a.PUBLISHED = {**a.PUBLISHED, 'efficientdet-d0': a.Published('4.0')}"
     done = run("--models", "efficientdet-d0", before=before)

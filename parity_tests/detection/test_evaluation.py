@@ -654,6 +654,39 @@ def test_other_settings_are_rejected_by_name(tmp_path: Path) -> None:
     assert other.read() == {}
 
 
+def test_what_differs_is_said_in_words(tmp_path: Path) -> None:
+    """Not by a digest, and not by the beginning of a dictionary."""
+    before = {
+        "weights": "a" * 64,
+        "config": "a" * 64,
+        "pictures": "a" * 64,
+        "nms_configs": {"method": "gaussian", "scope": "per-class"},
+        "categories": {str(n): n for n in range(9)},
+    }
+    now = {
+        "weights": "b" * 64,
+        "config": "b" * 64,
+        "pictures": "b" * 64,
+        "nms_configs": {"method": "gaussian", "scope": "global"},
+        "categories": {str(n): n + 1 for n in range(9)},
+    }
+    Shards(tmp_path / "s", "ours", before).append(0, 0, 1)
+    with pytest.raises(ShardError) as caught:
+        Shards(tmp_path / "s", "ours", now).read()
+    text = str(caught.value)
+    assert "aaa" not in text
+    assert "bbb" not in text
+    for part in (
+        "weights: other values",
+        "config: another configuration of the model",
+        "pictures: other images, by their list, names or content",
+        "nms_configs.scope: per-class there, global now",
+        "categories.0: 0 there, 1 now",
+        "and 6 more of categories",
+    ):
+        assert part in text
+
+
 def test_any_changed_bit_of_kept_results_is_rejected(tmp_path: Path) -> None:
     """Every bit of a file. Without its newline the last line counts as incomplete and is ignored."""
     shards = Shards(tmp_path / "s", "ours", {"decoder": "pillow"})
@@ -931,6 +964,19 @@ def test_another_setting_is_rejected_until_restart(
     assert (out / "metrics.json").read_bytes() == before
     assert run(small_weights, coco, out, "--tta", "flip", "--restart") == 0
     assert read(out / "metrics.json")["settings"]["ours"]["tta"] == "flip"
+
+
+def test_the_scope_of_suppression_is_kept_with_the_results(
+    small_weights: Path, coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(small_weights, coco, out, "--nms", "global") == 0
+    assert "suppressed across classes" in capsys.readouterr().out
+    kept = read(out / "metrics.json")["settings"]["ours"]["nms_configs"]
+    assert (kept["scope"], kept["max_nms_inputs"]) == ("global", 0)
+    assert run(small_weights, coco, out) == 2
+    assert "nms_configs.scope: global there, per-class now" in capsys.readouterr().err
+    assert run(small_weights, coco, out, "--nms", "global") == 0
 
 
 def test_an_image_that_appears_later_changes_the_settings(

@@ -45,6 +45,7 @@ from porting.publish.release_folder import (
     sums_of,
 )
 from porting.rules import rules
+from porting.scopes import EMA_SUFFIX
 from porting.sources.google_releases import GOOGLE_RELEASES
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model import EfficientDet
@@ -539,6 +540,26 @@ def test_a_release_of_raw_values_is_compared_with_raw_values(checkpoint: Path, t
     )
     assert (made[0], checked[0]) == (0, 0), (made, checked)
     assert "the raw values of" in (tmp_path / "raw" / CARD).read_text()
+
+
+def test_a_release_of_partial_averages_is_compared_with_the_same_values(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    with open_checkpoint(checkpoint) as opened:
+        content = {name: opened[name] for name in opened if not name.endswith(f"moving_mean{EMA_SUFFIX}")}
+    write_bundle(tmp_path / "partial/model", content)
+    made, checked, refused = run_many(
+        [
+            ("--ckpt", "partial", "--out", ".", "--name", "some", "--size", 64, "--ema-or-raw"),
+            ("--verify-release", "some", "--ckpt", "partial"),
+            ("--ckpt", "partial", "--out", ".", "--name", "none", "--size", 64),
+        ],
+        tmp_path,
+    )
+    assert (made[0], checked[0], refused[0]) == (0, 0, 2), (made, checked, refused)
+    card = (tmp_path / "some" / CARD).read_text()
+    assert "the moving averages where the checkpoint has them: EMA (" in card
+    assert ", the rest raw) of" in card
 
 
 # --- the library ---------------------------------------------------------------------------------------

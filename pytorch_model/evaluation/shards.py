@@ -137,11 +137,38 @@ def _whole_size(file: Path) -> int:
     return 0
 
 
+#: Settings that are digests → what it means that they differ. A digest itself says nothing to a reader.
+_DIGESTS = {
+    "weights": "other values",
+    "config": "another configuration of the model",
+    "pictures": "other images, by their list, names or content",
+}
+_MOST_CHANGES = 3  # named of one setting
+
+
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    return ", ".join(
-        f"{key}: {_shortened(before.get(key))} there, {_shortened(now.get(key))} now" for key in keys
-    )
+    """What differs, in words; of settings within a setting, each that differs."""
+    texts = []
+    for key in {**before, **now}:
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key in _DIGESTS:
+            texts.append(f"{key}: {_DIGESTS[key]}")
+        elif isinstance(old, Mapping) and isinstance(new, Mapping):
+            inner = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            texts += [
+                _change(f"{key}.{name}", old.get(name), new.get(name)) for name in inner[:_MOST_CHANGES]
+            ]
+            if len(inner) > _MOST_CHANGES:
+                texts.append(f"and {len(inner) - _MOST_CHANGES} more of {key}")
+        else:
+            texts.append(_change(key, old, new))
+    return ", ".join(texts)
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    return f"{name}: {_shortened(before)} there, {_shortened(now)} now"
 
 
 def _shortened(value: Any) -> str:

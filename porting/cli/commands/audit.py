@@ -24,7 +24,13 @@ def run(options: AuditOptions) -> int:
         print_json([found.to_dict() for found in audits])
     else:
         console = Console(highlight=False)
-        console.print(_parameter_table(audits), _multiply_add_table(audits), sep="\n")
+        tables = _parameter_table(audits), _multiply_add_table(audits)
+        unlimited = console.options.update(max_width=1000)
+        # A line that the terminal wraps still has every digit; Rich would cut each number.
+        console.width = max(
+            console.width, *(console.measure(each, options=unlimited).maximum for each in tables)
+        )
+        console.print(*tables, sep="\n")
     return 0 if all(found.parameters.agrees for found in audits) else EXIT_FAILED
 
 
