@@ -21,6 +21,7 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.shared import ModelOptions, SourceOptions
+from porting.hparams import RUN_CONFIG
 from porting.infer import Inference, configure
 from porting.sources import SYNTHETIC
 from porting.sources.open import open_source
@@ -68,6 +69,14 @@ def add_settings(table: Table, checkpoint: Checkpoint, overrides: Collection[str
     for witness, settings in stated.items():
         who = f"{witness}: " if witness else ""
         table.add_row("stated by" if witness else "from the file", escape(f"{who}{'; '.join(settings)}"))
+
+
+def print_run_config(console: Console, checkpoint: Checkpoint) -> None:
+    """A line if the ``config.yaml`` of the training run states settings of ``checkpoint``."""
+    for witness in dict.fromkeys(checkpoint.stated_by.values()):
+        if witness.endswith(RUN_CONFIG):
+            fields = ", ".join(name for name, who in checkpoint.stated_by.items() if who == witness)
+            console.print(f"read {witness}: {fields}", markup=False, soft_wrap=True)
 
 
 def setting_text(value: Any) -> str:
