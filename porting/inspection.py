@@ -13,7 +13,7 @@ import numpy as np
 from porting.checkpoint import Checkpoint
 from porting.errors import ConfigError, ConversionError
 from porting.infer import Inference, configure
-from porting.scopes import EMA_SUFFIX, SLOT_SUFFIXES, STATISTICS, model_name
+from porting.scopes import EMA_SUFFIX, SEGMENTATION_SCOPES, SLOT_SUFFIXES, STATISTICS, model_name
 from tf_reference.variables import variables
 
 _MOST_NAMED = 3  # names in one finding
@@ -99,7 +99,8 @@ def _model_shapes(entries: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int
 def _strangers(inference: Inference, model: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     config = inference.config
     expected = {variable.name: variable.shape for variable in variables(config)}
-    yield from _finding([n for n in model if n not in expected], f"that {config.name} does not have")
+    others = [n for n in model if n not in expected and not n.startswith(SEGMENTATION_SCOPES)]
+    yield from _finding(others, f"that {config.name} does not have")
     yield from _finding(
         [n for n in expected if n not in model], f"that {config.name} has and this checkpoint does not"
     )

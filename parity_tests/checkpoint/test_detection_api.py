@@ -328,6 +328,7 @@ def test_deeper_backbones_are_a_different_network(
     )
     with open_checkpoint(model_folder(tmp_path, stored(whole), pipeline)) as checkpoint:
         inference = infer_config(checkpoint.shapes, checkpoint.source, settings=checkpoint.settings)
+        assert inference.unseen == ()  # the pipeline, or the API's own code, says how the network computes
         config = inference.config
         result = convert(checkpoint, config)
         blocks = f"{whole.backbone.name}/blocks_{endpoints[-1] + 1}/"

@@ -18,6 +18,7 @@ from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import Conversion, apply_rules, convert, how_converted, values_sentence
 from porting.errors import ConversionError
 from porting.infer import infer_config
+from porting.inspection import inspect
 from porting.parity.compared_weights import ComparedWeights
 from porting.parity.weight_comparison import compare_with_checkpoint
 from porting.rules import Rule, rules
@@ -105,6 +106,7 @@ def test_a_segmentation_head_is_left_out_and_accounted_for(
     write_bundle(tmp_path / "model", {**content, **head})
     with open_checkpoint(tmp_path) as checkpoint:
         conversion = convert(checkpoint, infer_config(checkpoint.shapes).config)
+        assert inspect(checkpoint).unexpected == ()
     why = "the segmentation head, which is not ported: the detector does not run it"
     assert sorted(conversion.coverage.unused[why]) == sorted(head)
     assert conversion.digest == port(tmp_path / "plain", content, config).digest

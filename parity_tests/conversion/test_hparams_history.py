@@ -178,3 +178,11 @@ def test_the_defaults_of_every_state_are_read(state: str, tmp_path: Path) -> Non
     assert read.overrides.get("fpn_weight_method", "fastattn") == ("sum" if "D6" in state else "fastattn")
     ratios = ((1.0, 1.0), (1.4, 0.7), (0.7, 1.4)) if values["aspect_ratios"] is _PAIRS else (1.0, 2.0, 0.5)
     assert read.overrides["aspect_ratios"] == ratios
+
+
+@pytest.mark.parametrize("trainer", ["tf1", "tf2"])
+def test_what_automl_s_own_trainers_wrote_is_read(trainer: str, shared: Path) -> None:
+    read = read_hparams(str(shared / f"exports/cfg_{trainer}.yaml"))
+    assert read.model == "efficientdet-d0"
+    assert read.overrides["image_size"] == (480, 640)
+    assert (read.overrides["num_classes"], read.overrides["survival_prob"]) == (1, 0.8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from parity_tests.helpers.configs import AUTOML_DEFAULTS as DEFAULTS
 from parity_tests.helpers.object_trees import VALUE, automl_paths, save_h5
 from parity_tests.helpers.small_models import seeded, tiny
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
+from porting.cli.commands.source import print_run_config
 from porting.errors import CheckpointError, ConversionError
 from porting.hparams import RUN_CONFIG, UNSEEN
 from porting.infer import Inference, configure
@@ -109,6 +112,16 @@ def test_the_run_is_converted_as_it_was_trained(place: Callable[[Path], Path], t
     expected = tmp_path / "run" / RUN_CONFIG
     named = f"{path}:run/{RUN_CONFIG}" if place is in_an_archive else str(expected)
     assert witness == named
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_commands_without_a_table_say_that_it_was_read(width: int, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "image_size: 416\nact_type: relu6")
+    console = Console(record=True, width=width, file=io.StringIO())
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.add_settings({"survival_prob": None}, "the release efficientdet-d0")
+        print_run_config(console, checkpoint)
+    assert console.export_text() == f"read {folder / RUN_CONFIG}: image_size, act_type\n"
 
 
 def test_what_the_user_gives_wins(tmp_path: Path) -> None:

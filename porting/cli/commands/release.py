@@ -13,7 +13,7 @@ from rich.table import Table
 
 from porting.cli.arguments.release import ReleaseOptions
 from porting.cli.arguments.shared import SourceOptions
-from porting.cli.commands.source import find_config, open_checkpoint
+from porting.cli.commands.source import find_config, open_checkpoint, print_run_config
 from porting.cli.drawing.proof import ProofLines, print_verdict
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.convert import Conversion, convert, how_converted
@@ -82,6 +82,7 @@ def _make(
     )
     make_folder(out)
     with open_checkpoint(source, console, out) as checkpoint:
+        print_run_config(console, checkpoint)
         inference = find_config(options.model, checkpoint)
         made = make_release(
             request,

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.shared import ModelOptions, SourceOptions
-from porting.hparams import given_names
+from porting.hparams import RUN_CONFIG, given_names
 from porting.infer import Inference, configure
 from porting.sources import SYNTHETIC
 from porting.sources.open import open_source
@@ -87,6 +87,14 @@ def describe_names(config: EfficientDetConfig) -> str:
     names = [name for name in config.class_names if name]
     shown = ", ".join(names[:_MOST_NAMES])
     return shown if len(names) <= _MOST_NAMES else f"{shown}, … ({len(names)} names)"
+
+
+def print_run_config(console: Console, checkpoint: Checkpoint) -> None:
+    """A line if the ``config.yaml`` of the training run states settings of ``checkpoint``."""
+    for witness in dict.fromkeys(checkpoint.stated_by.values()):
+        if witness.endswith(RUN_CONFIG):
+            fields = ", ".join(name for name, who in checkpoint.stated_by.items() if who == witness)
+            console.print(f"read {witness}: {fields}", markup=False, soft_wrap=True)
 
 
 def setting_text(value: Any) -> str:

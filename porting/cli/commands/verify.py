@@ -14,7 +14,7 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.verify import ALL, CompareOptions, VerifyOptions
-from porting.cli.commands.source import find_config, open_checkpoint
+from porting.cli.commands.source import find_config, open_checkpoint, print_run_config
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.convert import Conversion, convert, read_raw_variables
 from porting.infer import Inference, setting_lines
@@ -49,6 +49,7 @@ def _verify(options: VerifyOptions, console: Console) -> int:
     if options.report:
         make_folder(options.report)
     with open_checkpoint(options.source, console, Path()) as checkpoint:
+        print_run_config(console, checkpoint)
         inference = find_config(options.model, checkpoint)
         config = inference.config
         weights, about = _read_weights(options.weights, checkpoint, config) if options.weights else (None, {})
