@@ -14,6 +14,7 @@ from porting.checkpoint.tflite.flow import Flow
 from porting.checkpoint.tflite.graph import Graph, Operator
 
 # Operators that follow a class net's logits, and no box net's regressions.
+_PASSED_ON = ("RESHAPE", "SQUEEZE", "STRIDED_SLICE", "CAST", "DEQUANTIZE")
 _OF_SCORES = ("LOGISTIC", "ARG_MAX", "REDUCE_MAX", "TOPK_V2")
 
 
@@ -37,7 +38,7 @@ def are_scores(graph: Graph, tensor: int) -> bool:
             if x in operator.inputs:
                 if operator.kind in _OF_SCORES:
                     return True
-                if operator.kind in ("RESHAPE", "CAST", "DEQUANTIZE"):
+                if operator.kind in _PASSED_ON:
                     pending += [y for y in operator.outputs if y not in seen]
                     seen.update(operator.outputs)
     return False

@@ -48,6 +48,7 @@ _BUILTIN = {
     40: "MEAN",
     41: "SUB",
     42: "DIV",
+    43: "SQUEEZE",
     45: "STRIDED_SLICE",
     47: "EXP",
     48: "TOPK_V2",

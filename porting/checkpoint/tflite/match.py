@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from porting.checkpoint.tflite.flow import ACT_TYPES, ADDS, NONE, Mismatch, Step
+from porting.checkpoint.tflite.flow import ACT_TYPES, ADDS, NONE, RELU6, Mismatch, Step
 from porting.checkpoint.tflite.graph import Graph
 from porting.checkpoint.tflite.heads import HeadMatcher
 from porting.checkpoint.tflite.pixels import find_pixels
@@ -122,7 +122,7 @@ class _Matcher(HeadMatcher):
 
     def stem(self, image: int) -> Convolution:
         step = self.only(image, "CONV_2D", "the stem")
-        self.act = step.activation if step.activation in ACT_TYPES else min(ACT_TYPES)
+        self.act = step.activation if step.activation in ACT_TYPES else RELU6
         return self.convolution(step, "the stem", 3, 2, self.act)
 
     # --- backbone ---
