@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from porting.errors import ConfigError, Reason
 from pytorch_model.files import read_bounded
-from pytorch_model.labels.classes import class_names
+from pytorch_model.labels.classes import names_of_ids
 from pytorch_model.labels.files import Names, parse_names, parse_pairs
 from pytorch_model.labels.known import LABEL_MAPS, is_no_class
 
@@ -58,7 +58,7 @@ def given_names(hparams: Hparams, num_classes: int) -> tuple[str, ...] | None:
     if hparams.label_map is None:
         return None
     try:
-        return class_names(hparams.label_map, num_classes)
+        return names_of_ids(hparams.label_map, num_classes)
     except Reason as reason:
         raise ConfigError(f"the label_map of --hparams does not fit this model: {reason}") from None
 

@@ -17,7 +17,7 @@ from porting.hparams.meaning import interpret
 from porting.hparams.text import in_message
 from porting.hparams.yaml_file import read_yaml
 from pytorch_model.config import MODELS
-from pytorch_model.labels.classes import class_names
+from pytorch_model.labels.classes import names_of_ids
 
 #: Names that concern weights. How detections are chosen afterwards does not.
 _TAKEN = HPARAMS.keys() - with_effect(RUNNING, SUPPRESSION, TRAINING)
@@ -72,7 +72,7 @@ def read_run_config(path: Path) -> RunConfig:
     fields = dict(read.overrides)
     try:
         if read.label_map is not None and "num_classes" in fields:
-            fields["class_names"] = class_names(read.label_map, fields["num_classes"])
+            fields["class_names"] = names_of_ids(read.label_map, fields["num_classes"])
     except Reason as reason:
         notes.append(f"the label_map in {path} is not used: {reason}")
     notes += [f"{path}: {name} is not used" for name in read.ignored if name.startswith(_NOT_FOUND)]

@@ -22,7 +22,21 @@ def class_names(names: Mapping[int, str], num_classes: int) -> tuple[str, ...]:
         found = _of_list(list(names.values()), num_classes)
     else:
         found = _of_ids(names, num_classes)
-    named = (found.get(index, "") for index in range(1, num_classes + 1))
+    return _in_order(found, num_classes)
+
+
+def names_of_ids(names: Mapping[int, str], num_classes: int) -> tuple[str, ...]:
+    """As :func:`class_names`, but every id is taken as it is: those of AutoML's ``label_map`` are class ids.
+
+    Raises :class:`Reason` for an id that the model does not have.
+    """
+    if max(names, default=0) > num_classes:
+        raise Reason(f"it names class {max(names)}, but the model has classes 1 to {num_classes}")
+    return _in_order(names, num_classes)
+
+
+def _in_order(names: Mapping[int, str], num_classes: int) -> tuple[str, ...]:
+    named = (names.get(index, "") for index in range(1, num_classes + 1))
     return tuple("" if is_hole(name) else name for name in named)
 
 

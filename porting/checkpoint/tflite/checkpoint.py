@@ -1,4 +1,4 @@
-"""EfficientDet-Lite in TFLite form, float or quantised, as AutoML's variables.
+"""EfficientDet in TFLite form, float or quantised, as AutoML's variables.
 
 Sources: AutoML ``tf2/efficientdet_keras.py`` (names, shared kernels of the heads), ``tf2/postprocess.py``
 (order of predictions, inputs of the postprocessing operator).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,13 +17,14 @@ import numpy as np
 
 from porting import scopes
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.graph.anchors import anchor_settings
 from porting.checkpoint.messages import unreadable
 from porting.checkpoint.tflite.flatbuffer import flexbuffer_map
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import IDENTIFIER, Graph, Operator, Tensor, read_graph
 from porting.checkpoint.tflite.match import match
 from porting.checkpoint.tflite.structure import BlockMatch, Convolution, Head, Separable, Structure
-from porting.checkpoint.tflite.weights import Layer, Variable, check_layers, variables
+from porting.checkpoint.tflite.weights import Layer, Variable, check_layers, fusion_weights, variables
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.config import EfficientDetConfig
@@ -32,8 +34,8 @@ SUFFIX = ".tflite"
 
 _MOST_BYTES = (1 << 31) - 1  # a FlatBuffer's offsets are signed 32-bit numbers
 
-# Rounding errors of the anchors in the file; the settings that they are computed from are round numbers.
-_ANCHOR_TOLERANCE = {np.dtype("<f4"): 1e-5, np.dtype("<f2"): 1e-3}
+# Rounding errors of the anchors in the file, relative, in float32 and in float16
+_ANCHOR_TOLERANCE = {False: 1e-5, True: 1e-3}
 
 _FOLDED = (
     "batch norms are folded into the convolutions: evaluation computes the same function, but gamma and the "
@@ -54,6 +56,7 @@ class TFLiteCheckpoint(Checkpoint):
     """A TFLite file, which is read and checked as a whole: ``TFLiteCheckpoint("efficientdet_lite0.tflite")``.
 
     ``settings``: image size, activation, … and, if the file has them, anchors and input normalisation.
+    ``pixels``: the normalisation in the graph, None if it takes a normalised image.
     ``layers``: every convolution with its names. ``outputs``: ``class_outputs/3``, … → the number of its
     tensor.
 
@@ -70,11 +73,12 @@ class TFLiteCheckpoint(Checkpoint):
             structure = match(graph)
             self.layers = tuple(_layers(structure))
             check_layers(self.layers, graph, len(data))
-            found = {variable.name: variable for variable in variables(self.layers)}
+            listed = (*variables(self.layers), *_fusion_variables(structure))
+            found = {variable.name: variable for variable in listed}
             settings = _settings(structure, graph)
         except Mismatch as error:
             raise CheckpointError(
-                f"{path} is a TFLite model but not an EfficientDet-Lite: {error}; give a file that AutoML or "
+                f"{path} is a TFLite model but not an EfficientDet: {error}; give a file that AutoML or "
                 "TFLite Model Maker exported, not one compiled for an accelerator"
             ) from None
         except Malformed as error:
@@ -90,6 +94,7 @@ class TFLiteCheckpoint(Checkpoint):
             notes=[*notes, _FOLDED],
             settings=settings,
         )
+        self.pixels = structure.pixels
         self.outputs: Mapping[str, int] = MappingProxyType(dict(_outputs(structure)))
         self._variables: dict[str, Variable] | None = found
 
@@ -144,8 +149,9 @@ def _layers(structure: Structure) -> Iterator[Layer]:
     for c, cell in enumerate(structure.cells):
         for n, (node, found) in enumerate(zip(config.bifpn_nodes, cell, strict=True)):
             scope = scopes.bifpn_node(c, n)
+            factors = fusion_weights(found)[1] if found.is_weighted else {}
             for i, conv in found.resample.items():
-                yield _resample_layer(conv, f"{scope}/{scopes.resampled_input(node, i)}")
+                yield _resample_layer(conv, f"{scope}/{scopes.resampled_input(node, i)}", factors.get(i, 1.0))
             after = f"{scope}/{scopes.after_combine(node)}"
             yield from _separable_layers(found.conv, f"{after}/conv", f"{after}/bn")
     yield from _head_layers(structure.class_net, "class_net", config)
@@ -158,11 +164,27 @@ def _block_layers(block: BlockMatch, scope: str) -> Iterator[Layer]:
     if block.expand is not None:
         yield Layer(block.expand, f"{next(convs)}/kernel", None, next(bns))
     yield Layer(block.depthwise, f"{scope}/depthwise_conv2d/depthwise_kernel", None, next(bns))
+    if block.se is not None:
+        for i, conv in enumerate(block.se):
+            name = f"{scope}/se/{scopes.numbered('conv2d', i)}"
+            yield Layer(conv, f"{name}/kernel", f"{name}/bias", None)
     yield Layer(block.project, f"{next(convs)}/kernel", None, next(bns))
 
 
-def _resample_layer(conv: Convolution, scope: str) -> Layer:
-    return Layer(conv, f"{scope}/conv2d/kernel", f"{scope}/conv2d/bias", f"{scope}/bn")
+def _resample_layer(conv: Convolution, scope: str, factor: float = 1.0) -> Layer:
+    return Layer(conv, f"{scope}/conv2d/kernel", f"{scope}/conv2d/bias", f"{scope}/bn", factor)
+
+
+def _fusion_variables(structure: Structure) -> Iterator[Variable]:
+    """The weights of every node that weights its inputs."""
+    per_channel = structure.config.fpn_weight_method.startswith("channel")
+    shape = (structure.config.fpn_num_filters,) if per_channel else ()
+    for c, cell in enumerate(structure.cells):
+        for n, node in enumerate(cell):
+            for i, weight in enumerate(fusion_weights(node)[0] if node.is_weighted else ()):
+                name = f"{scopes.bifpn_node(c, n)}/{scopes.numbered('WSM', i)}"
+                value = weight if per_channel else weight.reshape(())
+                yield Variable(name, shape, partial(np.asarray, value))
 
 
 def _separable_layers(conv: Separable, scope: str, bn: str | None) -> Iterator[Layer]:
@@ -199,15 +221,23 @@ def _stored_as(layers: Sequence[Layer]) -> tuple[str, list[str]]:
 
 def _settings(structure: Structure, graph: Graph) -> dict[str, Any]:
     config = structure.config
-    matched = ("image_size", "act_type", "survival_prob", "conv_after_downsample")
+    matched = ["image_size", "act_type", "survival_prob", "conv_after_downsample"]
+    if config.fpn_weight_method != "sum":
+        matched.append("fpn_weight_method")
     found: dict[str, Any] = {name: getattr(config, name) for name in matched}
     image = graph.tensors[graph.inputs[0]]
-    if image.is_quantized:
+    if structure.pixels is not None:
+        found.update(structure.pixels._asdict())
+    elif image.is_quantized:
         found.update(_normalisation(image))
     if structure.postprocess is not None:
         _check_options(structure.postprocess, config.num_classes)
     if structure.anchors is not None:
-        found.update(_anchor_settings(structure, structure.anchors))
+        tolerance = _ANCHOR_TOLERANCE[structure.stem.kernel.dtype == np.float16]
+        anchors = anchor_settings(structure.anchors, config, tolerance)
+        if anchors is None:
+            raise Mismatch("its anchors are not arranged like AutoML's")
+        found.update(anchors)
     return found
 
 
@@ -228,37 +258,3 @@ def _check_options(operator: Operator, num_classes: int) -> None:
         raise Mismatch(f"{operator} scales boxes, which AutoML does not")
     if options.get("num_classes") != num_classes:
         raise Mismatch(f"{operator} is not for the {num_classes} classes of the class net")
-
-
-@np.errstate(all="ignore")
-def _anchor_settings(structure: Structure, tensor: Tensor) -> dict[str, Any]:
-    """The settings with the fewest digits that give the anchors of the postprocessing operator."""
-    config, per_location = structure.config, structure.num_anchors
-    sizes = list(config.feature_sizes().values())
-    total = per_location * sum(rows * columns for rows, columns in sizes)
-    tolerance = _ANCHOR_TOLERANCE.get(tensor.dtype or np.dtype(object))
-    if tolerance is None or tensor.shape != (total, 4):
-        raise Mismatch(f"it does not have a list of {total} anchors")
-    anchors = tensor.values()
-    # All settings follow from the anchors of the first location, in units of the finest level's stride.
-    heights, widths = (anchors[:per_location, 2:] * sizes[0]).T
-    scales, ratios = np.sqrt(heights * widths), widths / heights
-    per_scale = max(1, int(np.isclose(scales, scales[0], rtol=0.01).sum()))
-    for digits in range(1, 7):
-        settings = {
-            "num_scales": per_location // per_scale,
-            "aspect_ratios": tuple(round(float(ratio), digits) for ratio in ratios[:per_scale]),
-            "anchor_scale": round(float(scales[0]), digits),
-        }
-        expected = _centre_sizes(config.replace(**settings))
-        if expected.shape == anchors.shape and np.allclose(anchors, expected, rtol=tolerance, atol=1e-6):
-            return settings
-    raise Mismatch("its anchors are not arranged like AutoML's")
-
-
-def _centre_sizes(config: EfficientDetConfig) -> np.ndarray:
-    """The anchors of ``config`` in the form of the postprocessing operator's constant, float64 [A, 4]."""
-    from pytorch_model.anchors import generate_anchors  # imports torch
-
-    corners_yx = generate_anchors(config).double().numpy().reshape(-1, 2, 2) / config.image_size
-    return np.concatenate([corners_yx.mean(axis=1), corners_yx[:, 1] - corners_yx[:, 0]], axis=1)

@@ -27,7 +27,7 @@ _DTYPES: dict[int, np.dtype] = {
     9: np.dtype("i1"),
 }
 
-# schema.fbs BuiltinOperator: those in an EfficientDet-Lite, and some that occur in other networks
+# schema.fbs BuiltinOperator: those in an EfficientDet, and some that occur in other networks
 _BUILTIN = {
     0: "ADD",
     1: "AVERAGE_POOL_2D",
@@ -41,10 +41,22 @@ _BUILTIN = {
     18: "MUL",
     21: "RELU6",
     22: "RESHAPE",
+    23: "RESIZE_BILINEAR",
     25: "SOFTMAX",
     34: "PAD",
+    36: "GATHER",
     40: "MEAN",
     41: "SUB",
+    42: "DIV",
+    43: "SQUEEZE",
+    45: "STRIDED_SLICE",
+    47: "EXP",
+    48: "TOPK_V2",
+    53: "CAST",
+    56: "ARG_MAX",
+    82: "REDUCE_MAX",
+    83: "PACK",
+    88: "UNPACK",
     97: "RESIZE_NEAREST_NEIGHBOR",
     106: "ADD_N",
     114: "QUANTIZE",

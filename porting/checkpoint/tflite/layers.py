@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from porting.checkpoint.tflite.flow import NONE, RELU6, Flow, Mismatch, Step
+from porting.checkpoint.tflite.flow import ACT_TYPES, NONE, Flow, Mismatch, Step
 from porting.checkpoint.tflite.graph import Graph, Operator, Tensor
 from porting.checkpoint.tflite.structure import Convolution, Separable
 
@@ -10,7 +10,7 @@ _SAME = 0  # schema.fbs Padding
 
 
 class LayerMatcher:
-    """Finds layers in ``graph`` and notes their operators as placed.
+    """Finds layers in ``graph`` and notes their operators as placed. ``act``: the network's activation.
 
     Every method raises :class:`Mismatch` if a layer is different from AutoML's.
     """
@@ -18,6 +18,7 @@ class LayerMatcher:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.flow = Flow(graph)
+        self.act = NONE  # until the stem is found
         self.placed = set(self.flow.casts)  # numbers of the operators that belong to a matched layer
 
     def only(self, tensor: int, kind: str, where: str) -> Step:
@@ -82,7 +83,7 @@ class LayerMatcher:
         first = self.convolution(depthwise, where, size=3)
         step = self.only(first.output, "CONV_2D", where)
         if activation is None:
-            activation = RELU6 if step.activation == RELU6 else NONE
+            activation = self.act if step.activation == self.act else NONE
         return Separable(first, self.convolution(step, where, activation=activation))
 
     def place_sum(self, step: Step, shape: tuple[int, ...], activation: int) -> None:
@@ -131,5 +132,5 @@ def _stride(operator: Operator, size: int) -> int:
 
 
 def _describe(size: int | None, stride: int | None, activation: int) -> str:
-    name = {NONE: "no activation", RELU6: "ReLU6"}.get(activation, "another activation")
+    name = {NONE: "no activation", **ACT_TYPES}.get(activation, "another activation")
     return f"is {size or 'n'}×{size or 'n'} with stride {stride or 'n'} and {name}"

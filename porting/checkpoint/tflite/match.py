@@ -1,4 +1,4 @@
-"""Match a TFLite graph with EfficientDet-Lite: by how operators follow one another, never by their numbers.
+"""Match a TFLite graph with EfficientDet: by how operators follow one another, never by their numbers.
 
 Every layer must be as AutoML builds it, and at the end every operator must belong to a layer; otherwise
 :class:`Mismatch` is raised. There are no batch norms to match: converters fold them into the convolutions.
@@ -12,16 +12,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from porting.checkpoint.tflite.flow import ADDS, NONE, POSTPROCESS, RELU6, Mismatch, Step
-from porting.checkpoint.tflite.graph import Graph, Operator, Tensor
-from porting.checkpoint.tflite.layers import LayerMatcher
+import numpy as np
+
+from porting.checkpoint.tflite.flow import ACT_TYPES, ADDS, NONE, RELU6, Mismatch, Step
+from porting.checkpoint.tflite.graph import Graph
+from porting.checkpoint.tflite.heads import HeadMatcher
+from porting.checkpoint.tflite.pixels import find_pixels
 from porting.checkpoint.tflite.structure import (
     BOX_VALUES,
     BlockMatch,
     Convolution,
-    Head,
     NodeMatch,
-    Separable,
     Structure,
 )
 from porting.errors import ConfigError
@@ -36,12 +37,15 @@ from pytorch_model.config import (
 )
 
 _RESAMPLERS = ("MAX_POOL_2D", "RESIZE_NEAREST_NEIGHBOR")
-_RELEASED_ANCHORS = 9  # per location, in every model AutoML released
-_DEFAULT_BACKBONE = "efficientnet-lite0"
+_DEFAULT_BACKBONES = {
+    False: "efficientnet-lite0",
+    True: "efficientnet-b0",
+}  # whether it has squeeze-and-excitation
+_SE_RATIO = 0.25
 
 
 def match(graph: Graph) -> Structure:
-    """The layers of the EfficientDet-Lite in ``graph``.
+    """The layers of the EfficientDet in ``graph``.
 
     Raises :class:`Mismatch`, and :class:`~porting.checkpoint.wire.Malformed` if a constant is damaged.
     """
@@ -53,32 +57,19 @@ def match(graph: Graph) -> Structure:
 
 @dataclass(frozen=True)
 class _Path:
-    """How a term of a sum is made from a map: by resampling, a 1×1 convolution, both or neither."""
+    """How a term of a sum is made from a map: by a 1×1 convolution, resampling and factors, or without."""
 
     source: int
     resampler: Step | None
     conv: Step | None
+    factors: tuple[Step, ...]
 
 
-@dataclass
-class _End:
-    """What follows a head.
-
-    ``values``: the number of values per prediction. ``is_joined``: the levels are concatenated. ``is_score``:
-    a sigmoid is applied. ``position``: the input of ``postprocess`` that reads it, −1 without one.
-    """
-
-    values: int | None = None
-    is_joined: bool = False
-    is_score: bool = False
-    postprocess: Operator | None = None
-    position: int = -1
-
-
-class _Matcher(LayerMatcher):
+class _Matcher(HeadMatcher):
     def network(self) -> Structure:
         image, size = self.image()
-        stem = self.convolution(self.only(image, "CONV_2D", "the stem"), "the stem", 3, 2, RELU6)
+        image, pixels = find_pixels(self, image)
+        stem = self.stem(image)
         blocks = tuple(self.blocks(stem.output))
         backbone = _backbone_config(stem, blocks)
         ends = [blocks[i].output for i in backbone.reduction_blocks.values()]
@@ -92,16 +83,17 @@ class _Matcher(LayerMatcher):
             box_class_repeats=0,
             max_level=MAX_BACKBONE_LEVEL + len(extra),
             fpn_weight_method="sum",
-            act_type="relu6",
+            act_type=ACT_TYPES[self.act],
         )
         features = [*ends[config.min_level - 1 :], *extra]
         cells: list[tuple[NodeMatch, ...]] = []
         while not cells or not self.at_heads(features):
             nodes, features = self.cell(features, config, f"cell_{len(cells)}")
             cells.append(nodes)
-        class_net, box_net, postprocess = self.heads(features)
+        class_net, box_net, end = self.heads(features)
         self.check_all_placed()
         config = config.replace(
+            fpn_weight_method=_weight_method(cells),
             fpn_cell_repeats=len(cells),
             box_class_repeats=len(box_net.levels[0]) - 1,
             num_classes=class_net.out_filters // (box_net.out_filters // BOX_VALUES),
@@ -114,8 +106,9 @@ class _Matcher(LayerMatcher):
             tuple(cells),
             class_net,
             box_net,
-            postprocess,
-            self.anchors(postprocess) if postprocess else None,
+            end.postprocess,
+            self.anchors(end, size),
+            pixels,
         )
 
     def image(self) -> tuple[int, tuple[int, int]]:
@@ -127,6 +120,11 @@ class _Matcher(LayerMatcher):
             raise Mismatch(f"its input has the shape {list(shape)}, not [1, height, width, 3]")
         return self.graph.inputs[0], (shape[1], shape[2])
 
+    def stem(self, image: int) -> Convolution:
+        step = self.only(image, "CONV_2D", "the stem")
+        self.act = step.activation if step.activation in ACT_TYPES else RELU6
+        return self.convolution(step, "the stem", 3, 2, self.act)
+
     # --- backbone ---
 
     def blocks(self, x: int) -> Iterator[BlockMatch]:
@@ -135,7 +133,7 @@ class _Matcher(LayerMatcher):
             begin = [
                 step
                 for step in self.reading(x, "CONV_2D", "DEPTHWISE_CONV_2D")
-                if step.activation == RELU6 or step.kind == "DEPTHWISE_CONV_2D"
+                if step.activation == self.act or step.kind == "DEPTHWISE_CONV_2D"
             ]
             if index and not begin:
                 return
@@ -148,12 +146,13 @@ class _Matcher(LayerMatcher):
     def block(self, x: int, begin: Step, where: str) -> BlockMatch:
         expand = None
         if begin.kind == "CONV_2D":
-            expand = self.convolution(begin, where, activation=RELU6)
+            expand = self.convolution(begin, where, activation=self.act)
             if expand.out_filters % expand.in_filters:
                 raise Mismatch(f"{where} expands {expand.in_filters} channels to {expand.out_filters}")
             begin = self.only(expand.output, "DEPTHWISE_CONV_2D", where)
-        depthwise = self.convolution(begin, where, None, None, RELU6)
-        project = self.convolution(self.only(depthwise.output, "CONV_2D", where), where)
+        depthwise = self.convolution(begin, where, None, None, self.act)
+        se, gated = self.squeeze_and_excite(depthwise.output, where)
+        project = self.convolution(self.only(gated, "CONV_2D", where), where)
         output = project.output
         if depthwise.stride == 1 and self.flow.shape(x) == self.flow.shape(output):
             shortcut = self.reading(output, *ADDS)
@@ -161,7 +160,28 @@ class _Matcher(LayerMatcher):
                 raise Mismatch(f"{where} does not add its input to its output")
             self.place_sum(shortcut[0], self.flow.shape(x), NONE)
             output = shortcut[0].output
-        return BlockMatch(expand, depthwise, project, output)
+        return BlockMatch(expand, depthwise, se, project, output)
+
+    def squeeze_and_excite(self, x: int, where: str) -> tuple[tuple[Convolution, Convolution] | None, int]:
+        """(the two convolutions, the gated map); (None, ``x``) for a block without it."""
+        means, products = self.reading(x, "MEAN"), self.reading(x, "MUL")
+        if not means and not products:
+            return None, x
+        where = f"{where}/se"
+        if len(means) != 1 or len(products) != 1 or len(self.flow.consumers[x]) != 2:
+            raise Mismatch(f"{self.after(x)}, but {where} needs MEAN and MUL")
+        shape = self.flow.shape(x)
+        self.check_shape(means[0], (1, 1, 1, shape[3]))
+        squeeze = self.only(means[0].output, "CONV_2D", where)
+        first = self.convolution(squeeze, where, activation=self.act)
+        second = self.convolution(self.only(first.output, "CONV_2D", where), where)
+        gate = self.only(second.output, "LOGISTIC", where)
+        if set(products[0].inputs) != {x, gate.output} or products[0].activation != NONE:
+            raise Mismatch(f"{products[0].operator} does not gate its map as {where} does")
+        self.check_shape(products[0], shape)
+        for step in (means[0], gate, products[0]):
+            self.place(step)
+        return (first, second), products[0].output
 
     # --- P6 and up ---
 
@@ -191,7 +211,7 @@ class _Matcher(LayerMatcher):
 
     def at_heads(self, features: list[int]) -> bool:
         """Whether the heads come next: they convolve the top level, another cell would add it to a map."""
-        return not self.reading(features[-1], *ADDS)
+        return not self.reading(features[-1], *ADDS, "MUL")
 
     def cell(
         self, features: list[int], config: EfficientDetConfig, where: str
@@ -224,17 +244,30 @@ class _Matcher(LayerMatcher):
             if conv is not None:
                 resample[i] = conv
         for part in self.terms(total)[0]:
-            self.place_sum(part, shape, RELU6 if part is total else NONE)
+            self.place_sum(part, shape, self.act if part is total else NONE)
         depthwise = self.only(total.output, "DEPTHWISE_CONV_2D", where)
-        return NodeMatch(resample, self.separable(depthwise, where))
+        weights = tuple(self.weight(path_from[source], shape[3]) for source in node.inputs)
+        return NodeMatch(resample, self.separable(depthwise, where), weights)
+
+    def weight(self, path: _Path, channels: int) -> np.ndarray | None:
+        """The product of the factors on ``path``, a number or one per channel; None without a factor."""
+        product: np.ndarray | None = None
+        for step in path.factors:
+            factor = self.flow.factor(step)
+            if factor is None or math.prod(factor.shape) not in (1, channels):
+                raise Mismatch(f"{step.operator} weights a map neither as a whole nor channel by channel")
+            values = factor.values().reshape(-1)
+            product = values if product is None else product * values
+        return product
 
     def sums_of(self, tensor: int) -> list[Step]:
         """The complete sums that ``tensor`` is part of, directly or resampled."""
-        near = self.flow.consumers[tensor]
-        far = [s for step in near if step.kind in _RESAMPLERS for s in self.flow.consumers[step.output]]
+        near = list(self.flow.consumers[tensor])
         totals = {}
-        for step in (*near, *far):
-            if step.kind in ADDS:
+        for step in near:  # grows
+            if step.kind in _RESAMPLERS or self.flow.factor(step) is not None:
+                near += self.flow.consumers[step.output]
+            elif step.kind in ADDS:
                 while self.is_part(step):
                     step = self.flow.consumers[step.output][0]
                 totals[step.output] = step
@@ -259,7 +292,10 @@ class _Matcher(LayerMatcher):
 
     def trace(self, leaf: int, ids: dict[int, int]) -> _Path | None:
         """Follow a term of a sum back to the map it is made from, one of ``ids``; None if there is none."""
-        tensor, steps = leaf, []
+        tensor, steps, factors = leaf, list[Step](), list[Step]()
+        while (step := self.flow.producers.get(tensor)) and self.flow.factor(step) is not None:
+            factors.append(step)
+            tensor = step.inputs[0]
         for kinds in (_RESAMPLERS, ("CONV_2D",)):
             step = self.flow.producers.get(tensor)
             if tensor not in ids and step is not None and step.kind in kinds:
@@ -269,9 +305,12 @@ class _Matcher(LayerMatcher):
             return None
         conv = next((step for step in steps if step.kind == "CONV_2D"), None)
         resampler = next((step for step in steps if step.kind != "CONV_2D"), None)
-        return _Path(ids[tensor], resampler, conv)
+        return _Path(ids[tensor], resampler, conv, tuple(factors))
 
     def place_path(self, path: _Path, where: str) -> Convolution | None:
+        for step in path.factors:
+            self.check_shape(step, self.flow.shape(step.inputs[0]))
+            self.place(step)
         conv = None if path.conv is None else self.convolution(path.conv, where)
         if path.resampler is not None and path.resampler.kind == "MAX_POOL_2D":
             self.place_max_pool(path.resampler, where)
@@ -279,69 +318,21 @@ class _Matcher(LayerMatcher):
             self.place_resize(path.resampler, where)
         return conv
 
-    # --- heads ---
 
-    def heads(self, features: list[int]) -> tuple[Head, Head, Operator | None]:
-        """(class net, box net, the postprocessing operator)."""
-        chains: dict[str, list[tuple[Separable, ...]]] = {"class": [], "box": []}
-        ends: dict[str, list[_End]] = {"class": [], "box": []}
-        for level, x in enumerate(features):
-            begins = self.reading(x, "DEPTHWISE_CONV_2D")
-            if len(begins) != 2:
-                raise Mismatch(f"{len(begins)} heads, not two, read level {level} of the last cell")
-            pair = [self.head(begin, f"the head at level {level}") for begin in begins]
-            pair_ends = [self.end(chain[-1].output, level, len(features)) for chain in pair]
-            for kind, chain, end in zip(_kinds_of(pair, pair_ends), pair, pair_ends, strict=True):
-                chains[kind].append(chain)
-                ends[kind].append(end)
-        class_net, box_net = (_head(kind, chains[kind], ends[kind]) for kind in ("class", "box"))
-        _check_predictions(class_net, box_net)
-        return class_net, box_net, ends["box"][0].postprocess
-
-    def head(self, begin: Step, where: str) -> tuple[Separable, ...]:
-        """One head at one level: separable convolutions with ReLU6, then one without it."""
-        layers = [self.separable(begin, where, None)]
-        while layers[-1].pointwise.step.activation == RELU6:
-            begin = self.only(layers[-1].output, "DEPTHWISE_CONV_2D", where)
-            layers.append(self.separable(begin, where, None))
-        return tuple(layers)
-
-    def end(self, x: int, level: int, levels: int) -> _End:
-        """Follow the output ``x`` of a head: it is flattened, joined with other levels, made a score."""
-        end = _End()
-        size = math.prod(self.flow.shape(x))
-        while self.flow.consumers[x] and end.postprocess is None:
-            if len(self.flow.consumers[x]) > 1:
-                raise Mismatch(f"{self.after(x)} after a head")
-            step = self.flow.consumers[x][0]
-            shape = self.flow.shape(step.output)
-            if step.kind == "RESHAPE" and end.values is None and len(shape) == 3:
-                end.values = shape[2]
-                fits = shape[0] == 1 and math.prod(shape) == size
-            elif step.kind == "CONCATENATION" and end.values and not end.is_joined:
-                end.is_joined = True
-                fits = len(step.inputs) == levels and step.inputs[level] == x
-                fits &= step.operator.option(0, "i") in (1, -2) and step.activation == NONE
-            elif step.kind == "LOGISTIC" and not end.is_score:
-                end.is_score = fits = True
-            else:
-                end.postprocess, end.position = step.operator, step.inputs.index(x)
-                fits = step.kind == POSTPROCESS and end.is_joined
-            if not fits:
-                raise Mismatch(f"{step.operator} does not list a head's predictions as AutoML does")
-            self.place(step)
-            x = step.output
-        return end
-
-    def anchors(self, postprocess: Operator) -> Tensor:
-        found = self.flow.constants.get((*postprocess.inputs, -1, -1, -1)[2])
-        if found is None:
-            raise Mismatch(f"{postprocess} has no constant list of anchors")
-        return found
+def _weight_method(cells: list[tuple[NodeMatch, ...]]) -> str:
+    """The fusion: a sum, or weights. Fast attention can express any factors with a sum below 1."""
+    nodes = [node for cell in cells for node in cell]
+    if not any(node.is_weighted for node in nodes):
+        return "sum"
+    if not all(node.is_weighted for node in nodes):
+        raise Mismatch("some of its nodes weight their inputs and others do not")
+    per_channel = any(weight.size > 1 for node in nodes for weight in node.weights if weight is not None)
+    return "channel_fastattn" if per_channel else "fastattn"
 
 
 def _backbone_config(stem: Convolution, blocks: tuple[BlockMatch, ...]) -> BackboneConfig:
     """Group the blocks into stages: the same kernel, expansion and width; a stride begins a new stage."""
+    squeezed = [block.se[0].out_filters if block.se else 0 for block in blocks]
     stages: list[Stage] = []
     for block in blocks:
         expand = block.expand.out_filters // block.expand.in_filters if block.expand else 1
@@ -352,44 +343,10 @@ def _backbone_config(stem: Convolution, blocks: tuple[BlockMatch, ...]) -> Backb
                 stages[-1] = Stage(stage.repeats + 1, size, stage.stride, expand, out)
                 continue
         stages.append(Stage(1, size, block.depthwise.stride, expand, out))
-    found = BackboneConfig(_DEFAULT_BACKBONE, stem.out_filters, tuple(stages), se_ratio=0.0)
+    has_se = any(squeezed)
+    ratio = _SE_RATIO if has_se else 0.0
+    found = BackboneConfig(_DEFAULT_BACKBONES[has_se], stem.out_filters, tuple(stages), ratio)
+    if squeezed != [block.se_filters for block in found.blocks]:
+        raise Mismatch("its squeeze-and-excitation does not have a quarter of its block's input filters")
     known = (model_config(name).backbone for name in MODELS)
     return next((b for b in known if dataclasses.replace(found, name=b.name) == b), found)
-
-
-def _kinds_of(pair: list[tuple[Separable, ...]], ends: list[_End]) -> tuple[str, str]:
-    """("class", "box") or the reverse, for the two heads of a level.
-
-    The class net has scores. Without them, the box net is the one whose width fits the 9 released anchors.
-    """
-    scores = [end.is_score for end in ends]
-    if scores == [False, False]:
-        widths = [chain[-1].pointwise.out_filters for chain in pair]
-        scores = [width != BOX_VALUES * _RELEASED_ANCHORS for width in widths]
-    if scores == [True, False]:
-        return "class", "box"
-    if scores == [False, True]:
-        return "box", "class"
-    raise Mismatch("its class net and its box net cannot be distinguished")
-
-
-def _head(kind: str, chains: list[tuple[Separable, ...]], ends: list[_End]) -> Head:
-    if len({(len(chain), chain[-1].pointwise.out_filters) for chain in chains}) != 1:
-        raise Mismatch(f"its {kind} net differs from level to level")
-    if any(end != ends[0] for end in ends):
-        raise Mismatch(f"its {kind} net's outputs are treated differently from level to level")
-    if ends[0].postprocess is not None and ends[0].position != ("box", "class").index(kind):
-        raise Mismatch(f"{ends[0].postprocess} does not take boxes, then scores")
-    return Head(tuple(chains), ends[0].values)
-
-
-def _check_predictions(class_net: Head, box_net: Head) -> None:
-    anchors, rest = divmod(box_net.out_filters, BOX_VALUES)
-    classes, left = divmod(class_net.out_filters, anchors) if anchors else (0, 1)
-    if rest or left or len(class_net.levels[0]) != len(box_net.levels[0]):
-        raise Mismatch(
-            f"its heads predict {class_net.out_filters} and {box_net.out_filters} values per location, after "
-            f"{len(class_net.levels[0])} and {len(box_net.levels[0])} layers"
-        )
-    if box_net.values not in (None, BOX_VALUES) or class_net.values not in (None, classes):
-        raise Mismatch("it does not list its predictions anchor by anchor")

@@ -1,8 +1,11 @@
-"""The parts of an EfficientDet-Lite, as found in a TFLite graph."""
+"""The parts of an EfficientDet, as found in a TFLite graph."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from porting.checkpoint.tflite.flow import Step
 from porting.checkpoint.tflite.graph import Operator, Tensor
@@ -31,10 +34,11 @@ class Convolution:
 
 @dataclass(frozen=True)
 class BlockMatch:
-    """One MBConv block; ``output`` is the tensor that it writes."""
+    """One MBConv block. ``se``: its squeeze-and-excitation. ``output``: the tensor that it writes."""
 
     expand: Convolution | None
     depthwise: Convolution
+    se: tuple[Convolution, Convolution] | None
     project: Convolution
     output: int
 
@@ -53,10 +57,19 @@ class Separable:
 
 @dataclass(frozen=True)
 class NodeMatch:
-    """A node of a BiFPN cell. ``resample``: number of an input → its 1×1 convolution, if it has one."""
+    """A node of a BiFPN cell.
+
+    ``resample``: number of an input → its 1×1 convolution, if it has one. ``weights``: the factor of each
+    input as the graph has it, a number or one per channel; None for an input without one.
+    """
 
     resample: dict[int, Convolution]
     conv: Separable
+    weights: tuple[np.ndarray | None, ...]
+
+    @property
+    def is_weighted(self) -> bool:
+        return any(weight is not None for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -75,13 +88,20 @@ class Head:
         return self.levels[0][-1].pointwise.out_filters
 
 
+class Normalisation(NamedTuple):
+    """What a graph subtracts from grey levels, and then divides by, for each colour."""
+
+    mean_rgb: tuple[float, float, float]
+    stddev_rgb: tuple[float, float, float]
+
+
 @dataclass(frozen=True)
 class Structure:
-    """The whole network. ``config`` has defaults for normalisation and anchors, which a graph may lack.
+    """The whole network. ``config`` has defaults for anchors, and for normalisation if ``pixels`` is None.
 
-    ``postprocess``: the operator that turns predictions into detections; ``anchors``: its constant, [A, 4] of
-    centre y, centre x, height, width, as fractions of the image. Both are None if the graph ends with the
-    heads.
+    ``postprocess``: TFLite's operator that turns predictions into detections, None without it. ``anchors``:
+    float64 [A, 4] of centre y, centre x, height, width, as fractions of the image; None if unknown.
+    ``pixels``: mean and standard deviation, if the graph begins with an image in grey levels.
     """
 
     config: EfficientDetConfig
@@ -92,7 +112,8 @@ class Structure:
     class_net: Head
     box_net: Head
     postprocess: Operator | None
-    anchors: Tensor | None
+    anchors: np.ndarray | None
+    pixels: Normalisation | None
 
     @property
     def num_anchors(self) -> int:

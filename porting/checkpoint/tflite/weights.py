@@ -21,7 +21,7 @@ import numpy as np
 
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import Graph, Tensor
-from porting.checkpoint.tflite.structure import Convolution
+from porting.checkpoint.tflite.structure import Convolution, NodeMatch
 from porting.checkpoint.wire import Malformed
 from pytorch_model.config import BN_EPSILON
 
@@ -29,6 +29,9 @@ from pytorch_model.config import BN_EPSILON
 # error of folding a batch norm. float32: two products of 2^-24 each, doubled; float16: one rounding.
 _HALF_STEP = {np.dtype("<f4"): 2.0**-22, np.dtype("<f2"): 2.0**-11}
 _SMALLEST_HALF_STEP = {np.dtype("<f4"): 2.0**-126, np.dtype("<f2"): 2.0**-25}
+
+_FUSION_EPSILON = 1e-4  # AutoML's, in fast attention
+_ROUNDING = 2.0**-22  # of a sum of float32 factors near 1
 
 # TFLite multiplies the scales of input and kernel in float32; a larger difference means damage.
 _SCALE_TOLERANCE = 1e-6
@@ -38,12 +41,16 @@ _MOST_REUSE = 16
 
 
 class Layer(NamedTuple):
-    """A convolution of the file with its AutoML names; ``bn`` is a scope. None: AutoML has none."""
+    """A convolution of the file with its AutoML names; ``bn`` is a scope. None: AutoML has none.
+
+    ``factor``: what else is folded into the convolution after its batch norm, a number.
+    """
 
     convolution: Convolution
     kernel: str
     bias: str | None
     bn: str | None
+    factor: float = 1.0
 
 
 class Variable(NamedTuple):
@@ -101,12 +108,34 @@ def _kernel_variable(layer: Layer, read: Callable[[], np.ndarray]) -> Variable:
 
 
 def _bn_variables(layer: Layer, scale: np.ndarray) -> Iterator[Variable]:
-    """A batch norm that computes x · ``scale`` + the convolution's bias."""
+    """A batch norm that computes x · ``scale`` + the convolution's bias, both without the layer's factor."""
     conv = layer.convolution
-    yield _constant(f"{layer.bn}/gamma", conv, scale)
-    yield Variable(f"{layer.bn}/beta", (conv.out_filters,), partial(_bias, conv))
+    yield _constant(f"{layer.bn}/gamma", conv, scale / layer.factor)
+    yield Variable(f"{layer.bn}/beta", (conv.out_filters,), lambda: _bias(conv) / layer.factor)
     yield _constant(f"{layer.bn}/moving_mean", conv, np.zeros(()))
     yield _constant(f"{layer.bn}/moving_variance", conv, np.array(1 - BN_EPSILON))
+
+
+def fusion_weights(node: NodeMatch) -> tuple[list[np.ndarray], dict[int, float]]:
+    """Weights w of a node for which fast attention, w / (Σw + 1e-4), gives the factors in the file.
+
+    Returns (float64 [n] of each input, number of an input → its factor). The second are the inputs whose
+    factor was folded into their convolution. Its value is free: the convolution's batch norm undoes it.
+    Raises :class:`Mismatch` for factors that fast attention cannot give.
+    """
+    known = [weight for weight in node.weights if weight is not None]
+    total = sum(known, np.zeros(()))
+    if any((weight < 0).any() for weight in known) or not (total <= 1 + _ROUNDING).all():
+        raise Mismatch("the weights of a node are negative or add up to more than 1, which AutoML's do not")
+    missing = [i for i, weight in enumerate(node.weights) if weight is None]
+    usual = len(node.weights) / (len(node.weights) + _FUSION_EPSILON)  # the sum for weights of 1
+    left = max(usual - float(total.max()), float(1 - total.max()) / 2, _ROUNDING)
+    free = {i: left / len(missing) for i in missing}
+    factors = [np.full(1, free[i]) if weight is None else weight for i, weight in enumerate(node.weights)]
+    total = sum(factors, np.zeros(()))
+    # factor = w / (Σw + ε), so their sum is Σw / (Σw + ε), and w = factor · ε / (1 - sum)
+    scale = _FUSION_EPSILON / np.maximum(1 - total, _ROUNDING)
+    return [factor * scale for factor in factors], free
 
 
 def _constant(name: str, conv: Convolution, value: np.ndarray) -> Variable:

@@ -13,14 +13,17 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 
 from porting.checkpoint.tflite.checkpoint import TFLiteCheckpoint
+from porting.checkpoint.tflite.structure import Normalisation
 from porting.errors import EfficientDetError
 from porting.parity.lockstep import Reference
 from porting.rules import taps
 from pytorch_model.config import EfficientDetConfig
 
+_NEARLY = 1e-2  # grey levels: float32 rounding of the normalisation, far below the half that would mislead
+
 
 class TFLiteReference:
-    """The EfficientDet-Lite file at ``path`` as a reference for ``config``, see :class:`FileReference`.
+    """The TFLite file at ``path`` as a reference for ``config``, see :class:`FileReference`.
 
     It shows the outputs of its convolutions, activation and batch norm included. It shows nothing for
     AutoML's taps between the two or after a pooling. Raises :class:`CheckpointError` for a file of another
@@ -32,6 +35,7 @@ class TFLiteReference:
         checkpoint = TFLiteCheckpoint(path)
         image_size: tuple[int, int] = checkpoint.settings["image_size"]
         self.size = image_size
+        self._pixels = checkpoint.pixels
         self.exact = {layer.convolution.kernel.dtype for layer in checkpoint.layers} == {np.dtype(np.float32)}
         found = {**dict(_layer_taps(checkpoint, config)), **checkpoint.outputs}
         self._tensors = {pair.tap: found[pair.tap] for pair in taps(config) if pair.tap in found}
@@ -41,7 +45,7 @@ class TFLiteReference:
             raise EfficientDetError(f"{path} has no {missing[0]}: it is not {config.name}'s; check --graph")
 
     def on(self, images: np.ndarray) -> Reference:
-        values = tflite_tensors(self.source, images, self._tensors)
+        values = tflite_tensors(self.source, images, self._tensors, self._pixels)
 
         def run(emit: Callable[[str, np.ndarray], None]) -> None:
             for name in list(values):
@@ -68,13 +72,17 @@ def _layer_taps(checkpoint: TFLiteCheckpoint, config: EfficientDetConfig) -> Ite
 
 
 def tflite_tensors(
-    path: str | os.PathLike[str], images: np.ndarray, tensors: Mapping[str, int]
+    path: str | os.PathLike[str],
+    images: np.ndarray,
+    tensors: Mapping[str, int],
+    pixels: Normalisation | None = None,
 ) -> dict[str, np.ndarray]:
     """Activations of the file at ``path``: ``tensors`` is name → number of the tensor in the file.
 
-    ``images``: [N, H, W, 3], normalised, of the file's own size. Returns name → float32 [N, …], one entry per
+    ``images``: [N, H, W, 3], normalised, of the file's own size. ``pixels``: how the file normalises grey
+    levels, None if it takes normalised images. Returns name → float32 [N, …], one entry per
     image, dequantised if the file is quantised. Imports TensorFlow. Raises :class:`EfficientDetError` for
-    another size.
+    another size, and for values that are no grey levels.
     """
     interpreter = _interpreter(path)
     (image,) = interpreter.get_input_details()
@@ -84,12 +92,27 @@ def tflite_tensors(
         )
     details = {detail["index"]: detail for detail in interpreter.get_tensor_details()}
     values: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
+    if pixels is not None:
+        images = _grey_levels(images, pixels, path)
     for one in images[:, None]:
         interpreter.set_tensor(image["index"], _quantize(one, image))
         interpreter.invoke()
         for name, index in tensors.items():
             values[name].append(_dequantize(interpreter.get_tensor(index), details[index]))
     return {name: np.concatenate(found) for name, found in values.items()}
+
+
+def _grey_levels(images: np.ndarray, pixels: Normalisation, path: str | os.PathLike[str]) -> np.ndarray:
+    """The whole grey levels, 0 to 255, that ``pixels`` normalises to ``images``."""
+    levels = images.astype(np.float64) * pixels.stddev_rgb + pixels.mean_rgb
+    whole = np.clip(np.rint(levels), 0, 255)
+    if np.abs(levels - whole).max() > _NEARLY:
+        raise EfficientDetError(
+            f"{path} takes whole grey levels, and the image has others, such as padding of 0 after "
+            "normalisation; leave out --image, or give one of the network's shape, and use the file's "
+            "mean and standard deviation"
+        )
+    return whole
 
 
 def _interpreter(path: str | os.PathLike[str]):  # type: ignore[no-untyped-def]  # TensorFlow ships no types
