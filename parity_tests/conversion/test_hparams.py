@@ -193,6 +193,14 @@ def test_label_maps_of_known_data_sets() -> None:
     assert read_hparams("label_map=voc").label_map == LABEL_MAPS["voc"]
 
 
+def test_ids_of_a_label_map_are_class_ids() -> None:
+    """Also those of COCO's 80 names without gaps: who trained with them has these classes."""
+    names = [name for name in COCO_NAMES if name]
+    text = ",".join(f"{index}: {name}" for index, name in enumerate(names, start=1))
+    hparams = read_hparams(f"label_map={{{text}}}")
+    assert given_names(hparams, 90) == (*names, *[""] * 10)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -151,6 +151,36 @@ def test_a_tflite_file_knows_its_own_size(tmp_path: Path) -> None:
         assert said in checkpoint.notes
 
 
+@pytest.mark.parametrize("name", ["label_map", "label_id_mapping"])
+def test_its_label_map_names_the_classes(name: str, tmp_path: Path) -> None:
+    assert CONFIG.num_classes == 2
+    values = {**run_values(), name: {0: "background", 2: "bee"}}
+    assert read(write_run(tmp_path, values)).config.class_names == ("", "bee")
+
+
+def test_its_label_map_may_be_a_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "ants.yaml").write_text("1: ant\n2: bee\n")
+    folder = write_run(tmp_path, run_values(label_map="ants.yaml"))
+    assert read(folder).config.class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("/data/of/the/trainer.yaml", "there is no file of that name"),
+        ({1: "ant", 3: "bee"}, "it names class 3, but the model has classes 1 to 2"),
+        (5, "it must be {id: name}"),
+    ],
+)
+def test_a_label_map_that_cannot_be_used_is_noted(value: Any, reason: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path, run_values(label_map=value))
+    assert read(folder).config.class_names is None
+    with open_checkpoint(folder) as checkpoint:
+        assert any(
+            f"the label_map in {folder / RUN_CONFIG} is not used: {reason}" in n for n in checkpoint.notes
+        )
+
+
 def test_a_short_file_leaves_the_rest_assumed(tmp_path: Path) -> None:
     found = read(write_run(tmp_path / "run", "image_size: 416x320\nact_type: relu6"))
     assert found.config.image_size == (320, 416)

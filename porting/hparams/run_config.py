@@ -12,7 +12,7 @@ from typing import Any
 
 from porting.errors import CheckpointError, ConfigError, Reason
 from porting.hparams.history import HPARAMS, RUNNING, SUPPRESSION, TRAINING, with_effect
-from porting.hparams.label_map import LABEL_MAP_NAMES
+from porting.hparams.label_map import LABEL_MAP_NAMES, read_label_map
 from porting.hparams.meaning import interpret
 from porting.hparams.text import in_message
 from porting.hparams.yaml_file import read_yaml
@@ -21,9 +21,6 @@ from pytorch_model.labels.classes import names_of_ids
 
 #: Names that concern weights. How detections are chosen afterwards does not.
 _TAKEN = HPARAMS.keys() - with_effect(RUNNING, SUPPRESSION, TRAINING)
-
-#: So begins an ignored name whose file was not found; the reason follows.
-_NOT_FOUND = tuple(f"{name} (" for name in LABEL_MAP_NAMES)
 
 
 @dataclass(frozen=True)
@@ -54,13 +51,14 @@ def read_run_config(path: Path) -> RunConfig:
     if 2 * len(others) >= len(values):
         return RunConfig(notes=(f"{path} is not used: it does not hold AutoML's hyper-parameters",))
     known = {name: value for name, value in values.items() if name in _TAKEN}
+    label_maps = {name: known.pop(name) for name in LABEL_MAP_NAMES if name in known}
     notes = []
     if "name" in known and known["name"] not in MODELS:
         notes = [
             f"{path} names the model {in_message(known.pop('name'))}, which AutoML does not know; not used"
         ]
     try:
-        read = interpret(known, folders=(path.parent,))
+        read = interpret(known)
     except ConfigError as error:
         raise CheckpointError(
             f"{path}, which lies with the checkpoint, says {error} (if it is not this checkpoint's, move it "
@@ -69,11 +67,21 @@ def read_run_config(path: Path) -> RunConfig:
     if others:
         listed = ", ".join(map(in_message, others[:3])) + (", …" if len(others) > 3 else "")
         notes.append(f"{path} also has {listed}, which AutoML does not know; not used")
-    fields = dict(read.overrides)
-    try:
-        if read.label_map is not None and "num_classes" in fields:
-            fields["class_names"] = names_of_ids(read.label_map, fields["num_classes"])
-    except Reason as reason:
-        notes.append(f"the label_map in {path} is not used: {reason}")
-    notes += [f"{path}: {name} is not used" for name in read.ignored if name.startswith(_NOT_FOUND)]
-    return RunConfig(read.model, fields, tuple(notes))
+    names, about_names = _class_names(label_maps, path, read.overrides.get("num_classes"))
+    fields = {**read.overrides, **({"class_names": names} if names else {})}
+    return RunConfig(read.model, fields, (*notes, *about_names))
+
+
+def _class_names(
+    label_maps: Mapping[str, Any], path: Path, num_classes: int | None
+) -> tuple[tuple[str, ...] | None, list[str]]:
+    """(the names of the classes or None, notes). Weights can do without names: nothing is raised."""
+    notes: list[str] = []
+    for name, value in label_maps.items():
+        try:
+            found = read_label_map(value, (path.parent,))
+            if found and num_classes:
+                return names_of_ids(found, num_classes), notes
+        except Reason as reason:
+            notes.append(f"the {name} in {path} is not used: {reason}")
+    return None, notes
