@@ -15,6 +15,9 @@ import pytest
 # Several processes with several threads each would only wait for each other.
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when a worker starts: glibc gives large blocks back as soon as they are free. Otherwise a worker
+# keeps gigabytes of one test's activations during all later tests.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 20))
 # Set before TensorFlow is imported: no log, and the same arithmetic as in the recordings.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
