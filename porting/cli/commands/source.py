@@ -70,7 +70,9 @@ def describe_settings(checkpoint: Checkpoint, overrides: Collection[str] = ()) -
 def setting_text(value: Any) -> str:
     """A setting's value in a few characters: ``640×480``, ``1/2/0.5``, a backbone's name."""
     if isinstance(value, tuple):
-        return ("×" if len(value) == 2 else "/").join(f"{number:.5g}" for number in value)
+        return ("×" if len(value) == 2 else "/").join(setting_text(item) for item in value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:.5g}"
     return value.name if isinstance(value, BackboneConfig) else str(value)
 
 
