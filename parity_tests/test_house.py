@@ -24,6 +24,8 @@ COMMANDS = sorted(path.name for path in TOOLS.glob("*.py") if not path.name.star
 #: own names are low, so that a module which is missing here fails the test as soon as it imports anything.
 LAYERS: Sequence[tuple[str, ...]] = (
     ("pytorch_model", "pytorch_model.errors", "pytorch_model.files"),
+    ("pytorch_model.formats",),
+    ("pytorch_model.labels",),
     ("pytorch_model.config",),
     ("pytorch_model.weights",),
     (

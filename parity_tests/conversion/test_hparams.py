@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from parity_tests.helpers.paths import ROOT
 from porting.errors import ConfigError
-from porting.hparams import Hparams, read_hparams
+from porting.hparams import Hparams, given_names, read_hparams
 from porting.hparams.meaning import FIELDS, FIXED, IGNORED, NMS_FIELDS
 from porting.infer import infer_config, named_config
 from pytorch_model.config import ACTIVATIONS, MODELS, WEIGHT_METHODS, EfficientDetConfig, model_config
 from pytorch_model.detection.settings import NMSConfig
+from pytorch_model.labels.known import COCO_NAMES, LABEL_MAPS
 from tf_reference.variables import variable_shapes
 
 # The config.yaml that AutoML's training of a D1 on COCO writes: every hyper-parameter, at its default.
@@ -210,7 +211,7 @@ def test_nms_ignored_and_model() -> None:
 
 
 def test_every_field_of_a_configuration_can_be_given() -> None:
-    fields = {field.name for field in dataclasses.fields(EfficientDetConfig)} - {"name"}
+    fields = {field.name for field in dataclasses.fields(EfficientDetConfig)} - {"name", "class_names"}
     assert {field for field, _ in FIELDS.values()} == fields
     assert {name.removeprefix("nms_configs.") for name in NMS_FIELDS} == {
         field.name for field in dataclasses.fields(NMSConfig)
@@ -229,6 +230,106 @@ def test_overrides_reach_the_configuration() -> None:
         config = inference.config
         assert (config.num_classes, config.image_size) == (7, (512, 640))
         assert (config.survival_prob, config.act_type) == (0.8, "relu")
+
+
+# Class names
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("label_map={1:'ant',2:'bee'}", {1: "ant", 2: "bee"}),
+        ("label_map={1: ant, 2: bee},num_classes=2", {1: "ant", 2: "bee"}),
+        ("label_map={0:'background',2:'bee'}", {0: "background", 2: "bee"}),
+        ("label_id_mapping={1:'ant'}", {1: "ant"}),
+        ("label_map=None,label_id_mapping={1:'ant'}", {1: "ant"}),
+        ("label_map.1=ant,label_map.2=bee", {1: "ant", 2: "bee"}),
+        ("label_map={1:7}", {1: "7"}),
+        ("label_map=waymo", {1: "vehicle", 2: "pedestrian", 3: "cyclist"}),
+        ("label_map=None", None),
+        ("label_map={}", None),
+        ("num_classes=3", None),
+    ],
+)
+def test_label_maps_in_text(text: str, expected: dict[int, str] | None) -> None:
+    assert read_hparams(text).label_map == expected
+
+
+def test_label_maps_of_known_data_sets() -> None:
+    assert read_hparams("label_map=coco").label_map == LABEL_MAPS["coco"]
+    assert read_hparams("label_map=voc").label_map == LABEL_MAPS["voc"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "num_classes: 3\nlabel_map: {1: ant, 2: bee}\n",
+        "label_map:\n  1: ant\n  2: bee\nlearning_rate: 0.1\n",
+        "label_id_mapping:\n  '1': ant\n  '2': bee\n",
+        "label_map: ids.yaml\n",
+        "label_map: ./ids.yaml\n",
+    ],
+)
+def test_label_maps_in_yaml(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is looked for in the current folder, as AutoML does, and beside the hparams."""
+    (tmp_path / "ids.yaml").write_text("1: ant\n2: bee\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    read = read_hparams(written(tmp_path, text))
+    assert read.label_map == {1: "ant", 2: "bee"}
+    assert given_names(read, 3) == ("ant", "bee", "")
+    monkeypatch.chdir(tmp_path)
+    assert read_hparams("label_map=./ids.yaml,num_classes=3").label_map == {1: "ant", 2: "bee"}
+    assert given_names(read_hparams("num_classes=3"), 3) is None
+
+
+def test_googles_form_of_a_label_map(tmp_path: Path) -> None:
+    lines = ["0: background", *(f"{index}: {name}" for index, name in LABEL_MAPS["coco"].items())]
+    (tmp_path / "ids.yaml").write_text("\n".join(lines))
+    read = read_hparams(f"label_map={tmp_path / 'ids.yaml'}")
+    assert given_names(read, 90) == COCO_NAMES
+
+
+@pytest.mark.parametrize("value", ["there/ids.yaml", "imagenet"])
+def test_a_label_map_that_is_not_here(value: str, tmp_path: Path) -> None:
+    """The YAML of a training run may name a file of another machine; a user's own text may not."""
+    read = read_hparams(written(tmp_path, f"label_map: {value}\nmomentum: 0.9"))
+    assert read.label_map is None
+    there_is_none = "there is no file of that name, and it is none of coco, voc, waymo"
+    assert read.ignored == (f"label_map ({value!r}: {there_is_none})", "momentum")
+    with pytest.raises(ConfigError, match=f"label_map is '{value}': {there_is_none}; correct it or leave it"):
+        read_hparams(f"label_map={value}")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("{'ant':1}", "'ant' is not a class id"),
+        ("{1:None}", "the name of class 1 is None, not one line of text"),
+        ("{0:'ant',1:'bee'}", r"it names class 0 \('ant'\), but AutoML's classes count from 1"),
+        ("{1: ant, 1: bee}", "it has the key '1' twice"),
+        ("5", "it must be {id: name}, coco, voc, waymo, or a .yaml file"),
+        ("bad.yaml", "bad.yaml is not a label map: 'num_classes' is not a class id"),
+        (".", "cannot be read"),
+    ],
+)
+def test_label_maps_that_mean_nothing(
+    value: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("num_classes: 3\n")
+    with pytest.raises(ConfigError, match=rf"label_map is .*: .*{reason}.*; correct it or leave it out"):
+        read_hparams(f"label_map={value}")
+
+
+def test_both_ways_to_give_a_label_map_are_too_many() -> None:
+    with pytest.raises(ConfigError, match=r"'label_map\.2' is not a hyper-parameter"):
+        read_hparams("label_map={1:'ant'},label_map.2=bee")
+
+
+def test_a_label_map_of_another_model() -> None:
+    with pytest.raises(ConfigError, match="label_map of --hparams does not fit this model: it names class 2"):
+        given_names(read_hparams("label_map={2:'bee'}"), 1)
 
 
 # Errors

@@ -25,14 +25,13 @@ from porting.convert import apply_rules, convert
 from porting.rules import rules
 from pytorch_model import create_model, load_model
 from pytorch_model.config import model_config
-from pytorch_model.detection import labels
 from pytorch_model.detection.detector import Detector
-from pytorch_model.detection.labels import COCO_NAMES, load_names
+from pytorch_model.detection.labels import find_names
 from pytorch_model.detection.preprocess import ImageError
 from pytorch_model.detection.run import detect_into, list_images, prepare_folder
 from pytorch_model.detection.settings import FORMATS, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.errors import ConfigError, EfficientDetError, WeightsError
+from pytorch_model.errors import ConfigError, WeightsError
 from pytorch_model.weights.files import write_weights
 from tf_reference.variables import variable_shapes
 
@@ -343,7 +342,7 @@ def test_detect_as_a_library_call(weights: Path, album: Path, tmp_path: Path) ->
 
     files, out = list_images(album), tmp_path / "out"
     prepare_folder(out, files)
-    detector, names = Detector(load_model(weights)), load_names(None, 90)
+    detector, names = Detector(load_model(weights)), find_names(None, 90)
     found = detect_into(out, detector, files, names, weights="mine", batch_size=2, listener=Listener())
     assert heard == [(0, 3), (2, 3), (3, 3)]
     assert found.rows == json.loads((out / "detections.json").read_text())
@@ -363,7 +362,7 @@ def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Pat
         assert int(row["category_id"]) == result["category_id"]
         assert [float(row[key]) for key in ("x", "y", "width", "height")] == result["bbox"]
         assert float(row["score"]) == result["score"]
-        assert row["name"] == load_names(None, 90)[result["category_id"]]
+        assert row["name"] == find_names(None, 90).shown[result["category_id"]]
 
 
 @pytest.mark.parametrize("decoder", ["pillow", "fast-dct"])
@@ -511,7 +510,7 @@ def test_detect_notes_the_decoder_of_each_image(weights: Path, album: Path, tmp_
         ({"more": ["--device", "cuda:77"]}, "--device cuda:77 cannot be used"),
         ({"more": ["--device", "abacus"]}, "--device abacus cannot be used"),
         ({"more": ["--labels", "missing.txt"]}, "missing.txt cannot be read: No such file"),
-        ({"more": ["--labels", "many.json"]}, "names class 91"),
+        ({"more": ["--labels", "many.json"]}, "lists 91 names, but the model has 90 classes"),
     ],
 )
 def test_detect_rejects_bad_options_with_one_sentence(
@@ -551,111 +550,6 @@ def test_detect_rejects_bad_options_with_one_sentence(
 @pytest.mark.parametrize("more", [["--score-threshold", "1.5"], ["--batch-size", "0"]])
 def test_detect_checks_its_numbers(weights: Path, album: Path, tmp_path: Path, more: list[str]) -> None:
     assert run_detect(weights, album, tmp_path / "out", *more) == 2
-
-
-LABEL_FILES = [
-    pytest.param("cat\ndog\n\nbird\n", {1: "cat", 2: "dog", 3: "class 3", 4: "bird"}, id="lines"),
-    pytest.param("1: cat\n4: 'big bird'\n", {1: "cat", 2: "class 2", 4: "big bird"}, id="id: name"),
-    pytest.param('["cat", "dog"]', {1: "cat", 2: "dog", 3: "class 3"}, id="list"),
-    pytest.param('{"2": "dog"}', {1: "class 1", 2: "dog"}, id="object"),
-    pytest.param('{"categories": [{"id": 3, "name": "bird"}]}', {2: "class 2", 3: "bird"}, id="COCO"),
-    pytest.param("0\n1\n2\n", {1: "0", 2: "1", 3: "2"}, id="digits"),
-    pytest.param('["cat", 0]', {1: "cat", 2: "0"}, id="a number in a list"),
-    pytest.param('{"2": 7}', {1: "class 1", 2: "7"}, id="a number in an object"),
-    pytest.param('{"categories": [{"id": 3, "name": 7}]}', {2: "class 2", 3: "7"}, id="a number in COCO"),
-    pytest.param("item\nitem one {\n", {1: "item", 2: "item one {"}, id="called item"),
-    pytest.param("person\n", {1: "person", 2: "class 2"}, id="one"),
-    pytest.param("cat: big\ndog: small\n", {1: "cat: big", 2: "dog: small"}, id="colons"),
-]
-
-
-@pytest.mark.parametrize(("text", "expected"), LABEL_FILES)
-@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["", "byte-order mark"])
-def test_label_files(tmp_path: Path, text: str, expected: dict[int, str], mark: str) -> None:
-    (tmp_path / "labels").write_text(mark + text, encoding="utf-8")
-    names = load_names(tmp_path / "labels", 5)
-    assert len(names) == 5
-    assert {index: names[index] for index in expected} == expected
-
-
-BAD_LABEL_FILES = [
-    ("1: person\n1: cat\n", "it names class 1 twice"),
-    ('{"1": "a", "1": "b"}', "an object in it has the key '1' twice"),
-    ('{"1": "a", "01": "b"}', "it names class 1 twice"),
-    ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "it names class 1 twice"),
-    ('["a", null]', "the name of class 2 is None, not one line of text"),
-    ('[["x"]]', "the name of class 1 is .'x'., not one line of text"),
-    ('["a\\nb"]', "the name of class 1 is .*, not one line of text"),
-    ('["\\ud800"]', "the name of class 1 is .*, not one line of text"),
-    ('["a", true]', "the name of class 2 is True, not one line of text"),
-    ('["a", 1.5]', "the name of class 2 is 1.5, not one line of text"),
-    ("# ours\nitem {\n  id: 1\n  name: 'x'\n}\n", "it is a label_map.pbtxt of the Object Detection API"),
-    ("item: { id: 1 name: 'x' }\n", "it is a label_map.pbtxt of the Object Detection API"),
-    ("a\tb\n", "the name of class 1 is .*, not one line of text"),
-    ("null", "'null' is JSON of another form"),
-    ("5", "'5' is JSON of another form"),
-    ('"x"\n', ".* is JSON of another form"),
-    ('{"a": "b"}', "'a' is not a class id"),
-    ('{"1_0": "b"}', "'1_0' is not a class id"),
-    ("9" * 6000 + ": cat", "'9+.*9+' is not a class id"),
-    ("[" + "9" * 6000 + "]", "it holds a number of thousands of digits"),
-    ('{"categories": [{"id": 1}]}', "a category lacks 'name'"),
-    ('{"categories": {"1": "x"}}', "its categories are not a list of objects with id and name"),
-    ('{"categories": 1}', "its categories are not a list of objects with id and name"),
-    ('{"categories": [{"id": 1.5, "name": "x"}]}', "the category id 1.5 is not a whole number"),
-    ("[1, 2", "it is not JSON: Expecting"),
-    ("[" * 100_000, "it is nested too deep"),
-    ("1: cat\ndog\n", "some lines begin with an id ..1.:., others do not"),
-    ("\n\n", "it names no class"),
-    ("", "it names no class"),
-    ("[]", "it names no class"),
-    (b"cat\ndog \xff\n", "byte 8 is not UTF-8 text"),
-    ("cat\n".encode("utf-16"), "byte 0 is not UTF-8 text"),
-]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"), BAD_LABEL_FILES, ids=[str(case[0])[:20] for case in BAD_LABEL_FILES]
-)
-def test_bad_label_files(tmp_path: Path, text: str | bytes, reason: str) -> None:
-    (tmp_path / "labels").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(
-        EfficientDetError, match=rf"labels is not a label file: {reason}.*; give one name per line"
-    ):
-        load_names(tmp_path / "labels", 5)
-
-
-def test_labels_of_another_model(tmp_path: Path) -> None:
-    for text in ("0: nothing\n", "a\nb\n"):
-        (tmp_path / "labels").write_text(text)
-        with pytest.raises(
-            EfficientDetError, match=r"has classes 1 to 1; give the names of this model's classes"
-        ):
-            load_names(tmp_path / "labels", 1)
-
-
-def test_labels_are_a_bounded_file(tmp_path: Path, pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in (pipe, Path("/dev/zero")):
-        with pytest.raises(
-            EfficientDetError, match="it is a pipe or a device, not a file; give a file of class"
-        ):
-            load_names(path, 5)
-    for name in ("absent", "no\0name"):
-        with pytest.raises(EfficientDetError, match=r"cannot be read: .*; give a file of class names"):
-            load_names(tmp_path / name, 5)
-    (tmp_path / "labels").write_text("cat\n" * 30)
-    monkeypatch.setattr(labels, "MOST_BYTES", 100)
-    with pytest.raises(EfficientDetError, match="it has more than 100 bytes"):
-        load_names(tmp_path / "labels", 5)
-
-
-def test_coco_names_are_those_of_coco(shared: Path) -> None:
-    content = json.loads((shared / "coco/instances_val2017_158.json").read_text())
-    official = {category["id"]: category["name"] for category in content["categories"]}
-    assert {index: name for index, name in enumerate(COCO_NAMES, start=1) if name} == official
-    assert load_names(None, 90)[90] == "toothbrush"
-    assert load_names(None, 90)[12] == "class 12"
-    assert load_names(None, 3) == {1: "class 1", 2: "class 2", 3: "class 3"}
 
 
 def test_detect_runs_as_a_command() -> None:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,11 @@ from porting.hparams import nms_and_size, read_hparams
 from pytorch_model import load_model
 from pytorch_model.config import model_config
 from pytorch_model.detection.detector import Detector
-from pytorch_model.detection.labels import COCO_NAMES
 from pytorch_model.detection.results import server_file_name, server_results, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.errors import ConfigError
 from pytorch_model.evaluation import dataset as dataset_module
-from pytorch_model.evaluation.classes import class_to_category
+from pytorch_model.evaluation.classes import class_to_category, left_out
 from pytorch_model.evaluation.dataset import DatasetError, read_dataset
 from pytorch_model.evaluation.detection_parity import compare_detections
 from pytorch_model.evaluation.figures import FIGURES, evaluate
@@ -43,6 +42,7 @@ from pytorch_model.evaluation.processes import Processes, joined
 from pytorch_model.evaluation.run import EvaluationOptions, evaluate_dataset
 from pytorch_model.evaluation.shards import ShardError, Shards
 from pytorch_model.evaluation.streams import settings as settings_of
+from pytorch_model.labels.known import COCO_NAMES
 from pytorch_model.weights.files import write_weights
 
 EVAL_COCO = str(TOOLS / "eval_coco.py")
@@ -408,11 +408,19 @@ def test_coco_ids_are_class_ids(coco: Path) -> None:
     assert class_to_category(read_dataset(coco), 90, None) == {1: 1, 2: 2, 90: 90}
 
 
+def use_zero(data: dict[str, Any]) -> None:
+    """Category 1 becomes category 0, in the annotations too."""
+    data["categories"][0]["id"] = 0
+    for entry in data["annotations"]:
+        if entry["category_id"] == 1:
+            entry["category_id"] = 0
+
+
 @pytest.mark.parametrize(
     ("change", "num_classes", "message"),
     [
         (lambda data: None, 20, "category id 90 .toothbrush., but the model has classes 1 to 20"),
-        (lambda data: data["categories"][0].update(id=0), 90, "category id 0 .person."),
+        (use_zero, 90, "category id 0 .person."),
         (lambda data: data["categories"][0].update(name="cat"), 90, "'cat', but class 1 .* COCO's 'person'"),
         (lambda data: data["categories"][2].update(id=12), 90, "COCO's 'nothing'"),
     ],
@@ -436,15 +444,12 @@ def test_categories_named_by_numbers(coco: Path, tmp_path: Path) -> None:
 
 
 def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
-    def change(data: dict[str, Any]) -> None:
-        data["categories"] = [{"id": 0, "name": "dog"}, {"id": 500, "name": "cat"}]
-
-    rewrite(coco, change)
+    rewrite(coco, with_categories({0: "dog", 500: "cat"}))
     dataset = read_dataset(coco)
     labels = tmp_path / "labels.txt"
     labels.write_text("cat\nbird\ndog\n")
     assert class_to_category(dataset, 3, labels) == {3: 0, 1: 500}
-    labels.write_text("cat\nbird\n")
+    labels.write_text("1: cat\n2: bird\n")
     with pytest.raises(DatasetError, match="does not name 'dog'"):
         class_to_category(dataset, 3, labels)
     labels.write_text("cat\ndog\ndog\n")
@@ -453,9 +458,75 @@ def test_categories_by_name(coco: Path, tmp_path: Path) -> None:
     ):
         class_to_category(dataset, 3, labels)
     labels.write_text("cat\nbird\ndog\n")
-    rewrite(coco, lambda data: data.update(categories=[{"id": 3, "name": "dog"}, {"id": 7, "name": "dog"}]))
+    rewrite(coco, with_categories({3: "dog", 7: "dog"}))
     with pytest.raises(DatasetError, match="two categories 'dog'"):
         class_to_category(read_dataset(coco), 3, labels)
+
+
+def with_categories(names: Mapping[int, str], used: Sequence[int] = ()) -> Callable[[dict[str, Any]], None]:
+    """A change of the data set: these categories; annotations of those in ``used``, of all without it."""
+
+    def change(data: dict[str, Any]) -> None:
+        data["categories"] = [{"id": id_, "name": name} for id_, name in names.items()]
+        for number, entry in enumerate(data["annotations"]):
+            entry["category_id"] = (list(used) or list(names))[number % len(used or names)]
+
+    return change
+
+
+def test_spelling_does_not_keep_names_apart(coco: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("TV-Monitor\nfire_hydrant\n")
+    rewrite(coco, with_categories({5: "fire hydrant", 7: "tv"}))
+    assert class_to_category(read_dataset(coco), 2, labels) == {2: 5, 1: 7}
+    rewrite(coco, with_categories({5: "Tv", 7: "tv"}))  # two categories to their author
+    with pytest.raises(DatasetError, match="does not name 'Tv'"):
+        class_to_category(read_dataset(coco), 2, labels)
+
+
+PARENT = {0: "insects", 1: "ant", 2: "bee"}  # as Roboflow writes it
+
+
+def test_a_category_without_annotations_and_without_a_class_is_left_out(coco: Path, tmp_path: Path) -> None:
+    rewrite(coco, with_categories(PARENT, used=(1, 2)))
+    labels, dataset = tmp_path / "labels.txt", read_dataset(coco)
+    labels.write_text("ant\nbee\n")
+    for categories in (class_to_category(dataset, 2, None), class_to_category(dataset, 2, labels)):
+        assert categories == {1: 1, 2: 2}
+        assert left_out(dataset, categories) == [
+            "category 0 (insects) has no annotations and no class: left out"
+        ]
+    assert left_out(dataset, {1: 0, 2: 1, 3: 2}) == []
+    rewrite(coco, with_categories({0: "ant", 1: "ant", 2: "bee"}, used=(1, 2)))  # called like its child
+    assert class_to_category(read_dataset(coco), 2, labels) == {1: 1, 2: 2}
+    rewrite(coco, with_categories({1: "bee", 2: "ant"}, used=(2,)))
+    assert class_to_category(read_dataset(coco), 2, labels) == {1: 2, 2: 1}  # unused, but it has a class
+
+
+def test_a_category_with_annotations_is_never_left_out(coco: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("ant\nbee\n")
+    for used in ((0, 1), ()):
+        rewrite(coco, with_categories(PARENT, used))
+        with pytest.raises(DatasetError, match=r"category id 0 \(insects\), but the model has"):
+            class_to_category(read_dataset(coco), 2, None)
+        with pytest.raises(DatasetError, match="does not name 'insects'"):
+            class_to_category(read_dataset(coco), 2, labels)
+    rewrite(coco, lambda data: (with_categories(PARENT)(data), data.update(annotations=[])))
+    with pytest.raises(DatasetError, match="category id 0"):  # no annotations: nothing says that it is unused
+        class_to_category(read_dataset(coco), 2, None)
+
+
+def test_the_models_own_names(coco: Path) -> None:
+    rewrite(coco, with_categories({1: "ant", 2: "bee"}))
+    dataset = read_dataset(coco)
+    assert class_to_category(dataset, 2, None, ("ant", "bee")) == {1: 1, 2: 2}
+    assert class_to_category(dataset, 2, None, ("bee", "Ant")) == {1: 2, 2: 1}  # names decide
+    assert class_to_category(dataset, 2, None, ("ant", "")) == {1: 1, 2: 2}  # not all are named
+    with pytest.raises(DatasetError, match="the label map of the model does not name 'bee'"):
+        class_to_category(dataset, 2, None, ("ant", "wasp"))
+    rewrite(coco, with_categories({0: "ant", 1: "bee"}))
+    assert class_to_category(read_dataset(coco), 2, None, ("ant", "bee")) == {1: 0, 2: 1}
 
 
 def test_results_have_the_ids_of_the_categories() -> None:

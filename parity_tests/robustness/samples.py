@@ -237,6 +237,10 @@ def kept_results(folder: Path) -> Path:
 
 LABELS = "1: person\n2: bicycle\n4: 'traffic light'\n"
 LABELS_JSON = {"categories": [{"id": 1, "name": "person"}, {"id": 4, "name": "traffic light"}]}
+LABELS_YAML = "nc: 5\nnames:\n  0: person\n  1: 'bicycle'\n  4: no\n"
+LABEL_MAP = (
+    'item {\n  id: 4\n  name: "/m/01"\n  display_name: "traffic light"\n}\nitem { name: \'dog\' id: 2 }\n'
+)
 METRICS = {
     "ours": {"AP": 0.3159, "AP50": 0.4984, "AP75": 0.3464, "APs": -1.0, "APm": 0.3295, "APl": 0.5486},
     "pictures": 158,

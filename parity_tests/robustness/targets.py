@@ -21,8 +21,10 @@ from parity_tests.robustness import damage
 from parity_tests.robustness.samples import (
     CONFIG,
     HPARAMS,
+    LABEL_MAP,
     LABELS,
     LABELS_JSON,
+    LABELS_YAML,
     METRICS,
     YAML,
     bundle,
@@ -155,9 +157,9 @@ def pixel_bytes(path: Path) -> int:
 
 
 def read_labels(path: Path) -> str:
-    from pytorch_model.detection.labels import load_names
+    from pytorch_model.detection.labels import find_names
 
-    return repr(load_names(path, 5))
+    return repr(find_names(path, 5))
 
 
 def read_metrics(path: Path) -> str:
@@ -258,6 +260,8 @@ TARGETS = {
         Target("kept results", kept_results, resume, vouched=True, text=True, damaged="*.jsonl"),
         Target("labels", text("labels.txt", LABELS), read_labels, vouched=False, text=True),
         Target("labels json", text("l.json", json.dumps(LABELS_JSON)), read_labels, vouched=False, text=True),
+        Target("labels yaml", text("l.yaml", LABELS_YAML), read_labels, vouched=False, text=True),
+        Target("label map", text("l.pbtxt", LABEL_MAP), read_labels, vouched=False, text=True),
         Target("COCO metrics", text("m.json", json.dumps(METRICS)), read_metrics, vouched=False, text=True),
         *(
             Target(name, make, use, vouched=False, unpacked=pixel_bytes)

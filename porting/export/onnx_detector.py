@@ -14,7 +14,7 @@ from torch import Tensor
 
 from porting.export import Weights, Written
 from porting.export.network import COUNTS, DetectingNetwork, example_images, loaded, require_rounding
-from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
+from porting.export.onnx_file import about, check_onnx, export_onnx, run_onnx
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.files import replacing
 
@@ -26,9 +26,8 @@ def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
     check_onnx(out)
     nms = nms or NMSConfig()
     detector = DetectingNetwork(loaded(weights), nms).eval()
-    about = {**weights.metadata, "model": weights.config.name}
     with replacing(out) as temporary:
-        export_onnx(detector, _inputs(weights, 2), OUTPUTS, temporary, about)
+        export_onnx(detector, _inputs(weights, 2), OUTPUTS, temporary, about(weights))
         worst = 0.0
         for count in COUNTS:
             inputs = _inputs(weights, count)

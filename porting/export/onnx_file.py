@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,10 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from porting.errors import OutputError
+from porting.export import Weights
 from porting.export.network import quiet
 from pytorch_model.files import check_writable
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def about(weights: Weights) -> dict[str, str]:
+    """What the file says of itself: the origin of the weights, the model, and its class names as JSON.
+
+    ``class_names``: one for each class id from 1, empty where it has none; left out if they are not known.
+    """
+    said = {**weights.metadata, "model": weights.config.name}
+    names = weights.config.class_names
+    return said if names is None else {**said, "class_names": json.dumps(names, ensure_ascii=False)}
 
 
 def check_onnx(out: Path) -> None:

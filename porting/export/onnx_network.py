@@ -6,7 +6,7 @@ from pathlib import Path
 
 from porting.export import Weights, Written
 from porting.export.network import compare_outputs, example_images, head_names, loaded
-from porting.export.onnx_file import check_onnx, export_onnx, run_onnx
+from porting.export.onnx_file import about, check_onnx, export_onnx, run_onnx
 from pytorch_model.files import replacing
 
 
@@ -14,9 +14,8 @@ def write(weights: Weights, out: Path) -> Written:
     """Write ``out`` (``.onnx``) and compare its outputs with PyTorch's, for 1 and 3 images."""
     check_onnx(out)
     network, names = loaded(weights), head_names(weights.config)
-    about = {**weights.metadata, "model": weights.config.name}
     with replacing(out) as temporary:
-        export_onnx(network, {"images": example_images(weights.config)}, names, temporary, about)
+        export_onnx(network, {"images": example_images(weights.config)}, names, temporary, about(weights))
         worst = compare_outputs(network, lambda images: run_onnx(temporary, {"images": images}))
     height, width = weights.config.image_size
     return Written(

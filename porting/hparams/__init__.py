@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from porting.hparams.label_map import given_names
 from porting.hparams.meaning import Hparams, interpret, nms_and_size
 from porting.hparams.text import read_text
 
-__all__ = ["Hparams", "nms_and_size", "read_hparams"]
+__all__ = ["Hparams", "given_names", "nms_and_size", "read_hparams"]
 
 _YAML_SUFFIXES = (".yaml", ".yml")
 
@@ -27,5 +28,5 @@ def read_hparams(text: str) -> Hparams:
     if text.lower().endswith(_YAML_SUFFIXES) and ("=" not in text or os.path.isfile(text)):
         from porting.hparams.yaml_file import read_yaml  # PyYAML is loaded only for YAML
 
-        return interpret(read_yaml(Path(text)))
-    return interpret(read_text(text))
+        return interpret(read_yaml(Path(text)), folders=(Path(), Path(text).parent))
+    return interpret(read_text(text), strict=True)

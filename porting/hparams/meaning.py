@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from porting.errors import ConfigError, Reason
+from porting.hparams.label_map import LABEL_MAP_NAMES, NotFoundReason, read_label_map
 from porting.hparams.text import in_message
 from pytorch_model.config import (
     ACTIVATIONS,
@@ -30,7 +32,7 @@ IGNORED = frozenset(
     alpha augmix_params autoaugment_policy box_loss_weight ckpt_var_scope clip_gradients_norm data_format
     dataset_type delta device drop_remainder each_epoch_in_separate_process first_lr_drop_epoch gamma
     grad_checkpoint grid_mask img_summary_steps input_rand_hflip iou_loss_type iou_loss_weight is_training_bn
-    jitter_max jitter_min label_map label_smoothing learning_rate loss_scale lr_decay_method lr_warmup_epoch
+    jitter_max jitter_min label_smoothing learning_rate loss_scale lr_decay_method lr_warmup_epoch
     lr_warmup_init map_freq max_instances_per_image mixed_precision momentum moving_average_decay num_epochs
     optimizer poly_lr_power positives_momentum regenerate_source_id resnet_depth sample_image save_freq
     second_lr_drop_epoch seg_num_classes skip_crowd_during_training skip_mismatch strategy target_size
@@ -39,7 +41,7 @@ IGNORED = frozenset(
     """.split()  # noqa: SIM905 - sixty lines would hide the rest of the module
 )
 
-_IGNORED_DICTIONARIES = ("device", "label_map")
+_IGNORED_DICTIONARIES = ("device",)
 
 #: Hyper-parameters that would change the network to one that this project does not build, with the values
 #: that are accepted.
@@ -63,12 +65,14 @@ class Hparams:
 
     ``model``: the model variant in ``name``, or None. ``overrides``: fields of ``EfficientDetConfig``.
     ``nms``: fields of ``NMSConfig``, on which no weight depends. ``ignored``: names without effect here.
+    ``label_map``: class id → name, see :func:`porting.hparams.label_map.given_names`.
     """
 
     model: str | None
     overrides: Mapping[str, Any]
     nms: Mapping[str, Any]
     ignored: tuple[str, ...]
+    label_map: Mapping[int, str] | None = None
 
 
 def nms_and_size(hparams: Hparams, config: EfficientDetConfig) -> tuple[NMSConfig, tuple[int, int]]:
@@ -91,12 +95,16 @@ class _Wrong(Reason):
     """Internal: says what a value must be; the caller adds the name and the value and raises."""
 
 
-def interpret(values: dict[str, Any]) -> Hparams:
-    """Check every name and value and convert them. Raises :class:`ConfigError`."""
+def interpret(values: dict[str, Any], folders: Sequence[Path] = (Path(),), strict: bool = False) -> Hparams:
+    """Check every name and value and convert them. Raises :class:`ConfigError`.
+
+    A label map's file is looked for in ``folders``. If it is not there, it is among the ignored names, or an
+    error if ``strict``.
+    """
     overrides: dict[str, Any] = {}
     nms: dict[str, Any] = {}
     ignored: list[str] = []
-    model = None
+    model = label_map = None
     for name, value in _flatten(values):
         root = name.partition(".")[0]
         try:
@@ -109,6 +117,11 @@ def interpret(values: dict[str, Any]) -> Hparams:
                 model = _one_of(*MODELS)(value)
             elif name == "scale_range":
                 _boolean(value)  # its effect depends on two others, see below
+            elif name in LABEL_MAP_NAMES:
+                names, problem = _label_map(value, folders, strict)
+                label_map = names or label_map
+                if not names:
+                    ignored.append(name + problem)
             elif root in FIXED:
                 _require_fixed(name, value)
             elif name in IGNORED or root in _IGNORED_DICTIONARIES:
@@ -117,14 +130,26 @@ def interpret(values: dict[str, Any]) -> Hparams:
                 raise ConfigError(_unknown(name))
         except _Wrong as wrong:
             raise ConfigError(f"{name} is {in_message(value)}, must be {wrong}") from None
+        except Reason as reason:
+            raise ConfigError(
+                f"{name} is {in_message(value)}: {reason}; correct it or leave it out"
+            ) from None
     if values.get("scale_range"):
         overrides.update(_scaled_range(overrides))
     NMSConfig(**nms)  # rejects settings that do not fit each other
-    return Hparams(model, overrides, nms, tuple(ignored))
+    return Hparams(model, overrides, nms, tuple(ignored), label_map)
 
 
 def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names as in AutoML's text form: ``nms_configs.method`` for a name inside a dictionary."""
+    """Names as in AutoML's text form: ``nms_configs.method`` for a name inside a dictionary.
+
+    But a label map's ids (``label_map.1=ant``) become one dictionary.
+    """
+    for name in LABEL_MAP_NAMES:
+        dotted = {key: value for key, value in values.items() if key.startswith(f"{name}.")}
+        if dotted and name not in values:
+            values = {key: value for key, value in values.items() if key not in dotted}
+            values[name] = {key.partition(".")[2]: value for key, value in dotted.items()}
     for name, value in values.items():
         if name == "nms_configs" and isinstance(value, dict):
             for inner, inner_value in value.items():
@@ -133,8 +158,18 @@ def _flatten(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
+def _label_map(value: Any, folders: Sequence[Path], strict: bool) -> tuple[Mapping[int, str] | None, str]:
+    """The label map, or None and why there is none. Raises :class:`Reason`."""
+    try:
+        return read_label_map(value, folders), ""
+    except NotFoundReason as reason:
+        if strict:
+            raise
+        return None, f" ({in_message(value)}: {reason})"
+
+
 def _unknown(name: str) -> str:
-    known = [*FIELDS, *NMS_FIELDS, *FIXED, *IGNORED, "name", "scale_range"]
+    known = [*FIELDS, *NMS_FIELDS, *FIXED, *IGNORED, *LABEL_MAP_NAMES, "name", "scale_range"]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see AutoML's hparams_config.py for the known names"
     return f"{in_message(name)} is not a hyper-parameter of AutoML's EfficientDet; {hint}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
 
+from pytorch_model.detection.labels import find_names
 from pytorch_model.evaluation.figures import FIGURES
 from pytorch_model.evaluation.metrics import Metrics
 
@@ -77,8 +79,23 @@ def _introduction(name: str, about: Mapping[str, Any]) -> Iterator[str]:
     yield f"- SHA-256 of the variables: `{origin['variables_sha256']}`"
     yield f"- written by {origin['tool']} {origin['tool_version']}"
     yield f"- licence of the weights: {origin['license']}"
+    yield f"- classes: {_class_names(config)}"
     if origin["assumed"]:
         yield f"- assumed, because the weights do not show it: {'; '.join(origin['assumed'])}"
+
+
+def _class_names(config: Mapping[str, Any]) -> str:
+    """Every class id with its name; without names, what detection assumes."""
+    names = config.get("class_names")
+    if names is None:
+        assumed = find_names(None, config["num_classes"])
+        return f"the weights hold no names; {assumed.source if assumed.assumed else 'give --labels'}"
+    return ", ".join(f"{index} {_plain(name)}" for index, name in enumerate(names, start=1) if name)
+
+
+def _plain(text: str) -> str:
+    """``text`` without a meaning in Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
 
 
 def _loading(name: str, about: Mapping[str, Any], files: Mapping[str, tuple[int, str]]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.drawing import draw
+from pytorch_model.detection.labels import ClassNames
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.detection.results import to_results
 from pytorch_model.detection.settings import FORMATS
@@ -67,7 +68,7 @@ def detect_into(
     out: Path,
     detector: Detector,
     files: Sequence[Path],
-    names: Mapping[int, str],
+    classes: ClassNames,
     *,
     weights: str,
     batch_size: int = 4,
@@ -75,10 +76,11 @@ def detect_into(
 ) -> DetectionResult:
     """Detect in ``files`` (see :func:`list_images`) and write into ``out`` (see :func:`prepare_folder`).
 
-    ``names``: class id → name. ``weights``: what the summary calls the weights. Writes the drawings,
-    ``detections.json``, ``detections.csv`` and ``summary.json``. An image that cannot be read is skipped and
-    noted; ``listener`` hears how many are done. Raises :class:`EfficientDetError`.
+    ``classes``: the names to draw and to list. ``weights``: what the summary calls the weights. Writes the
+    drawings, ``detections.json``, ``detections.csv`` and ``summary.json``. An image that cannot be read is
+    skipped and noted; ``listener`` hears how many are done. Raises :class:`EfficientDetError`.
     """
+    names = classes.shown
     unreadable: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
@@ -98,6 +100,7 @@ def detect_into(
         "model": detector.model.config.name,
         "image_size": list(detector.image_size),
         "device": str(next(detector.model.parameters()).device),
+        "class_names": classes.source,
         "score_threshold": detector.score_threshold,
         "nms_configs": asdict(detector.nms),
         "images": images,

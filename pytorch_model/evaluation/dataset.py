@@ -11,8 +11,9 @@ import math
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,11 @@ class Dataset:
     def has_ground_truth(self) -> bool:
         """False if the file only lists images, such as COCO's ``image_info_test-dev2017.json``."""
         return "annotations" in self.content
+
+    @cached_property
+    def used_categories(self) -> Set[int]:
+        """The ids of the categories that have annotations; all ids if there are no annotations at all."""
+        return {entry["category_id"] for entry in self.content.get("annotations", ())} or set(self.categories)
 
 
 def read_dataset(

@@ -6,27 +6,18 @@ protocol buffer text format.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from porting.checkpoint.messages import unreadable
-from porting.errors import CheckpointError
+from porting.errors import CheckpointError, Reason
 from pytorch_model.files import read_bounded
+from pytorch_model.formats.protobuf_text import Message, parse_message
 
 NAME = "pipeline.config"
 
 _MOST_BYTES = 1 << 18  # usually a few kilobytes; one that lists 1,000 shards of a data set has 100 kB
-_MOST_DEPTH = 32
-_TOKEN = re.compile(
-    r"""(?P<skip>\s+|\#[^\n]*)|(?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')"""
-    r"""|(?P<word>[\w.+-]+)|(?P<punctuation>[{}<>\[\]:,;])"""
-)
-_CLOSING = {"{": "}", "<": ">"}
-
-Message = dict[str, list["str | Message"]]
 
 
 @dataclass(frozen=True)
@@ -168,74 +159,7 @@ class _Fields(NamedTuple):
 
 
 def _parse(path: Path, text: str) -> Message:
-    """Parse the text format: ``name: value``, ``name { … }``, lists in brackets, comments."""
-    tokens = _tokens(path, text)
-    message, closed = _message(path, tokens, 0)
-    if closed:
-        raise CheckpointError(
-            f"{path}, line {closed.line}: {closed.text!r} has no opening bracket; correct the file"
-        )
-    return message
-
-
-class _Token(NamedTuple):
-    kind: str  # word, string or punctuation
-    text: str
-    line: int
-
-
-def _tokens(path: Path, text: str) -> Iterator[_Token]:
-    position, line = 0, 1
-    while position < len(text):
-        found = _TOKEN.match(text, position)
-        if found is None or found.lastgroup is None:
-            raise CheckpointError(f"{path}, line {line}: {text[position]!r} is unexpected; correct the file")
-        if found.lastgroup != "skip":
-            yield _Token(found.lastgroup, found[0], line)
-        line += found[0].count("\n")
-        position = found.end()
-
-
-def _message(path: Path, tokens: Iterator[_Token], depth: int) -> tuple[Message, _Token | None]:
-    """The fields up to the bracket that closes the message, and that bracket; None at the end of the file."""
-    message: Message = {}
-    for token in tokens:
-        if token.text in (",", ";"):
-            continue
-        if token.text in _CLOSING.values():
-            return message, token
-        if token.kind != "word":
-            raise _unexpected(path, token)
-        following = next(tokens, token)
-        if following.text == ":":
-            following = next(tokens, token)
-        message.setdefault(token.text, []).extend(_values(path, tokens, following, depth))
-    return message, None
-
-
-def _values(path: Path, tokens: Iterator[_Token], first: _Token, depth: int) -> Iterator[str | Message]:
-    """One value, or the values of a list; ``first`` is the first token."""
-    if depth == _MOST_DEPTH:
-        raise CheckpointError(f"{path}, line {first.line}: messages nest too deep; correct the file")
-    if first.text in _CLOSING:
-        inner, closed = _message(path, tokens, depth + 1)
-        if closed is None or closed.text != _CLOSING[first.text]:
-            raise CheckpointError(
-                f"{path}, line {first.line}: {first.text!r} is never closed; correct the file"
-            )
-        yield inner
-    elif first.text == "[":
-        for token in tokens:
-            if token.text == "]":
-                return
-            if token.text != ",":
-                yield from _values(path, tokens, token, depth + 1)
-        raise CheckpointError(f"{path}, line {first.line}: '[' is never closed; correct the file")
-    elif first.kind == "punctuation":
-        raise _unexpected(path, first)
-    else:
-        yield first.text[1:-1] if first.kind == "string" else first.text
-
-
-def _unexpected(path: Path, token: _Token) -> CheckpointError:
-    return CheckpointError(f"{path}, line {token.line}: {token.text!r} is unexpected; correct the file")
+    try:
+        return parse_message(text)
+    except Reason as reason:
+        raise CheckpointError(f"{path}, {reason}; correct the file") from None

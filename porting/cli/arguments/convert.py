@@ -11,6 +11,7 @@ from porting.cli.arguments.shared import (
     ReferenceOptions,
     SourceOptions,
     add_checkpoint_options,
+    add_labels_to_keep,
     add_model_options,
     add_reference_options,
     add_size_option,
@@ -59,6 +60,7 @@ class ConvertOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser)
     add_model_options(parser)
+    add_labels_to_keep(parser)
     parser.add_argument("--raw", action="store_true", help="port the raw values, not the moving averages")
     parser.add_argument(
         "--out",

@@ -12,6 +12,7 @@ from porting.cli.arguments.shared import (
     ModelOptions,
     SourceOptions,
     add_checkpoint_options,
+    add_labels_to_keep,
     add_model_options,
     read_checkpoint_options,
     read_model_options,
@@ -52,6 +53,7 @@ class ReleaseOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(parser, required=False)
     add_model_options(parser)
+    add_labels_to_keep(parser)
     parser.add_argument("--raw", action="store_true", help="release the raw values, not the moving averages")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to put the folder NAME")
     parser.add_argument("--name", help="name of the folder and the .pth (default: the model's or release's)")
@@ -70,7 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> ReleaseOptions:
     if arguments.verify_release:
-        if any((arguments.out, arguments.name, arguments.license, arguments.coco_metrics, arguments.raw)):
+        if any(
+            (
+                arguments.out,
+                arguments.name,
+                arguments.license,
+                arguments.coco_metrics,
+                arguments.raw,
+                arguments.labels,
+            )
+        ):
             parser.error("--verify-release takes --ckpt, --model and --hparams, nothing else")
     elif not (arguments.ckpt and arguments.out):
         parser.error("give --ckpt and --out, or --verify-release")

@@ -17,11 +17,12 @@ SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's
 HPARAMS_HELP = "AutoML's hyper-parameters, in AutoML's syntax: NAME=VALUE,… or a .yaml file"
 DEVICE_HELP = "cpu, cuda, cuda:1, … (default: a GPU if there is one)"
 WEIGHTS_HELP = "weight file (.safetensors, .pth) or folder"
-LABELS_HELP = (
-    "names of the model's classes: a text file with one name per line (the first is class 1) or lines "
-    "'id: name', or JSON: a list, an {id: name} object, or COCO annotations (default: COCO's names for 90 "
-    "classes)"
+LABELS_FORMS = (
+    "names of the model's classes: a file with one name per line (the first is class 1; COCO's 80 names fit "
+    "its 90 classes) or lines 'id: name'; JSON or YAML, a list or {id: name}; COCO annotations; or a "
+    "label_map.pbtxt"
 )
+LABELS_HELP = f"{LABELS_FORMS} (default: those kept with the weights, else COCO's for 90 classes)"
 DECODER_HELP = (
     "how JPEG files are decoded; fast-dct equals tf.io.decode_jpeg and needs simplejpeg (default: pillow)"
 )
@@ -39,10 +40,14 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, as far as the user says. Raises :class:`ConfigError` if the two say different models."""
+    """Which model, as far as the user says; ``labels``: a file with the names of its classes.
+
+    Raises :class:`ConfigError` if the two say different models.
+    """
 
     model: str | None
     hparams: Hparams
+    labels: Path | None = None
 
     def __post_init__(self) -> None:
         named = self.hparams.model
@@ -92,7 +97,17 @@ def add_model_options(parser: argparse._ActionsContainer) -> None:
 
 
 def read_model_options(arguments: argparse.Namespace) -> ModelOptions:
-    return ModelOptions(arguments.model, arguments.hparams)
+    return ModelOptions(arguments.model, arguments.hparams, getattr(arguments, "labels", None))
+
+
+def add_labels_to_keep(parser: argparse._ActionsContainer) -> None:
+    """``--labels`` of a command that writes weights."""
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help=f"{LABELS_FORMS}; they are kept with the weights (default: the label_map of --hparams)",
+    )
 
 
 def add_size_option(parser: argparse._ActionsContainer) -> None:

@@ -15,6 +15,7 @@ from porting.checkpoint import Checkpoint
 from porting.cli.arguments.convert import ConvertOptions
 from porting.cli.commands.source import (
     describe,
+    describe_names,
     describe_settings,
     find_config,
     open_checkpoint,
@@ -107,6 +108,7 @@ def _print_conversion(
     step = f", step {checkpoint.step:,}" if checkpoint.step is not None else ""
     table.add_row("read", f"{escape(checkpoint.source)} ({checkpoint.format}{step})")
     table.add_row("model", escape(describe(config)))
+    table.add_row("class names", escape(describe_names(config)))
     if hparams.overrides:
         given = (f"{name} {setting_text(getattr(config, name))}" for name in hparams.overrides)
         table.add_row("given", "; ".join(given))
@@ -117,7 +119,7 @@ def _print_conversion(
         table.add_row("assumed", "; ".join(inference.assumed))
     without_effect = [*hparams.ignored, *(f"nms_configs.{name}" for name in hparams.nms)]
     if without_effect:
-        table.add_row("ignored", f"{', '.join(without_effect)}: no weight depends on these hparams")
+        table.add_row("ignored", f"{escape(', '.join(without_effect))}: no weight depends on these hparams")
     for note in checkpoint.notes:
         table.add_row("note", escape(note))
     is_averaged = conversion.values_kind == "EMA"

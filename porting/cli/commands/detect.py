@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from porting.cli.arguments.detect import DetectOptions
 from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, print_json
-from porting.hparams import nms_and_size
+from porting.hparams import given_names, nms_and_size
 from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
-from pytorch_model.detection.labels import load_names
-from pytorch_model.detection.run import detect_into, list_images, prepare_folder
+from pytorch_model.detection.labels import ClassNames, find_names
+from pytorch_model.detection.run import DetectionResult, detect_into, list_images, prepare_folder
 from pytorch_model.devices import choose_device
 
 
@@ -25,7 +25,8 @@ def run(options: DetectOptions) -> int:
     files = list_images(options.images)
     prepare_folder(options.out, files)
     model = load_model(options.weights).to(choose_device(options.device))
-    names = load_names(options.labels, model.config.num_classes)
+    count, own = model.config.num_classes, model.config.class_names
+    classes = find_names(options.labels, count, own, given_names(options.hparams, count))
     nms, image_size = nms_and_size(options.hparams, model.config)
     detector = Detector(
         model,
@@ -39,22 +40,21 @@ def run(options: DetectOptions) -> int:
             options.out,
             detector,
             files,
-            names,
+            classes,
             weights=str(options.weights),
             batch_size=options.batch_size,
             listener=bar,
         )
-    classes = Counter(names[row["category_id"]] for row in result.rows)
-    _draw(console, result.summary, classes, bar.seconds, options.out)
+    _draw(console, result, classes, bar.seconds, options.out)
     if options.json:
         print_json(result.summary)
     return EXIT_FAILED if result.summary["unreadable"] else 0
 
 
-def _draw(
-    console: Console, summary: dict[str, Any], classes: Counter[str], seconds: float, out: Path
-) -> None:
+def _draw(console: Console, result: DetectionResult, names: ClassNames, seconds: float, out: Path) -> None:
+    summary = result.summary
     images, unreadable = summary["images"], summary["unreadable"]
+    classes = Counter(names.shown[row["category_id"]] for row in result.rows)
     decoders = Counter(image["decoder"] for image in images)
     table = Table(title=f"{summary['model']} on {summary['device']}", show_header=False)
     table.add_row("frames" if images and "frame" in images[0] else "images", str(len(images)))
@@ -64,9 +64,10 @@ def _draw(
     table.add_row("read by", ", ".join(f"{name} ({count})" for name, count in decoders.items()))
     table.add_row(f"detections above {summary['score_threshold']:g}", str(sum(classes.values())))
     for name, count in classes.most_common(8):
-        table.add_row(f"  {name}", str(count))
+        table.add_row(f"  {escape(name)}", str(count))
     if len(classes) > 8:
         table.add_row("  others", str(sum(classes.values()) - sum(n for _, n in classes.most_common(8))))
+    table.add_row("class names", escape(names.source))
     table.add_row("time", f"{seconds:.1f} s, {1000 * seconds / max(len(images), 1):.0f} ms per image")
     table.add_row("wrote", str(out))
     console.print(table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 
 from porting.cli.arguments.eval import EvalOptions
@@ -10,13 +12,13 @@ from porting.cli.drawing.evaluation import figures_table, per_class_table, print
 from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, end_at_once_on_signals, print_json
 from porting.convert import convert
-from porting.hparams import nms_and_size
+from porting.hparams import given_names, nms_and_size
 from porting.parity.reference.choose import choose_reference, require_tensorflow
 from porting.parity.reference.evaluation import reference_network
 from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.devices import choose_device
-from pytorch_model.evaluation.classes import class_to_category
+from pytorch_model.evaluation.classes import class_to_category, left_out
 from pytorch_model.evaluation.dataset import Dataset, read_dataset
 from pytorch_model.evaluation.processes import Processes, has_others, joined
 from pytorch_model.evaluation.run import (
@@ -43,7 +45,9 @@ def run(options: EvalOptions) -> int:
         with processes.first_ahead():
             dataset = read_dataset(options.coco, options.annotations, options.images, options.limit)
             detector = _detector(options, processes)
-            categories = class_to_category(dataset, detector.model.config.num_classes, options.labels)
+            config = detector.model.config
+            own = given_names(options.hparams, config.num_classes) or config.class_names
+            categories = class_to_category(dataset, config.num_classes, options.labels, own)
             reference = _reference(options, console, detector)
         several = f" (process 1 of {processes.count})" if processes.count > 1 else ""
         with ImageBar(console, f"detecting{several}") as bar:
@@ -58,7 +62,7 @@ def run(options: EvalOptions) -> int:
             )
     if result is None:
         return 0
-    _draw(options, console, detector, dataset, result)
+    _draw(options, console, detector, dataset, result, left_out(dataset, categories))
     console.print(
         f"{result.metrics.images} images, {bar.seconds:.1f} s; wrote {options.out}",
         markup=False,
@@ -89,7 +93,12 @@ def _reference(options: EvalOptions, console: Console, detector: Detector) -> Re
 
 
 def _draw(
-    options: EvalOptions, console: Console, detector: Detector, dataset: Dataset, result: EvaluationResult
+    options: EvalOptions,
+    console: Console,
+    detector: Detector,
+    dataset: Dataset,
+    result: EvaluationResult,
+    notes: Sequence[str],
 ) -> None:
     metrics = result.metrics
     decoders = ", ".join(f"{name} ({count})" for name, count in metrics.decoders.items())
@@ -114,4 +123,4 @@ def _draw(
         console.print(f"{dataset.annotations.name} holds no annotations: no figures", markup=False)
     if result.parity:
         print_parity(console, result.parity, result.exact)
-    print_notes(console, dataset.notes, result.outcome.unreadable, len(result.outcome.resized))
+    print_notes(console, (*dataset.notes, *notes), result.outcome.unreadable, len(result.outcome.resized))

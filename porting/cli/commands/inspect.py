@@ -13,7 +13,7 @@ from rich.table import Table
 
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.inspect import InspectOptions
-from porting.cli.commands.source import describe, describe_settings, open_checkpoint
+from porting.cli.commands.source import describe, describe_names, describe_settings, open_checkpoint
 from porting.cli.process import EXIT_FAILED, print_json
 from porting.inspection import Averages, Inspection, Scope, inspect, scope_tree
 
@@ -47,6 +47,8 @@ def _print_summary(console: Console, checkpoint: Checkpoint, inspection: Inspect
     settings = describe_settings(checkpoint)
     if settings:
         table.add_row("from the file", settings)
+    if inferred and inferred.config.class_names:
+        table.add_row("class names", escape(describe_names(inferred.config)))
     table.add_row(
         "parameters",
         f"{inspection.trainable:,} trained, {inspection.untrained:,} batch-norm statistics, in "

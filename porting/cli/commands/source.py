@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +20,14 @@ from rich.progress import (
 
 from porting.checkpoint import Checkpoint
 from porting.cli.arguments.shared import ModelOptions, SourceOptions
+from porting.hparams import given_names
 from porting.infer import Inference, infer_config, named_config
 from porting.sources import SYNTHETIC
 from porting.sources.open import open_source
 from pytorch_model.config import BackboneConfig, EfficientDetConfig
+from pytorch_model.detection.labels import find_names, read_names
+
+_MOST_NAMES = 12
 
 
 def open_checkpoint(options: SourceOptions, console: Console, folder: Path) -> Checkpoint:
@@ -37,17 +42,23 @@ def open_checkpoint(options: SourceOptions, console: Console, folder: Path) -> C
 
 
 def find_config(options: ModelOptions, checkpoint: Checkpoint) -> Inference:
-    """The configuration of ``checkpoint``, with ``--model`` and ``--hparams``.
+    """The configuration of ``checkpoint``, with ``--model``, ``--hparams`` and ``--labels``.
 
     Raises :class:`EfficientDetError`.
     """
     hparams = options.hparams
     model = options.model or hparams.model
     if model:
-        return named_config(
+        found = named_config(
             model, checkpoint.shapes, hparams.overrides, checkpoint.source, checkpoint.settings
         )
-    return infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides, checkpoint.settings)
+    else:
+        found = infer_config(checkpoint.shapes, checkpoint.source, hparams.overrides, checkpoint.settings)
+    count = found.config.num_classes
+    names = read_names(options.labels, count) if options.labels else given_names(hparams, count)
+    if names is None:
+        return found
+    return dataclasses.replace(found, config=found.config.replace(class_names=names))
 
 
 def describe(config: EfficientDetConfig) -> str:
@@ -63,8 +74,17 @@ def describe_settings(checkpoint: Checkpoint, overrides: Collection[str] = ()) -
     return "; ".join(
         f"{name} {setting_text(value)}"
         for name, value in checkpoint.settings.items()
-        if name not in overrides
+        if name not in overrides and name != "class_names"
     )
+
+
+def describe_names(config: EfficientDetConfig) -> str:
+    """The names of the classes, or what takes their place; the first ones if there are many."""
+    if config.class_names is None:
+        return find_names(None, config.num_classes).source
+    names = [name for name in config.class_names if name]
+    shown = ", ".join(names[:_MOST_NAMES])
+    return shown if len(names) <= _MOST_NAMES else f"{shown}, … ({len(names)} names)"
 
 
 def setting_text(value: Any) -> str:
