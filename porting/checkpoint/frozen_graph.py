@@ -20,6 +20,7 @@ import numpy as np
 from porting.checkpoint.base import MOST_VARIABLES, Checkpoint
 from porting.checkpoint.graph.by_use import names_by_use
 from porting.checkpoint.graph.nodes import Constant, GraphNode, read_graph_def
+from porting.checkpoint.graph.settings import read_settings
 from porting.checkpoint.messages import shortened, unreadable
 from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
@@ -73,11 +74,14 @@ class FrozenGraph(Checkpoint):
         why = _why_unusable(nodes, self.nodes)
         if why:
             raise CheckpointError(f"{path} {why}")
+        stated = read_settings(nodes)
         super().__init__(
             source=str(self._path),
             format=FORMAT,
             shapes={name: constant.shape for name, constant in self._constants.items()},
             dtypes=dict.fromkeys(self._constants, np.dtype(np.float32)),
+            notes=stated.notes,
+            settings=stated.fields,
         )
 
     def _read(self, name: str) -> np.ndarray:

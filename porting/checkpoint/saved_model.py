@@ -6,14 +6,18 @@ import os
 from pathlib import Path, PurePath
 
 from porting.checkpoint.base import Checkpoint
+from porting.checkpoint.graph.nodes import graphs_of_saved_model, read_graph_def
+from porting.checkpoint.graph.settings import GraphSettings, read_settings
 from porting.checkpoint.messages import unreadable
 from porting.checkpoint.renamed import Renamed, Source
+from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from porting.scopes import EMA_SUFFIX
-from pytorch_model.files import check_regular
+from pytorch_model.files import check_regular, read_bounded
 
 FORMAT = "TensorFlow SavedModel"
 
+_MOST_BYTES = (1 << 31) - 1  # protocol buffers allow no larger message
 _GRAPHS = ("saved_model.pb", "saved_model.pbtxt")
 _VARIABLES = "variables"  # the folder in a SavedModel, and also the prefix in that folder
 
@@ -59,4 +63,17 @@ def as_served(checkpoint: Checkpoint) -> Checkpoint:
             f"left out {len(twins)} moving averages: a SavedModel computes with the plain variables, which "
             "AutoML set to the averages when it exported the model"
         )
-    return Renamed(checkpoint, sources, FORMAT, notes)
+    stated = _stated(Path(checkpoint.location).parent.parent / _GRAPHS[0])
+    settings = {**stated.fields, **checkpoint.settings}
+    return Renamed(checkpoint, sources, FORMAT, [*notes, *stated.notes], settings)
+
+
+def _stated(path: Path) -> GraphSettings:
+    """What the graph at ``path`` states besides the weights, which do not depend on it."""
+    try:
+        graphs = graphs_of_saved_model(memoryview(read_bounded(path, _MOST_BYTES)))
+        return read_settings(node for graph in graphs[:1] for node in read_graph_def(graph))
+    except FileNotFoundError:  # there is a saved_model.pbtxt
+        return GraphSettings({}, ())
+    except (OSError, Malformed) as error:
+        return GraphSettings({}, (f"the settings in {path} cannot be read: {error}",))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from porting.convert import Conversion, apply_rules
+from porting.parity.detections import DetectionCheck, compare_detections
 from porting.parity.diagnosis.diagnose import Diagnosis, diagnose
 from porting.parity.inputs import at_most, seeded_images
 from porting.parity.lockstep import Observer, ParityResult, TapResult, compare, tensorflow_reference
@@ -59,15 +60,16 @@ class Proof:
     ``results``: the rules and both networks in float64, then the weights as written, in float32; only the
     latter if the reference is a file. ``diagnosis``: the cause of the first divergence, None without one or
     if a small image does not show it. ``reference``: what the port was compared with, in words.
-    ``image_size``: (height, width). ``precisions``: see :func:`porting.parity.precision.measure_precisions`.
-    ``assumed``: settings of the network that nobody states. ``is_original``: the reference is a file that
-    holds the network.
+    ``image_size``: (height, width). ``detections``: of a reference that is a file with detections, compared
+    with ours. ``precisions``: see :func:`porting.parity.precision.measure_precisions`. ``assumed``: settings
+    of the network that nobody states. ``is_original``: the reference is a file that holds the network.
     """
 
     results: tuple[ParityResult, ...]
     diagnosis: Diagnosis | None
     reference: str
     image_size: tuple[int, int]
+    detections: DetectionCheck | None = None
     precisions: tuple[PrecisionCost, ...] = ()
     assumed: tuple[str, ...] = ()
     is_original: bool = False
@@ -76,6 +78,8 @@ class Proof:
     def passed(self) -> bool | None:
         """Whether every judged run passed; None if the reference was too coarse to judge by."""
         judged = [result.passed for result in self.results if result.judged]
+        if self.detections is not None:
+            judged.append(self.detections.passed)
         return all(judged) if judged else None
 
     @property
@@ -91,6 +95,8 @@ class Proof:
             "assumed": list(self.assumed),
             "about_assumed": self.about_assumed,
         }
+        if self.detections is not None:
+            figures["detections"] = {"passed": self.detections.passed, **vars(self.detections)}
         return {**figures, "variants": precision_rows(self.precisions)} if self.precisions else figures
 
 
@@ -161,11 +167,13 @@ def prove(
         if result.judged and result.first_divergence and diagnosis is None:
             listener.diagnosing()
             diagnosis = _diagnose(conversion, weights, raw_variables, result)
+    detections = compare_detections(reference.source, model) if reference and reference.exact else None
     return Proof(
         results,
         diagnosis,
         name,
         (height, width),
+        detections,
         assumed=tuple(assumed),
         is_original=reference is not None,
     )

@@ -19,6 +19,7 @@ from porting import scopes
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.graph.anchors import anchor_settings
 from porting.checkpoint.messages import unreadable
+from porting.checkpoint.tflite.around.labels import read_class_names
 from porting.checkpoint.tflite.flatbuffer import flexbuffer_map
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import IDENTIFIER, Graph, Operator, Tensor, read_graph
@@ -84,6 +85,11 @@ class TFLiteCheckpoint(Checkpoint):
         except Malformed as error:
             raise CheckpointError(f"{path} is damaged: {error}; fetch the file again") from None
         stored_as, notes = _stored_as(self.layers)
+        names, about_names = read_class_names(data, structure.config.num_classes)
+        if names is not None:
+            settings["class_names"] = names
+        if about_names is not None:
+            notes.append(about_names)
         if graph.unused:
             notes.append(_UNUSED.format(graph.unused))
         super().__init__(

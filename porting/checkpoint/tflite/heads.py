@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from porting.checkpoint.tflite.boxes import are_scores, decoding_anchors, operators_after
+from porting.checkpoint.tflite.around.boxes import are_scores, decoding_anchors, operators_after
 from porting.checkpoint.tflite.flow import NONE, POSTPROCESS, Mismatch, Step
 from porting.checkpoint.tflite.graph import Operator
 from porting.checkpoint.tflite.layers import LayerMatcher

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from porting.checkpoint.tflite.around.pixels import find_pixels
 from porting.checkpoint.tflite.flow import ACT_TYPES, ADDS, NONE, RELU6, Mismatch, Step
 from porting.checkpoint.tflite.graph import Graph
 from porting.checkpoint.tflite.heads import HeadMatcher
-from porting.checkpoint.tflite.pixels import find_pixels
 from porting.checkpoint.tflite.structure import (
     BOX_VALUES,
     BlockMatch,

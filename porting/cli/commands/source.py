@@ -105,7 +105,9 @@ def setting_text(value: Any) -> str:
         return "/".join(map(setting_text, value)) if _is_list(value) else "×".join(map(setting_text, value))
     if isinstance(value, BackboneConfig):
         return value.name
-    return f"{value:.5g}" if isinstance(value, float) else "none" if value is None else str(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return f"{value:.5g}"
+    return "none" if value is None else str(value)
 
 
 def _is_list(value: tuple[Any, ...]) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from porting.parity.detections import DetectionCheck
 from porting.parity.diagnosis.diagnose import Diagnosis
 from porting.parity.lockstep import ParityResult, TapResult
 from porting.parity.measure import tolerances
@@ -98,14 +99,35 @@ def print_verdict(console: Console, proof: Proof) -> None:
     if proof.about_assumed:
         colour = "" if proof.is_original and proof.passed else "yellow"
         console.print(f"  {escape(proof.about_assumed)}", style=colour, soft_wrap=True)
+    if proof.detections:
+        _print_detections(console, proof.detections)
+    elif "float64" not in {result.dtype for result in proof.results}:
+        console.print(
+            "  detections are not compared: the reference does not turn grey levels into detections, or is "
+            "quantised; image size, normalisation and anchors are not proven",
+            soft_wrap=True,
+        )
     if proof.diagnosis:
         _print_diagnosis(console, proof.diagnosis)
+    elif proof.detections and not proof.detections.passed:
+        return
     elif proof.passed is False and "float64" not in {result.dtype for result in proof.results}:
         console.print(
             "  the weights agree with --reference ops on a small image: look for the cause in "
             f"{escape(proof.reference)}",
             soft_wrap=True,
         )
+
+
+def _print_detections(console: Console, check: DetectionCheck) -> None:
+    verdict = "[green bold]passed[/]" if check.passed else "[red bold]FAILED[/]"
+    console.print(
+        f"{verdict} detections: {check.found} of the file's {check.count} are among our predictions "
+        "(class, score and box, before suppression)",
+        soft_wrap=True,
+    )
+    if check.cause:
+        console.print(f"  {escape(check.cause)}", soft_wrap=True)
 
 
 def _print_run(console: Console, result: ParityResult) -> None:

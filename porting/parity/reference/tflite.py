@@ -84,7 +84,7 @@ def tflite_tensors(
     image, dequantised if the file is quantised. Imports TensorFlow. Raises :class:`EfficientDetError` for
     another size, and for values that are no grey levels.
     """
-    interpreter = _interpreter(path)
+    interpreter = tflite_interpreter(path)
     (image,) = interpreter.get_input_details()
     if tuple(image["shape"]) != (1, *images.shape[1:]):
         raise EfficientDetError(
@@ -115,7 +115,7 @@ def _grey_levels(images: np.ndarray, pixels: Normalisation, path: str | os.PathL
     return whole
 
 
-def _interpreter(path: str | os.PathLike[str]):  # type: ignore[no-untyped-def]  # TensorFlow ships no types
+def tflite_interpreter(path: str | os.PathLike[str]):  # type: ignore[no-untyped-def]  # TensorFlow ships no types
     import tensorflow as tf
 
     with warnings.catch_warnings():
