@@ -94,5 +94,5 @@ def test_the_graph_of_a_reference(tmp_path: Path) -> None:
 def test_a_file_that_only_quotes_a_pointer_is_read(tmp_path: Path) -> None:
     labels = TARGETS["labels"]
     path = labels.make(tmp_path)
-    path.write_text("person\n" + POINTER.splitlines()[0] + "\n")
+    path.write_text("1: person\n2: " + POINTER.splitlines()[0] + "\n")
     assert "git-lfs" in labels.use(path)
