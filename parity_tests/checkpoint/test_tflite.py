@@ -69,9 +69,10 @@ def test_public_lite0_format_and_notes(lite0: TFLiteCheckpoint) -> None:
     assert inference.config == config
     assert inference.assumed == ()
     assert lite0.format == "TFLite, int8"
-    assert len(lite0.notes) == 2
+    assert len(lite0.notes) == 3
     assert "int8" in lite0.notes[0]
-    assert "batch norms" in lite0.notes[1]
+    assert "labelmap.txt" in lite0.notes[1]
+    assert "batch norms" in lite0.notes[2]
 
 
 @pytest.fixture(scope="module")

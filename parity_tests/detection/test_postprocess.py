@@ -385,7 +385,8 @@ grid_rows = st.lists(
     min_size=1,
     max_size=30,
 )
-fine = st.floats(0, 100, width=32)
+# TensorFlow takes numbers below 1e-38 as 0, and areas are products.
+fine = st.floats(0, 100, width=32).map(lambda value: value if value > 1e-15 else 0.0)
 fine_rows = st.lists(
     st.tuples(fine, fine, fine, fine, st.floats(0, 1, width=32)).map(
         lambda r: (r[0], r[1], r[0] + r[2], r[1] + r[3], r[4])

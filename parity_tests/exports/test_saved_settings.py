@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.helpers.exported.models import Export, save_model
+from parity_tests.helpers.exported.models import Export, save_model, served
 from parity_tests.helpers.paths import TOOLS
 from parity_tests.helpers.small_models import small
 from porting.checkpoint import open_checkpoint
+from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import convert
 from porting.infer import infer_config
 from porting.parity.detections import compare_detections
@@ -152,3 +153,23 @@ def test_googles_tflite_file(tensorflow: Any, shared: Path) -> None:
     check = compare_detections(str(path), model)
     assert check is not None
     assert check.passed, check
+
+
+def test_the_meta_file_of_a_checkpoint(tensorflow: Any, tmp_path: Path) -> None:
+    """The graph that TensorFlow 1 saves with a checkpoint, where it holds the whole model."""
+    v1 = tensorflow.compat.v1
+    values = synthetic_variables(OWN, 2)
+    with tensorflow.Graph().as_default() as graph:
+        images = v1.placeholder(tensorflow.uint8, [1, None, None, 3])
+        constants = {name: tensorflow.constant(value) for name, value in values.items()}
+        served(tensorflow, OWN, constants, images, Export())
+    write_bundle(tmp_path / "model", values)
+    meta = v1.MetaGraphDef(graph_def=graph.as_graph_def())
+    (tmp_path / "model.meta").write_bytes(meta.SerializeToString())
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.settings["image_size"] == OWN.image_size
+        assert checkpoint.settings["anchor_scale"] == OWN.anchor_scale
+        assert checkpoint.settings["mean_rgb"] == OWN.mean_rgb
+    (tmp_path / "model.meta").write_bytes(b"not a graph")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert "model.meta cannot be read" in checkpoint.notes[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from parity_tests.helpers.tflite_files import TINY, convert_function, tflite_byt
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.graph.anchors import anchor_settings, centre_sizes
 from porting.checkpoint.tflite.flow import Mismatch
+from porting.checkpoint.tflite.graph import Graph, read_graph
+from porting.checkpoint.tflite.match import _backbone_config, _weight_method, match
 from porting.checkpoint.tflite.structure import NodeMatch
 from porting.checkpoint.tflite.weights import fusion_weights
 from porting.convert import convert
@@ -196,3 +199,67 @@ def test_anchors_that_automl_does_not_make() -> None:
     anchors = centre_sizes(config)
     for wrong in (anchors[:-1], anchors * np.nan, -anchors, anchors[::-1], anchors[:, [1, 0, 3, 2]]):
         assert anchor_settings(wrong, config) is None or wrong is anchors
+
+
+# --- D models that differ in one place ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def d_graph(tensorflow: Any) -> Graph:
+    return read_graph(tflite_bytes(TINY_D, synthetic_variables(TINY_D, 3), "float32"))
+
+
+def with_operator(graph: Graph, index: int, **changes: Any) -> Graph:
+    operators = list(graph.operators)
+    operators[index] = dataclasses.replace(operators[index], **changes)
+    return dataclasses.replace(graph, operators=tuple(operators))
+
+
+def with_tensor(graph: Graph, index: int, **changes: Any) -> Graph:
+    tensors = list(graph.tensors)
+    tensors[index] = dataclasses.replace(tensors[index], **changes)
+    return dataclasses.replace(graph, tensors=tuple(tensors))
+
+
+def test_squeeze_and_excitation_that_differs(d_graph: Graph) -> None:
+    match(d_graph)
+    mean = next(op for op in d_graph.operators if op.kind == "MEAN")
+    with pytest.raises(Mismatch, match="but blocks_0/se needs MEAN and MUL"):
+        match(with_operator(d_graph, mean.index, kind="SUB"))
+    shape = {tensor.index: tensor.shape for tensor in d_graph.tensors}
+    gates = [
+        op for op in d_graph.operators if op.kind == "LOGISTIC" and shape[op.outputs[0]][:3] == (1, 1, 1)
+    ]
+    products = [
+        op
+        for op in d_graph.operators
+        if op.kind == "MUL" and len({shape[i] for i in op.inputs}) == 2 and op.inputs[1] in shape
+    ]
+    gated = [op for op in products if any(gate.outputs[0] in op.inputs for gate in gates)]
+    map_, _ = sorted(gated[1].inputs, key=lambda i: -np.prod(shape[i]))
+    earlier = next(i for i in gated[0].inputs if shape[i][:3] == (1, 1, 1))
+    with pytest.raises(Mismatch, match="does not gate its map as blocks_1/se does"):
+        match(with_operator(d_graph, gated[1].index, inputs=(map_, earlier)))
+    found = match(d_graph)
+    assert found.blocks[1].se is not None
+    squeeze, excite = found.blocks[1].se
+    other = dataclasses.replace(found.blocks[1], se=(dataclasses.replace(squeeze, out_filters=7), excite))
+    with pytest.raises(Mismatch, match="a quarter of its block's input filters"):
+        _backbone_config(found.stem, (found.blocks[0], other, *found.blocks[2:]))
+
+
+def test_fusion_that_differs(d_graph: Graph) -> None:
+    constants = {tensor.index for tensor in d_graph.tensors if tensor.is_constant}
+    factor = next(i for op in d_graph.operators if op.kind == "MUL" for i in op.inputs if i in constants)
+    three = np.ones(3, np.float32).view(np.uint8)
+    with pytest.raises(Mismatch, match="weights a map neither as a whole nor channel by channel"):
+        match(with_tensor(d_graph, factor, shape=(3,), data=three))
+    nodes = (node_with(0.5, 0.4), node_with(None, None))
+    with pytest.raises(Mismatch, match="some of its nodes weight their inputs and others do not"):
+        _weight_method([nodes])
+
+
+def test_anchors_that_are_no_list(d_graph: Graph) -> None:
+    anchors = d_graph.operators[-1].inputs[2]
+    with pytest.raises(Mismatch, match="does not have a list of anchors, four numbers each"):
+        match(with_tensor(d_graph, anchors, shape=(d_graph.tensors[anchors].data.size // 4,)))

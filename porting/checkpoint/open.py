@@ -20,7 +20,7 @@ from porting.checkpoint.messages import unreadable
 from porting.checkpoint.objects.graph import is_object_based
 from porting.checkpoint.objects.open import open_object_checkpoint
 from porting.checkpoint.renamed import without_counts, without_outer_scope
-from porting.checkpoint.saved_model import as_served, is_saved_model, saved_model_prefix
+from porting.checkpoint.saved_model import as_served, is_saved_model, saved_model_prefix, with_meta_settings
 from porting.checkpoint.tflite.checkpoint import is_tflite, open_tflite
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
@@ -89,7 +89,7 @@ def _open_v2(path: Path, step: int | None) -> Checkpoint:
     except BaseException:
         bundle.close()
         raise
-    return as_served(checkpoint) if is_saved_model(bundle.source) else checkpoint
+    return as_served(checkpoint) if is_saved_model(bundle.source) else with_meta_settings(checkpoint)
 
 
 #: The first that matches is used. The last one takes everything: folders, prefixes, and wrong paths, for

@@ -1,12 +1,13 @@
-"""SavedModel folders: where their variables are, and which of them the model computes with."""
+"""SavedModel folders: where their variables are, which of them are used, and what the graph states."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePath
 
 from porting.checkpoint.base import Checkpoint
-from porting.checkpoint.graph.nodes import graphs_of_saved_model, read_graph_def
+from porting.checkpoint.graph.nodes import graph_of_meta, graphs_of_saved_model, read_graph_def
 from porting.checkpoint.graph.settings import GraphSettings, read_settings
 from porting.checkpoint.messages import unreadable
 from porting.checkpoint.renamed import Renamed, Source
@@ -63,17 +64,27 @@ def as_served(checkpoint: Checkpoint) -> Checkpoint:
             f"left out {len(twins)} moving averages: a SavedModel computes with the plain variables, which "
             "AutoML set to the averages when it exported the model"
         )
-    stated = _stated(Path(checkpoint.location).parent.parent / _GRAPHS[0])
+    stated = _stated(Path(checkpoint.location).parent.parent / _GRAPHS[0], graphs_of_saved_model)
     settings = {**stated.fields, **checkpoint.settings}
     return Renamed(checkpoint, sources, FORMAT, [*notes, *stated.notes], settings)
 
 
-def _stated(path: Path) -> GraphSettings:
+def with_meta_settings(checkpoint: Checkpoint) -> Checkpoint:
+    """``checkpoint`` with what its ``.meta`` file states, the graph that TensorFlow 1 saves beside it."""
+    stated = _stated(Path(f"{checkpoint.location}.meta"), lambda data: [graph_of_meta(data)])
+    if not stated.fields and not stated.notes:
+        return checkpoint
+    settings = {**stated.fields, **checkpoint.settings}
+    sources = {name: Source(name) for name in checkpoint}
+    return Renamed(checkpoint, sources, checkpoint.format, stated.notes, settings)
+
+
+def _stated(path: Path, graphs_in: Callable[[memoryview], list[memoryview]]) -> GraphSettings:
     """What the graph at ``path`` states besides the weights, which do not depend on it."""
     try:
-        graphs = graphs_of_saved_model(memoryview(read_bounded(path, _MOST_BYTES)))
+        graphs = graphs_in(memoryview(read_bounded(path, _MOST_BYTES)))
         return read_settings(node for graph in graphs[:1] for node in read_graph_def(graph))
-    except FileNotFoundError:  # there is a saved_model.pbtxt
+    except FileNotFoundError:  # no .meta, or a saved_model.pbtxt
         return GraphSettings({}, ())
     except (OSError, Malformed) as error:
         return GraphSettings({}, (f"the settings in {path} cannot be read: {error}",))
