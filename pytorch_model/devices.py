@@ -1,4 +1,4 @@
-"""Which device PyTorch computes on."""
+"""Which device PyTorch computes on, and with how many threads."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             f"--device {name} cannot be used: {first_line(error)}; try --device cpu"
         ) from None
     return device
+
+
+def use_threads(count: int | None) -> None:
+    """Let PyTorch, and the engines made from now on, compute with ``count`` threads; None: as they are."""
+    if count is not None:
+        torch.set_num_threads(count)

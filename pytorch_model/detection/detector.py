@@ -5,8 +5,7 @@ A model whose configuration has another resizer or other anchors is run with the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,10 +24,9 @@ from pytorch_model.detection.preprocess import (
 )
 from pytorch_model.detection.settings import TTA, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.engines import AUTO
+from pytorch_model.engines.choose import EngineOf, Network
 from pytorch_model.errors import ConfigError, WeightsError
-
-#: float32 [N, 3, H, W] → (class_outputs, box_outputs), as ``EfficientDet`` returns them.
-Network: TypeAlias = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
 class Detector:
@@ -44,7 +42,10 @@ class Detector:
     Only detections with a score above ``score_threshold`` are returned. ``decoder`` is described at
     :func:`~pytorch_model.detection.preprocess.load_image`: ``"fast-dct"`` gives the pixels of AutoML's
     evaluation. ``tta="flip"`` also detects in each mirrored image and fuses both results, see :func:`detect`.
-    Raises :class:`ConfigError` for a ``score_threshold`` outside 0…1, or an unknown ``tta``.
+    ``engine``: what computes the network, one of :data:`pytorch_model.engines.NAMES`; the attribute names
+    the one in use. Images of another size than ``image_size`` go to the model itself. Raises
+    :class:`ConfigError` for a ``score_threshold`` outside 0…1, an unknown ``tta``, or an engine that is
+    unknown or not installed.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Detector:
         score_threshold: float = 0.0,
         decoder: str = "pillow",
         tta: str = "none",
+        engine: str = AUTO,
     ) -> None:
         if tta not in TTA:
             raise ConfigError(f"tta is {tta!r}, must be one of {', '.join(TTA)}")
@@ -67,6 +69,7 @@ class Detector:
         self.score_threshold = score_threshold
         self.decoder = decoder
         self.tta = tta
+        self._engine = EngineOf(engine, self.model, self.image_size)
         self.anchors_yxyx = generate_anchors(model.config, self.image_size)
 
     @torch.no_grad()  # not inference_mode: its tensors forbid in-place changes, and callers scale boxes
@@ -126,8 +129,13 @@ class Detector:
         size = batch.images.shape[2], batch.images.shape[3]
         return generate_anchors(config, size).to(batch.images.device)
 
+    @property
+    def engine(self) -> str:
+        """The name of the engine in use."""
+        return self._engine.name
+
     def _network(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        class_outputs, box_outputs = self.model(images.to(next(self.model.parameters()).dtype))
+        class_outputs, box_outputs = self._engine(images)
         _check_finite([*class_outputs, *box_outputs])
         return class_outputs, box_outputs
 

@@ -28,10 +28,11 @@ class Engine:
         return tuple(package for package in self.packages if importlib.util.find_spec(package) is None)
 
 
+EAGER = "eager"
 ENGINES: Mapping[str, Engine] = {
     engine.name: engine
     for engine in (
-        Engine("eager", "the model as it is", "eager"),
+        Engine(EAGER, "the model as it is", "eager"),
         Engine("folded", "batch norms folded, channels last", "folded"),
         Engine("compile", "torch.compile of the folded network", "compiled"),
         Engine("onnxruntime", "ONNX Runtime", "onnx_runtime", ("onnx", "onnxruntime"), "onnx"),

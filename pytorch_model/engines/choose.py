@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.engines import AUTO, ENGINES, NAMES
+from pytorch_model.engines import AUTO, EAGER, ENGINES, NAMES
 from pytorch_model.errors import ConfigError
 
 #: float32 [N, 3, H, W] → (class_outputs, box_outputs), as ``EfficientDet`` returns them.
@@ -58,7 +59,8 @@ class EngineOf:
         self._given, self._model, self._image_size = name, model, image_size
         self._state: object = None
         self._network: Network = model
-        self.name = chosen_engine(name, next(model.parameters()).device)
+        self._lock = threading.Lock()
+        self.name = self._choice()
 
     def __call__(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if (images.shape[2], images.shape[3]) != self._image_size:
@@ -67,12 +69,19 @@ class EngineOf:
 
     def current(self) -> Network:
         """The engine for the model as it is now."""
-        state = [_identity(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())]
-        if state != self._state:
-            self.name = chosen_engine(self._given, next(self._model.parameters()).device)
-            self._network = make_engine(self.name, self._model, self._image_size)
-            self._state = state
-        return self._network
+        with self._lock:  # several threads may detect with one model
+            state = [_identity(tensor) for tensor in (*self._model.parameters(), *self._model.buffers())]
+            if state != self._state:
+                self.name = self._choice()
+                self._network = make_engine(self.name, self._model, self._image_size)
+                self._state = state
+            return self._network
+
+    def _choice(self) -> str:
+        """``auto`` takes only an :class:`EfficientDet`, not a model that may compute something else."""
+        if self._given == AUTO and type(self._model) is not EfficientDet:
+            return EAGER
+        return chosen_engine(self._given, next(self._model.parameters()).device)
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

@@ -70,7 +70,13 @@ class OnnxOps:
         return Feature(value, x.channels, x.size)
 
     def gate(self, x: Value, se: str, filters: int, act: str) -> Value:
-        mean = Feature(self._node("GlobalAveragePool", [x.value]), x.channels, (1, 1))
+        # One axis after the other: ONNX Runtime adds a whole map up one by one, which loses two more digits.
+        value = x.value
+        for axis in (3, 2):
+            value = self._node(
+                "ReduceMean", [value, self._array(f"axis_{axis}", np.array([axis]))], keepdims=1
+            )
+        mean = Feature(value, x.channels, (1, 1))
         inner = self.conv(mean, f"{se}.reduce", filters=filters, act=act)
         gate = self._node("Sigmoid", [self.conv(inner, f"{se}.expand", filters=x.channels).value])
         return Feature(self._node("Mul", [x.value, gate]), x.channels, x.size)

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from pytorch_model.bifpn import FASTATTN_EPSILON
 from pytorch_model.config import BN_EPSILON
+from pytorch_model.errors import WeightsError
 
 
 class FoldedWeights:
-    """The weights of layers, by their keys in ``state_dict``. Computed in float64, rounded to ``dtype``."""
+    """The weights of layers, by their keys in ``state_dict``. Computed in float64, rounded to ``dtype``.
+
+    Raises :class:`WeightsError` for weights that are not finite.
+    """
 
     def __init__(self, state_dict: Mapping[str, Tensor], method: str, dtype: torch.dtype) -> None:
         self._tensors, self._method, self._dtype = state_dict, method, dtype
@@ -26,6 +30,13 @@ class FoldedWeights:
             weight = weight * scale[:, None, None, None]
             shift = (0 if bias is None else bias) - self._double(f"{bn}.running_mean")
             bias = self._double(f"{bn}.bias") + shift * scale
+        for tensor in (weight, bias):
+            # Some operations of other engines turn NaN into a number.
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise WeightsError(
+                    f"{conv} or {bn} is not finite (NaN or infinity): the weights are damaged; convert "
+                    "them again"
+                )
         return weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
 
     def fusion(self, key: str) -> Tensor:

@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytorch_model.detection.detector import Detector, Network
+from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.results import server_file_name, server_results
 from pytorch_model.detection.run import SILENT, Listener
+from pytorch_model.engines.choose import Network
 from pytorch_model.errors import ConfigError, OutputError
 from pytorch_model.evaluation.dataset import Dataset
 from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections

@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pytorch_model.detection.detector import Detector, Network
+from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.detection.results import ImageId, Result, to_results
+from pytorch_model.engines.choose import Network
 from pytorch_model.evaluation.dataset import Dataset, DatasetImage, dataset_digest
 from pytorch_model.evaluation.processes import Processes
 from pytorch_model.evaluation.shards import Shards, damaged
@@ -61,6 +62,7 @@ def settings(
         "image_size": list(detector.image_size),
         "decoder": detector.decoder,
         "tta": detector.tta,
+        "engine": detector.engine,
         "nms_configs": asdict(detector.nms),
         "batch_size": batch_size,
         "device": next(detector.model.parameters()).device.type,

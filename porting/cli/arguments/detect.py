@@ -47,6 +47,8 @@ class DetectOptions:
     nms: str
     hparams: Hparams
     device: str
+    engine: str
+    threads: int | None
     batch_size: int
     json: bool
 
@@ -73,5 +75,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> DetectOptions:
     if not 0 <= arguments.score_threshold <= 1:
         parser.error(f"--score-threshold is {arguments.score_threshold}, must be from 0 to 1")
-    check_at_least_one(parser, arguments, "batch_size")
+    check_at_least_one(parser, arguments, "batch_size", "threads")
     return DetectOptions(**vars(arguments))

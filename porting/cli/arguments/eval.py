@@ -68,6 +68,8 @@ class EvalOptions:
     hparams: Hparams
     tta: str
     device: str
+    engine: str
+    threads: int | None
     batch_size: int
     out: Path
     restart: bool
@@ -110,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> EvalOptions:
-    check_at_least_one(parser, arguments, "limit", "batch_size")
+    check_at_least_one(parser, arguments, "limit", "batch_size", "threads")
     if not arguments.coco and not arguments.annotations:
         parser.error("give --coco or --annotations")
     if bool(arguments.reference) != bool(arguments.ckpt):
@@ -130,6 +132,8 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         hparams=arguments.hparams,
         tta=arguments.tta,
         device=arguments.device,
+        engine=arguments.engine,
+        threads=arguments.threads,
         batch_size=arguments.batch_size,
         out=arguments.out or Path(f"eval_{arguments.weights.stem}"),
         restart=arguments.restart,

@@ -12,6 +12,7 @@ from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
 from pytorch_model.detection.settings import DECODERS, SCOPES
+from pytorch_model.engines import AUTO, ENGINES, NAMES
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = (
@@ -32,6 +33,11 @@ DECODER_HELP = (
 NMS_HELP = (
     "per-class: as AutoML's COCO evaluation; global: across all classes, as AutoML's exported models, also "
     "with nms_configs.max_nms_inputs=0 and boxes clipped to the network's input (default: per-class)"
+)
+ENGINE_HELP = (
+    "what computes the network: "
+    + "; ".join(f"{engine.name}, {engine.summary}" for engine in ENGINES.values())
+    + " (default: auto, the fastest one that is installed, but never compile, which takes minutes to begin)"
 )
 JSON_HELP = "print a machine-readable summary on stdout"
 
@@ -178,12 +184,19 @@ def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
 
 
 def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -> None:
-    """``--labels``, ``--decoder``, ``--nms``, ``--hparams``, ``--device``, ``--batch-size``."""
+    """The options of :class:`DetectionOptions`, ``--labels``, ``--decoder``, ``--nms`` and others."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help=LABELS_HELP)
     parser.add_argument("--decoder", choices=DECODERS, default="pillow", help=DECODER_HELP)
     parser.add_argument("--nms", choices=tuple(SCOPES), default="per-class", help=NMS_HELP)
     add_hparams_option(parser)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--engine", choices=NAMES, default=AUTO, help=ENGINE_HELP)
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="of the processor (default: PyTorch's choice)",
+    )
     parser.add_argument(
         "--batch-size",
         type=int,

@@ -17,13 +17,14 @@ from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import ClassNames, find_names
 from pytorch_model.detection.run import DetectionResult, detect_into, list_images, prepare_folder
-from pytorch_model.devices import choose_device
+from pytorch_model.devices import choose_device, use_threads
 
 
 def run(options: DetectOptions) -> int:
     console = Console(stderr=options.json, highlight=False)
     files = list_images(options.images)
     prepare_folder(options.out, files)
+    use_threads(options.threads)
     model = load_model(options.weights).to(choose_device(options.device))
     count, own = model.config.num_classes, model.config.class_names
     classes = find_names(options.labels, count, own, given_names(options.hparams, count))
@@ -34,6 +35,7 @@ def run(options: DetectOptions) -> int:
         nms=nms,
         score_threshold=options.score_threshold,
         decoder=options.decoder,
+        engine=options.engine,
     )
     with ImageBar(console) as bar:
         result = detect_into(
@@ -56,7 +58,7 @@ def _draw(console: Console, result: DetectionResult, names: ClassNames, seconds:
     images, unreadable = summary["images"], summary["unreadable"]
     classes = Counter(names.shown[row["category_id"]] for row in result.rows)
     decoders = Counter(image["decoder"] for image in images)
-    table = Table(title=f"{summary['model']} on {summary['device']}", show_header=False)
+    table = Table(title=f"{summary['model']} on {summary['device']}, {summary['engine']}", show_header=False)
     table.add_row("frames" if images and "frame" in images[0] else "images", str(len(images)))
     turned = sum(image.get("exif_orientation", 1) != 1 for image in images)
     if turned:

@@ -15,7 +15,7 @@ from torch import Tensor
 from porting.errors import EfficientDetError
 from porting.parity.reference.choose import FileReference
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.detection.detector import Network
+from pytorch_model.engines.choose import Network
 
 
 def ops_network(
