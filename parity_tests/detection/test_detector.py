@@ -305,6 +305,7 @@ def test_detect_writes_results_drawings_and_summary(weights: Path, album: Path, 
     summary = json.loads((out / "summary.json").read_text())
     assert {row["image_id"] for row in results} == {139, "b.png", "c.bmp"}
     assert [image["decoder"] for image in summary["images"]] == ["pillow"] * 3
+    assert summary["engine"] in ("onnxruntime", "folded")
     assert sum(image["detections"] for image in summary["images"]) == len(results) == 300
     model = load_model(weights)
     expected = Detector(model)([album / "b.png", album / "c.bmp"])[0]

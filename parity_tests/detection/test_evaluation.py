@@ -883,6 +883,20 @@ def test_options_that_cannot_be_used(options: dict[str, Any], tmp_path: Path) ->
         EvaluationOptions(tmp_path / "a.pth", tmp_path, **options)
 
 
+@pytest.mark.parametrize("engine", ["eager", "folded"])
+def test_the_metrics_name_the_engine(engine: str, small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found"
+    threads = torch.get_num_threads()
+    try:
+        assert run(small_weights, coco, found, "--engine", engine, "--threads", "1", "--limit", "2") == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert read(found / "metrics.json")["settings"]["ours"]["engine"] == engine
+    other = "eager" if engine == "folded" else "folded"
+    assert run(small_weights, coco, found, "--engine", other, "--limit", "2") == 2  # it cannot be resumed
+
+
 def test_a_folder_of_weights(small_weights: Path, coco: Path, tmp_path: Path) -> None:
     """A folder from save_pretrained, whose configuration is a file next to the tensors, is a setting too."""
     folder, out = tmp_path / "mine", tmp_path / "out"
@@ -946,6 +960,7 @@ def test_all_that_detections_depend_on_is_a_setting(small_weights: Path, coco: P
         assert changed(detector={"nms": NMSConfig(**nms)}) == {"nms_configs"}
     assert changed(detector={"decoder": "fast-dct"}) == {"decoder"}
     assert changed(detector={"tta": "flip"}) == {"tta"}
+    assert changed(detector={"engine": "eager"}) == {"engine"}
     assert changed(detector={"image_size": (64, 32)}) == {"image_size"}
     assert changed(batch_size=4) == {"batch_size"}
     assert changed(categories={1: 2}) == {"categories"}

@@ -330,6 +330,17 @@ def test_figures_of_sizes_that_are_not_annotated_are_left_out(release: Path) -> 
     assert "-1.0" not in (release / CARD).read_text()
 
 
+def test_the_card_names_the_engine_of_the_figures(release: Path) -> None:
+    metrics = metrics_of(release / MODEL_FILE)
+    words = {"eager": "images (`coco", "onnxruntime": "images, computed by onnxruntime (`coco"}
+    for engine, said in words.items():
+        metrics["settings"]["ours"]["engine"] = engine
+        (release / METRICS).write_text(json.dumps(metrics))
+        reseal(release)
+        assert problems(release) == []
+        assert said in (release / CARD).read_text()
+
+
 @pytest.mark.parametrize("fault", BAD_METRICS)
 def test_bad_metrics_in_a_folder_are_found(fault: str, release: Path) -> None:
     metrics = metrics_of(release / MODEL_FILE)

@@ -11,6 +11,7 @@ import yaml
 from porting.convert import values_sentence
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.labels import find_names
+from pytorch_model.engines import EAGER
 from pytorch_model.evaluation.figures import FIGURES
 from pytorch_model.evaluation.metrics import Metrics
 
@@ -145,7 +146,9 @@ def _figures(origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str
         yield "These weights were not evaluated here."
         return
     ours = _measured(metrics)
-    yield f"Measured with these weights, on {metrics.images} images (`coco_metrics.json`):\n"
+    engine = metrics.settings["ours"].get("engine", EAGER)
+    how = "" if engine == EAGER else f", computed by {engine}"
+    yield f"Measured with these weights, on {metrics.images} images{how} (`coco_metrics.json`):\n"
     yield f"| {' | '.join(ours)} |"
     yield "|---" * len(ours) + "|"
     yield f"| {' | '.join(f'{value:.4f}' for value in ours.values())} |"
