@@ -74,7 +74,7 @@ def _predictions(model: EfficientDet, image: np.ndarray) -> _Predictions:
     most = min(len(anchors) * config.num_classes, _MOST_PREDICTIONS)
     candidates = pre_nms(outputs[0], outputs[1], anchors, most)
     boxes = candidates.boxes_yxyx[0].double().numpy()
-    scale = float(batch.image_scales[0])
+    scale = np.tile(batch.image_scales[0].cpu().numpy(), 2)  # down, across, down, across
     height, width = config.image_size
     clipped = np.clip(boxes, 0, [height, width, height, width])
     class_ids = candidates.classes[0].numpy() + 1
