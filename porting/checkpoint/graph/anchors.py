@@ -13,7 +13,7 @@ import numpy as np
 from pytorch_model.config import BOUNDS, EfficientDetConfig
 
 _MOST_DIGITS = 7  # of a setting: as many as a float32 has
-_SAME = 1e-4  # relative: two anchor sizes that are one setting
+_SAME = 1e-4  # relative: two anchor sizes that are one setting, in float32
 _ABSOLUTE = 1e-6  # of the image: a thousandth of a pixel at 1000 pixels
 
 
@@ -36,26 +36,30 @@ def anchor_settings(
         [anchors[at : at + per_location, 2:] * size for at, size in zip(starts, sizes, strict=True)]
     )
     levels = factors[:, 0, 0] / factors[0, 0, 0]
-    if not np.allclose(factors, factors[0] * levels[:, None, None], rtol=_SAME, atol=0):
+    same = max(_SAME, 2 * tolerance)
+    if not np.allclose(factors, factors[0] * levels[:, None, None], rtol=same, atol=0):
         return None
-    for settings in _candidates(factors[0], levels):
+    for settings in _candidates(factors[0], levels, same):
         expected = centre_sizes(config.replace(**settings))
         if np.allclose(anchors, expected, rtol=tolerance, atol=_ABSOLUTE):
             return settings
     return None
 
 
-def _candidates(factors: np.ndarray, levels: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Settings to try. ``factors``: [n, 2], heights and widths at the finest level; ``levels``: multiples."""
+def _candidates(factors: np.ndarray, levels: np.ndarray, same: float) -> Iterator[dict[str, Any]]:
+    """Settings to try. ``factors``: [n, 2], heights and widths at the finest level; ``levels``: multiples.
+
+    ``same``: how far two numbers may be apart, relatively, that are one setting.
+    """
     count = len(factors)
-    num_scales = next(n for n in range(count, 0, -1) if count % n == 0 and _repeats(factors, n))
+    num_scales = next(n for n in range(count, 0, -1) if count % n == 0 and _repeats(factors, n, same))
     shapes = factors[: count // num_scales]
     areas = shapes.prod(axis=1)
     if not (shapes > 0).all():
         return
     for digits in range(1, _MOST_DIGITS + 1):
         # One number as a ratio keeps the area; of pairs, one probably is (1, 1), and its size is the scale.
-        single = np.allclose(areas, areas[0], rtol=_SAME)
+        single = np.allclose(areas, areas[0], rtol=2 * same)
         for scale in np.sqrt(areas[:1] if single else areas):
             scales = tuple(round(float(scale * level), digits) for level in levels)
             ratios: tuple[Any, ...] = (
@@ -74,11 +78,11 @@ def _candidates(factors: np.ndarray, levels: np.ndarray) -> Iterator[dict[str, A
                 }
 
 
-def _repeats(factors: np.ndarray, num_scales: int) -> bool:
+def _repeats(factors: np.ndarray, num_scales: int, same: float) -> bool:
     """Whether the anchors are a group in ``num_scales`` sizes, each 2^(1/num_scales) times the one before."""
     groups = factors.reshape(num_scales, -1, 2)
     octaves = 2 ** (np.arange(num_scales) / num_scales)
-    return np.allclose(groups, groups[0] * octaves[:, None, None], rtol=_SAME, atol=0)
+    return np.allclose(groups, groups[0] * octaves[:, None, None], rtol=same, atol=0)
 
 
 def centre_sizes(config: EfficientDetConfig) -> np.ndarray:
