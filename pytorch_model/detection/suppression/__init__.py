@@ -13,5 +13,5 @@ def non_max_suppression(
     boxes_yxyx: Tensor, scores: Tensor, classes: Tensor, nms: NMSConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`suppress_tensors`, on the CPU by a faster way to the same result."""
-    selected = suppress_on_host(boxes_yxyx, scores, classes, nms) if on_host(scores) else None
-    return selected or suppress_tensors(boxes_yxyx, scores, classes, nms)
+    suppress = suppress_on_host if on_host(scores) else suppress_tensors
+    return suppress(boxes_yxyx, scores, classes, nms)
