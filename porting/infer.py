@@ -105,7 +105,7 @@ def infer_config(
     anchors = found.pop("num_anchors")
     fields: dict[str, Any] = {**found, **hints, **given}
     config = base.replace(name=variant or "custom", **fields)
-    _check_anchors(config, anchors)
+    _check_anchors(config, anchors, stated_by)
     return _inference(config, variant, notes, given)
 
 
@@ -158,12 +158,14 @@ def _check_named(
             )
 
 
-def _check_anchors(config: EfficientDetConfig, anchors: int) -> None:
+def _check_anchors(config: EfficientDetConfig, anchors: int, stated_by: Mapping[str, str] | None) -> None:
     if config.num_anchors != anchors:
+        witnesses = dict.fromkeys((stated_by or {}).get(name) for name in ("num_scales", "aspect_ratios"))
+        by = " and ".join(witness for witness in witnesses if witness)
         raise ConversionError(
             f"the box net predicts {anchors} anchors per location, but num_scales={config.num_scales} and "
-            f"{len(config.aspect_ratios)} aspect_ratios make {config.num_anchors}; give "
-            "--hparams num_scales=…,aspect_ratios=…*…*…"
+            f"{len(config.aspect_ratios)} aspect_ratios{f', stated by {by},' if by else ''} make "
+            f"{config.num_anchors}; give --hparams num_scales=…,aspect_ratios=…*…*…"
         )
 
 
@@ -317,7 +319,7 @@ def named_config(
     anchors = math.prod(model.get("box_net/box-predict/bias", (0,))) // 4
     classes = math.prod(model.get("class_net/class-predict/bias", (0,)))
     if anchors and classes % anchors == 0 and classes:
-        _check_anchors(config, anchors)
+        _check_anchors(config, anchors, stated_by)
         if "num_classes" not in given:
             config = config.replace(num_classes=classes // anchors)
     expected = variable_shapes(config)

@@ -875,7 +875,7 @@ def test_an_empty_list_has_no_value(tmp_path: Path) -> None:
             pipeline_text(
                 resizer="keep_aspect_ratio_resizer { max_dimension: 640 }", padding="pad_to_multiple: 128"
             ),
-            "pad is False, must be true, or false with the rule keep_aspect_ratio and without pad",
+            r"without pad_to_max_dimension, together with the feature extractor.s pad_to_multiple, is not",
         ),
         (
             pipeline_text(padding="pad_to_multiple: 0"),

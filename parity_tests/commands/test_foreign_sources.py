@@ -24,6 +24,7 @@ def test_a_release_by_its_address(release: object, monkeypatch: pytest.MonkeyPat
     path = release.path  # type: ignore[attr-defined]
     for address in (
         f"{BASE_URL}/{path}",
+        f"{BASE_URL}/{path}?authuser=0".replace("https:", "http:"),
         f"gs://cloud-tpu-checkpoints/efficientdet/{path}",
         f"https://storage.cloud.google.com/cloud-tpu-checkpoints/efficientdet/{path}",
         f"https://cloud-tpu-checkpoints.storage.googleapis.com/efficientdet/{path}",
@@ -71,6 +72,9 @@ def test_files_of_other_programs(name: str, said: str, tmp_path: Path) -> None:
         open_source(str(tmp_path), tmp_path)
     with pytest.raises(CheckpointError, match="check the path"):
         open_source(str(tmp_path / f"absent{name}"), tmp_path)
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="a Git LFS pointer, not the file itself"):
+        open_source(str(tmp_path / name), tmp_path)
 
 
 def test_a_checkpoint_beside_such_a_file_is_read(tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def test_a_label_map_of_another_model() -> None:
         ("scale_range=true,mean_rgb=0.0", "scale_range=true needs"),
         ("scale_range=maybe", "scale_range is 'maybe', must be true or false"),
         ("conv_bn_act_pattern=yes", "conv_bn_act_pattern is 'yes', must be true or false"),
-        ("nms_configs=hard", "nms_configs"),
+        ("nms_configs=hard", r"nms_configs is not a mapping; write nms_configs\.method=hard"),
         ("nms_configs.method=soft", r"nms_configs\.method is 'soft', must be one of gaussian, hard"),
         ("nms_configs.method=linear", r"nms_configs\.method is 'linear', must be one of gaussian, hard"),
         ("nms_configs.iou_thresh=2", r"nms_configs\.iou_thresh is 2"),

@@ -288,6 +288,7 @@ def test_a_link_in_an_archive_is_not_followed(tmp_path: Path) -> None:
         ({"fpn_weight_method": "sum"}, "says fpn_weight_method is 'sum', but .* say 'fastattn'"),
         ({"fpn_name": "bifpn_sum", "fpn_weight_method": None}, "says fpn_weight_method is 'sum'"),
         ({"max_level": 6}, "says max_level is 6, but .* say 7"),
+        ({"aspect_ratios": [1.0, 2.0]}, "2 aspect_ratios, stated by .*config.yaml, make 6; give --hparams"),
     ],
 )
 @pytest.mark.parametrize("model", [None, "efficientdet-d0"])

@@ -56,7 +56,7 @@ def error(found: tuple[Sequence[Tensor], Sequence[Tensor]], model: EfficientDet,
 def check_rounding(found: tuple[Sequence[Tensor], Sequence[Tensor]], model: EfficientDet, x: Tensor) -> float:
     """The error of ``found`` to float64, at most :data:`TIMES` that of the eager model."""
     with torch.no_grad():
-        own = error(model(x), model, x)
+        own = error(model(x.to(next(model.parameters()).dtype)), model, x)
     measured = error(found, model, x)
     assert measured <= TIMES * own + EPSILON, (measured, own)
     return measured
@@ -180,7 +180,10 @@ def test_other_precisions(name: str, dtype: torch.dtype) -> None:
     x = images(net.config, 2, (128, 96))
     found = make_engine(installed(name), net, (128, 96))(x)
     assert {level.dtype for level in found[0]} == {dtype if name == "folded" else torch.float32}
-    assert error(found, net, x) < {torch.bfloat16: 0.05, torch.float16: 5e-3, torch.float64: 1e-5}[dtype]
+    if name == "folded":  # some processors add up in the low precision
+        check_rounding(found, net, x)
+    else:
+        assert error(found, net, x) < 1e-5
 
 
 def test_auto_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,8 @@ def _label_map(value: Any, folders: Sequence[Path], strict: bool) -> tuple[Mappi
 
 
 def _unknown(name: str) -> str:
+    if name == "nms_configs":
+        return "nms_configs is not a mapping; write nms_configs.method=hard and the like, or a .yaml file"
     known = [*HPARAMS, *NMS_FIELDS, *LABEL_MAP_NAMES]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see AutoML's hparams_config.py for the known names"

@@ -7,7 +7,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from porting.checkpoint.messages import unreadable
 from porting.errors import CheckpointError
+from pytorch_model.files import check_regular
 
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://")
 
@@ -45,6 +47,10 @@ def check_foreign(spec: str) -> None:
     if os.path.isdir(path):
         _check_folder(path)
     elif os.path.isfile(path) and path.suffix in _FOREIGN:
+        try:
+            check_regular(path)  # a Git LFS pointer holds nothing of the kind
+        except OSError as error:
+            raise unreadable(path, error) from None
         raise CheckpointError(f"{path} holds {_FOREIGN[path.suffix]}")
 
 

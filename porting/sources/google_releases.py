@@ -100,11 +100,17 @@ _ADDRESSES = (
 
 
 def _release_at(address: str) -> GoogleRelease | None:
-    """The release whose file has this address; None for any other text."""
+    """The release whose file has this address, whatever its query; None for any other text."""
     for release in GOOGLE_RELEASES.values():
-        if address == release.url or address in (f"{base}{release.path}" for base in _ADDRESSES):
+        known = (release.url, *(f"{base}{release.path}" for base in _ADDRESSES))
+        if _plain(address) in map(_plain, known):
             return release
     return None
+
+
+def _plain(address: str) -> str:
+    """Without a query, and the same for both schemes of the web."""
+    return re.sub(r"^http://", "https://", address.partition("?")[0])
 
 
 def google_release_named(spec: str, cache: Path | None = None) -> GoogleRelease | None:

@@ -8,7 +8,6 @@ Object Detection API's ``label_map.pbtxt``.
 from __future__ import annotations
 
 import codecs
-import itertools
 import json
 import re
 import reprlib
@@ -38,7 +37,7 @@ _ID = re.compile(r"[0-9]{1,9}")
 _PBTXT = re.compile(r"^[ \t]*item(?:\s*:)?\s*[{<]", re.M)  # blocks "item { id: 1 name: 'x' }"
 _KEYS = ("label_map", "label_id_mapping", "names", "obj_list")  # of AutoML, of Darknet's heirs, of zylo117's
 _YAML = re.compile(rf"^(?:{'|'.join(_KEYS)}|num_classes|nc)[ \t]*:", re.M)
-_ID_FIRST = re.compile(r"""["']?(?P<id>[0-9]{1,9})["']?(?:\s*[,;=]\s*|\s+)(?P<name>\S.*)""")
+_ID_FIRST = re.compile(r"""["']?(?P<id>[0-9]{1,9})["']?(?:\s*[,;=]\s*|[.)]\s+|\s+)(?P<name>\S.*)""")
 _ID_LAST = re.compile(r"""(?P<name>.*\S) *[,;:\t]\s*["']?(?P<id>[0-9]{1,9})["']?""")
 _HEADER = re.compile(r"\W*((class|category|label|name|id|index|idx)(\W+|_|$)){2,}", re.I)
 
@@ -191,7 +190,8 @@ def _from_text(text: str) -> Names:
 def _from_columns(lines: Sequence[str]) -> Names | None:
     """Names from lines ``id name``, ``id,name`` or ``name,id``; None if the lines do not have ids.
 
-    A header is left out. A number may also belong to a name ("50 km/h"), so ids must ascend from 0 or 1.
+    A header is left out. A number may also belong to a name ("50 km/h"), so ids must be those from 0 or 1 on,
+    in any order.
     """
     if len(lines) > 1 and _HEADER.fullmatch(lines[0]):
         lines = lines[1:]
@@ -207,13 +207,14 @@ def _are_ids(pairs: Sequence[tuple[int, str]]) -> bool:
     """Whether the numbers are ids and not parts of the names. Raises :class:`Reason` if they may be both."""
     ids = [index for index, _ in pairs]
     names = [canonical(name) for _, name in pairs if not is_hole(name)]
-    ascend = ids[0] in (0, 1) and all(a < b for a, b in itertools.pairwise(ids))
-    if not ascend or 2 * len(set(names)) <= len(names) > 1:  # "1 euro", "2 euro"
+    least = min(ids)
+    differ = least in (0, 1) and len(set(ids)) == len(ids)
+    if not differ or 2 * len(set(names)) <= len(names) > 1:  # "1 euro", "2 euro"
         return False
-    if ids == list(range(ids[0], ids[0] + len(ids))) or _are_cocos(pairs):
+    if sorted(ids) == list(range(least, least + len(ids))) or _are_cocos(pairs):
         return True
     raise Reason(
-        "its lines begin or end with numbers that ascend but leave some out, so they may be ids or parts "
+        "its lines begin or end with numbers that differ but leave some out, so they may be ids or parts "
         "of the names; write `id: name`"
     )
 

@@ -32,6 +32,12 @@ def read_resizer(fields: Fields, pad_to_multiple: int) -> tuple[_Size | None, Re
         inner = fields.message(kind)
         _check_pixels(inner)
         size, settings = _READERS[kind](inner)
+        if pad_to_multiple > 1 and settings.get("pad") is False:
+            raise CheckpointError(
+                f"{fields.path}: {inner.where} without pad_to_max_dimension, together with the feature "
+                "extractor's pad_to_multiple, is not supported: the input would differ in size from image to "
+                "image"
+            )
         try:
             return size, Resizer(**settings, pad_to_multiple=pad_to_multiple)
         except ConfigError as error:
