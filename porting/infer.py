@@ -263,7 +263,7 @@ def _nearest_variant(
     return (
         model_config(name),
         None,
-        [f"no released variant has these variables; the input settings are those of {name}"],
+        [f"no released variant has these variables; what nobody states is as in {name}"],
     )
 
 
