@@ -23,12 +23,12 @@ from pytorch_model.devices import choose_device, use_threads
 def run(options: DetectOptions) -> int:
     console = Console(stderr=options.json, highlight=False)
     files = list_images(options.images)
-    prepare_folder(options.out, files)
     use_threads(options.threads)
     model = load_model(options.weights).to(choose_device(options.device))
     count, own = model.config.num_classes, model.config.class_names
     classes = find_names(options.labels, count, own, given_names(options.hparams, count))
     nms, image_size = nms_and_size(options.hparams, model.config, options.nms)
+    prepare_folder(options.out, files)
     detector = Detector(
         model,
         image_size=image_size,
