@@ -244,6 +244,21 @@ def test_devices_that_an_engine_cannot_use() -> None:
         onnx_runtime.make(model, (128, 96))
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("Failed to allocate memory for requested buffer", MemoryError), ("a bad node\nmore", ConfigError)],
+)
+def test_errors_of_onnx_runtime_are_told(message: str, expected: type[Exception]) -> None:
+    installed("onnxruntime")
+    from onnxruntime.capi.onnxruntime_pybind11_state import RuntimeException
+
+    with pytest.raises(expected) as caught, onnx_runtime._told():
+        raise RuntimeException(message)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ZeroDivisionError), onnx_runtime._told():
+        raise ZeroDivisionError
+
+
 def test_openvino_computes_on_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", sys)  # it is not used before the device is checked
     with torch.device("meta"):

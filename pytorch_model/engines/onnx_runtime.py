@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.engines.choose import Network
 from pytorch_model.engines.onnx_graph import onnx_model
 from pytorch_model.engines.weights import FoldedWeights
-from pytorch_model.errors import ConfigError
+from pytorch_model.errors import ConfigError, first_line
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
@@ -34,15 +35,31 @@ def make(model: EfficientDet, image_size: tuple[int, int]) -> Network:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3  # errors; warnings are about the graph, for its author
-    session = onnxruntime.InferenceSession(
-        onnx_model(model.config, weights, image_size).SerializeToString(), options, providers=[provider]
-    )
+    options.log_severity_level = 4  # its own lines would stand beside our sentence
+    graph = onnx_model(model.config, weights, image_size).SerializeToString()
+    with _told():
+        session = onnxruntime.InferenceSession(graph, options, providers=[provider])
     levels = len(model.config.levels)
 
     def run(images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        found = session.run(None, {"images": images.float().cpu().numpy()})
+        with _told():
+            found = session.run(None, {"images": images.float().cpu().numpy()})
         outputs = [torch.from_numpy(array).to(device) for array in found]
         return outputs[:levels], outputs[levels:]
 
     return run
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """ONNX Runtime's errors, which have types of their own, as MemoryError or :class:`ConfigError`."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        if any(word in str(error).lower() for word in ("alloc", "memory")):
+            raise MemoryError from None
+        raise ConfigError(
+            f"the engine onnxruntime failed: {first_line(error)}; take another engine"
+        ) from None
