@@ -247,14 +247,16 @@ def test_float64_and_bfloat16_models_work(small_model: EfficientDet) -> None:
     torch.testing.assert_close(scores[torch.float32], scores[torch.bfloat16], rtol=0.1, atol=1e-3)
 
 
+@pytest.mark.parametrize("engine", ["eager", "auto"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_damaged_weights_are_not_detections(value: float) -> None:
+def test_damaged_weights_are_not_detections(value: float, engine: str) -> None:
     model = create_model("efficientdet-lite0", image_size=(64, 64))
     state = model.state_dict()
     state["box_net.predict.pointwise.bias"][3] = value
     model.load_state_dict(state)
-    with pytest.raises(WeightsError, match="not finite"):
-        Detector(model)(pictures())
+    what = "the network's output" if engine == "eager" else "box_net.predict.pointwise"
+    with pytest.raises(WeightsError, match=f"{what} is not finite"):
+        Detector(model, engine=engine)(pictures())
 
 
 def test_a_bad_image_is_named(small_model: EfficientDet) -> None:

@@ -192,6 +192,7 @@ def test_auto_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: everything)
     assert chosen_engine("auto", cpu) == "onnxruntime"
     assert chosen_engine("auto", torch.device("cuda")) == "folded"
+    assert chosen_engine("auto", cpu, torch.float64) == "folded"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert chosen_engine("auto", cpu) == "folded"
 

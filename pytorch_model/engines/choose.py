@@ -18,14 +18,16 @@ from pytorch_model.errors import ConfigError
 Network: TypeAlias = Callable[[Tensor], tuple[Sequence[Tensor], Sequence[Tensor]]]
 
 
-def chosen_engine(name: str, device: torch.device) -> str:
+def chosen_engine(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """``name``, or for ``auto`` the fastest engine that is installed for ``device``.
 
-    On a CPU that is ONNX Runtime; without it, and on other devices, the folded network. Raises
+    On a CPU that is ONNX Runtime, which computes in float32. Without it, and for weights on another device or
+    of another ``dtype``, it is the folded network. Raises
     :class:`ConfigError` for an unknown name, and for a package that is not installed.
     """
     if name == AUTO:
-        return "onnxruntime" if device.type == "cpu" and not ENGINES["onnxruntime"].missing else "folded"
+        fits = device.type == "cpu" and dtype == torch.float32
+        return "onnxruntime" if fits and not ENGINES["onnxruntime"].missing else "folded"
     if name not in ENGINES:
         raise ConfigError(f"the engine is {name!r}, must be one of {', '.join(NAMES)}")
     engine = ENGINES[name]
@@ -81,7 +83,8 @@ class EngineOf:
         """``auto`` takes only an :class:`EfficientDet`, not a model that may compute something else."""
         if self._given == AUTO and type(self._model) is not EfficientDet:
             return EAGER
-        return chosen_engine(self._given, next(self._model.parameters()).device)
+        like = next(self._model.parameters())
+        return chosen_engine(self._given, like.device, like.dtype)
 
 
 def _identity(tensor: Tensor) -> tuple[int, int]:

@@ -34,7 +34,7 @@ class FoldedWeights:
             # Some operations of other engines turn NaN into a number.
             if tensor is not None and not bool(tensor.isfinite().all()):
                 raise WeightsError(
-                    f"{conv} or {bn} is not finite (NaN or infinity): the weights are damaged; convert "
+                    f"{bn or conv} is not finite (NaN or infinity): the weights are damaged; convert "
                     "them again"
                 )
         return weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
