@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from parity_tests.helpers.object_trees import automl_paths
+from parity_tests.helpers.exported.models import keras_model
 from parity_tests.helpers.paths import ROOT
-from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
+from parity_tests.helpers.small_models import assert_same, seeded, shallow
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.writer import write_bundle
@@ -20,21 +20,7 @@ from porting.convert import choose_variables
 from porting.errors import CheckpointError
 from porting.infer import infer_config
 from porting.scopes import EMA_SUFFIX
-from pytorch_model.config import BackboneConfig, EfficientDetConfig
-
-
-def small() -> EfficientDetConfig:
-    return tiny(backbone=BackboneConfig("efficientnet-b0", 8, SHALLOW))
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
-        assert array.dtype == expected[name].dtype, name
-        assert array.shape == expected[name].shape, name
-        assert array.tobytes() == expected[name].tobytes(), name
-        assert array.flags.owndata, name
-
+from pytorch_model.config import EfficientDetConfig
 
 # --- SavedModels ----------------------------------------------------------------------------------------
 
@@ -59,7 +45,7 @@ def test_a_release_serves_the_plain_variables(shared: Path) -> None:
 
 def written(folder: Path) -> tuple[EfficientDetConfig, dict[str, np.ndarray], dict[str, np.ndarray]]:
     """A SavedModel folder like AutoML's: (configuration, served values, stale averages)."""
-    config = small()
+    config = shallow()
     values = seeded(config)
     stale = {name + EMA_SUFFIX: value + 1 for name, value in values.items()}
     step = {"global_step": np.array(5, np.int64)}
@@ -101,7 +87,7 @@ def test_exported_like_automl(tensorflow: Any, tmp_path: Path) -> None:
     TensorFlow also saves averages that were never assigned.
     """
     tf, v1 = tensorflow, tensorflow.compat.v1
-    averages = dict(list(seeded(small()).items())[:20])
+    averages = dict(list(seeded(shallow()).items())[:20])
     raw = {name: value + 2 for name, value in averages.items()}
     twins = {name + EMA_SUFFIX: value for name, value in averages.items()}
     write_bundle(tmp_path / "trained" / "model", {**raw, **twins})
@@ -129,23 +115,12 @@ def test_tensorflow_2_saved_model(tensorflow: Any, tmp_path: Path, keras: bool) 
     Keras objects also list their variables, and in a SavedModel the keys come from these lists
     (``model/variables/0``) and have no meaning.
     """
-    tf, config = tensorflow, small()
-    values, paths = seeded(config), automl_paths(config)
-    module, model = tf.Module(), tf.__internal__.tracking.AutoTrackable()
-    placed = []
-    for name, value in values.items():
-        *parents, leaf = paths[name].split("/")
-        at = model
-        for part in parents:
-            if getattr(at, part, None) is None:
-                setattr(at, part, tf.__internal__.tracking.AutoTrackable())
-            at = getattr(at, part)
-        placed.append(tf.Variable(value, name=name))
-        setattr(at, leaf, placed[-1])
-    setattr(model.resample_layers, "1", tf.__internal__.tracking.AutoTrackable())
+    tf, config = tensorflow, shallow()
+    values, module = seeded(config), tf.Module()
+    module.model, by_name = keras_model(tf, config, values)
+    placed = list(by_name.values())
     if keras:
-        model.variables = placed
-    module.model = model
+        module.model.variables = placed
     module.serve = tf.function(lambda: tf.add_n([tf.reduce_sum(v) for v in placed]), input_signature=[])
     tf.saved_model.save(module, str(tmp_path / "export"))
     keys = read_index(tmp_path / "export/variables/variables.index").entries

@@ -70,7 +70,7 @@ def plain(folder: Path) -> Path:
     return folder / "plain.pth"
 
 
-def picture(folder: Path) -> Path:
+def photograph(folder: Path) -> Path:
     Image = pytest.importorskip("PIL.Image", reason="needs Pillow")
     (folder / "images").mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
@@ -81,7 +81,7 @@ def picture(folder: Path) -> Path:
 def detected(folder: Path, weights: Path, *more: object) -> tuple[set[str], str]:
     """The names in the table of detections, and what the summary says about where they are from."""
     out = folder / "found"
-    arguments = ("--weights", weights, "--images", picture(folder), "--out", out, "--score-threshold", 0)
+    arguments = ("--weights", weights, "--images", photograph(folder), "--out", out, "--score-threshold", 0)
     done = run_tool("detect", *arguments, "--device", "cpu", "--json", *more, cwd=folder)
     assert done.returncode == 0, done.stderr
     with (out / "detections.csv").open(encoding="utf-8", newline="") as file:
@@ -155,7 +155,7 @@ def test_evaluation_matches_the_names_of_the_weights(folder: Path, plain: Path) 
         "annotations": [{"id": n, "category_id": n, **box} for n in (1, 2, 3)],
     }
     (folder / "truth.json").write_text(json.dumps(content))
-    arguments = ("--annotations", "truth.json", "--images", picture(folder), "--device", "cpu")
+    arguments = ("--annotations", "truth.json", "--images", photograph(folder), "--device", "cpu")
     done = run_tool("eval", "--weights", "named.safetensors", *arguments, "--out", "by_name", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "category 0 (insects) has no annotations and no class: left out" in done.stdout

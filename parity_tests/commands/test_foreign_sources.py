@@ -1,4 +1,4 @@
-"""``--ckpt`` given something that is no checkpoint: what it is and where it goes, in one sentence."""
+"""``--ckpt`` given something that is not a checkpoint: what it is and where it goes, in one sentence."""
 
 from __future__ import annotations
 

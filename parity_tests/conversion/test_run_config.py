@@ -345,7 +345,7 @@ def test_a_network_that_is_not_built_is_refused(content: str, message: str, tmp_
 
 
 def test_advice_names_what_was_given(tmp_path: Path) -> None:
-    """The name came from --hparams, so leaving out --model is no advice."""
+    """The name came from --hparams, so the message must not advise to leave out --model."""
     config = model_config("efficientdet-d0", num_classes=2)
     folder = write_run(tmp_path / "run", "", config)
     by = "the name in --hparams"

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from parity_tests.helpers.exported.models import keras_model, network
 from parity_tests.helpers.recordings import normalise
-from parity_tests.helpers.small_models import SHALLOW, seeded, tiny
+from parity_tests.helpers.small_models import assert_same, seeded, shallow
 from porting.checkpoint import open_checkpoint, wire
 from porting.checkpoint.frozen_graph import FrozenGraph
 from porting.checkpoint.v2.writer import write_bundle
@@ -26,22 +26,9 @@ from porting.parity.lockstep import compare
 from porting.parity.reference.choose import open_reference
 from porting.rules import rules
 from porting.synthetic import synthetic_image, synthetic_variables
-from pytorch_model.config import BackboneConfig, EfficientDetConfig, model_config
+from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from tf_reference.variables import variable_shapes
-
-
-def small() -> EfficientDetConfig:
-    return tiny(backbone=BackboneConfig("efficientnet-b0", 8, SHALLOW))
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
-        assert array.dtype == expected[name].dtype, name
-        assert array.shape == expected[name].shape, name
-        assert array.tobytes() == expected[name].tobytes(), name
-        assert array.flags.owndata, name
 
 
 @pytest.mark.parametrize("resource", [False, True], ids=["reference variables", "resource variables"])
@@ -49,7 +36,7 @@ def test_tensorflow_1_frozen_graph(tensorflow: Any, tmp_path: Path, resource: bo
     """AutoML's network with AutoML's variable names, frozen by TensorFlow as in ``model_inspect.py``."""
     from tf_reference.efficientdet import efficientdet
 
-    tf, v1, config = tensorflow, tensorflow.compat.v1, small()
+    tf, v1, config = tensorflow, tensorflow.compat.v1, shallow()
     values = seeded(config)
     values["fpn_cells/cell_0/fnode0/op_after_combine5/bn/beta"][:] = 0.25  # TensorFlow stores it as one value
     values["box_net/box-0/bias"][:] = 0  # and this as none
@@ -90,7 +77,7 @@ def frozen_by_tensorflow_2(tf: Any, config: EfficientDetConfig, values: dict[str
 
 
 def test_tensorflow_2_frozen_graph(tensorflow: Any, tmp_path: Path) -> None:
-    config = small()
+    config = shallow()
     values = seeded(config)
     (tmp_path / "model.pb").write_bytes(frozen_by_tensorflow_2(tensorflow, config, values))
     with open_checkpoint(tmp_path / "model.pb") as checkpoint:
@@ -100,7 +87,7 @@ def test_tensorflow_2_frozen_graph(tensorflow: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["", "model/"])
 def test_a_frozen_graph_as_the_reference(tensorflow: Any, tmp_path: Path, scope: str) -> None:
-    tf, config = tensorflow, small()
+    tf, config = tensorflow, shallow()
     values, path = synthetic_variables(config), tmp_path / "model.pb"
     if scope:
         with tf.Graph().as_default() as graph:
@@ -141,7 +128,7 @@ def test_googles_frozen_graph(shared: Path) -> None:
 def test_batch_norms_folded_by_tensorflow(tensorflow: Any, tmp_path: Path) -> None:
     from tensorflow.python.tools.optimize_for_inference_lib import fold_batch_norms
 
-    tf, v1, config = tensorflow, tensorflow.compat.v1, small()
+    tf, v1, config = tensorflow, tensorflow.compat.v1, shallow()
     with tf.Graph().as_default() as graph:
         images = v1.placeholder(tf.float32, [1, 64, 64, 3], "images")
         constants = {name: tf.constant(value, name=name) for name, value in seeded(config).items()}
@@ -172,7 +159,7 @@ def test_partitioned_variables(tensorflow: Any, tmp_path: Path, resource: bool) 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_scope_around_the_model(tensorflow: Any, tmp_path: Path, version: int) -> None:
     """In a frozen graph and in a V2 checkpoint."""
-    config = small()
+    config = shallow()
     values = {f"my/model/{name}": value for name, value in seeded(config).items()}
     step = {"global_step": np.array(7, np.int64)}
     if version == 1:

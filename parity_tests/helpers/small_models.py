@@ -55,6 +55,21 @@ def built(
     return graph, seen
 
 
+def shallow() -> EfficientDetConfig:
+    """:func:`tiny` with a backbone of one block per stage."""
+    return tiny(backbone=BackboneConfig("efficientnet-b0", 8, SHALLOW))
+
+
+def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """The same names, types, shapes and bytes; and every array owns its memory."""
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert array.dtype == expected[name].dtype, name
+        assert array.shape == expected[name].shape, name
+        assert array.tobytes() == expected[name].tobytes(), name
+        assert array.flags.owndata, name
+
+
 def one_of_each_layer() -> EfficientDetConfig:
     """Every kind of layer, few weights, fewer than in :func:`tiny`."""
     widths, kernels, strides = (4, 14, 4, 14, 6, 16, 4), (3, 3, 5, 3, 5, 5, 3), (1, 2, 2, 2, 1, 2, 1)

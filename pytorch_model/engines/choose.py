@@ -60,13 +60,13 @@ class EngineOf:
     def __init__(self, name: str, model: EfficientDet, image_size: tuple[int, int]) -> None:
         self._given, self._model, self._image_size = name, model, image_size
         self._state: object = None
-        self._network: Network = model
+        self._eager = self._network = make_engine(EAGER, model, image_size)
         self._lock = threading.Lock()
         self.name = self._choice()
 
     def __call__(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if (images.shape[2], images.shape[3]) != self._image_size:
-            return self._model(images.to(next(self._model.parameters()).dtype))
+            return self._eager(images)
         return self.current()(images)
 
     def current(self) -> Network:

@@ -68,7 +68,7 @@ def _suppress_image(
 def _overlaps(
     sides: np.ndarray, areas: np.ndarray, picked: np.ndarray, area: np.ndarray, nms: NMSConfig
 ) -> np.ndarray:
-    """As ``overlaps`` of :mod:`~pytorch_model.detection.suppression.tensors`: [4, n] with [4] → [n]."""
+    """As ``_overlap`` of :mod:`~pytorch_model.detection.suppression.tensors`: [4, n] with [4] → [n]."""
     kind = sides.dtype.type
     lengths = np.minimum(sides[2:], picked[2:, None]) - np.maximum(sides[:2], picked[:2, None])
     np.maximum(lengths + kind(1) if nms.pyfunc else lengths, 0, out=lengths)

@@ -28,18 +28,14 @@ def suppress_tensors(
     threshold = nms.effective_score_thresh
     if not nms.pyfunc:
         alive.masked_fill_(~(alive > threshold), -math.inf)
-    boxes = boxes_by_side(boxes_yxyx, nms.pyfunc)
+    boxes = _boxes_by_side(boxes_yxyx, nms.pyfunc)
     picked_indices, picked_scores = [], []
     for _ in range(nms.max_output_size):
         score, index = alive.max(dim=1, keepdim=True)
         picked_indices.append(index)
         picked_scores.append(score)
         picked = boxes.gather(2, index.expand(len(boxes), -1, -1))
-        overlap = overlaps(boxes, picked, nms)
-        if nms.is_soft:
-            decayed = decays(overlap, nms).mul_(alive)
-        else:
-            decayed = alive.masked_fill(overlap > nms.effective_iou_thresh, -math.inf)
+        decayed = _suppress(alive, _overlap(boxes, picked, nms), nms)
         # NaN compares false, so a box of zero or infinite size is dropped, not selected.
         kept = decayed >= threshold if nms.pyfunc else decayed > threshold
         decayed = decayed.masked_fill_(~kept, -math.inf)
@@ -50,7 +46,7 @@ def suppress_tensors(
     return indices * valid, out_scores.masked_fill(~valid, 0.0), valid.sum(dim=1)
 
 
-def boxes_by_side(boxes_yxyx: Tensor, pyfunc: bool) -> Tensor:
+def _boxes_by_side(boxes_yxyx: Tensor, pyfunc: bool) -> Tensor:
     """[N, K, 4] → [5, N, K]: y1, x1, y2, x2 and the area, each contiguous."""
     sides = boxes_yxyx.permute(2, 0, 1)
     heights, widths = sides[2] - sides[0], sides[3] - sides[1]
@@ -58,7 +54,7 @@ def boxes_by_side(boxes_yxyx: Tensor, pyfunc: bool) -> Tensor:
     return torch.cat((sides, areas[None]))
 
 
-def overlaps(boxes: Tensor, picked: Tensor, nms: NMSConfig) -> Tensor:
+def _overlap(boxes: Tensor, picked: Tensor, nms: NMSConfig) -> Tensor:
     """Intersection over union of ``boxes`` [5, N, K] with one box per image, ``picked`` [5, N, 1] → [N, K].
 
     For ``diou``, minus the squared distance of the centres over the squared diagonal of the enclosing box.
@@ -76,8 +72,11 @@ def overlaps(boxes: Tensor, picked: Tensor, nms: NMSConfig) -> Tensor:
     return overlap - (between**2).sum(0) / ((enclosing**2).sum(0) + 1e-10)  # 1e-10: AutoML's guard
 
 
-def decays(overlap: Tensor, nms: NMSConfig) -> Tensor:
-    """The factors of the soft methods: what is left of a score at each of ``overlap``."""
+def _suppress(scores: Tensor, overlap: Tensor, nms: NMSConfig) -> Tensor:
+    """``scores`` [N, K] after the selection of a box that overlaps the others by ``overlap`` [N, K]."""
     if nms.method == "gaussian":
-        return (overlap * overlap).mul_(-1 / nms.effective_sigma).exp_()
-    return torch.where(overlap > nms.effective_iou_thresh, 1 - overlap, 1.0)
+        return (overlap * overlap).mul_(-1 / nms.effective_sigma).exp_().mul_(scores)
+    beyond = overlap > nms.effective_iou_thresh
+    if nms.method == "linear":
+        return torch.where(beyond, scores * (1 - overlap), scores)
+    return scores.masked_fill(beyond, -math.inf)
