@@ -69,7 +69,7 @@ class Detector:
         self.score_threshold = score_threshold
         self.decoder = decoder
         self.tta = tta
-        self._engine = EngineOf(engine, self.model, self.image_size)
+        self._engine = EngineOf(engine, self.model, model.config.resizer.padded(self.image_size))
         self.anchors_yxyx = generate_anchors(model.config, self.image_size)
 
     @torch.no_grad()  # not inference_mode: its tensors forbid in-place changes, and callers scale boxes
