@@ -1,10 +1,10 @@
-# make demo: from a fresh clone to a checkpoint ported and proven. make test: everything CI runs.
+# make demo: from a fresh clone to a checkpoint ported and proven. make test: everything CI runs. make gpu: the part for a GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test gpu check clean
 
 demo: $(STAMP)
 	mkdir -p demo
@@ -12,6 +12,11 @@ demo: $(STAMP)
 
 test: check
 	$(BIN)/pytest parity_tests -m '' --refusals
+
+# On a machine with a CUDA device: what it computes is right, and how fast it is.
+gpu: $(STAMP)
+	$(BIN)/pytest parity_tests -m gpu -n 0
+	$(BIN)/python tools/bench.py infer --models efficientdet-d0 --batch-sizes 1,64 --device cuda --json > gpu.json
 
 check: $(STAMP)
 	$(BIN)/ruff check

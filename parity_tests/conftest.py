@@ -72,6 +72,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--ckpt", metavar="PATH", help="your own checkpoint (default: seeded weights)")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     cases(config)  # a bad option ends the run before anything is collected
     # The workers of pytest-xdist inherit the environment that `start` sets.

@@ -648,7 +648,7 @@ def test_everything_stays_on_the_device(path: Any) -> None:
     assert found.boxes_yxyx.shape == (2, 100, 4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("path", EVERY_PATH)
 def test_a_gpu_finds_the_same(path: Any) -> None:
     heads = random_heads(3)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,16 +97,22 @@ def test_safetensors_without_its_package(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_scores_that_an_exported_program_gets_wrong() -> None:
-    class Detecting(torch.nn.Module):
-        def forward(self, images: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return images, images / 3, images, scales
+    class Network(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+            return [images], [images / 3]
 
+    class Postprocessing(torch.nn.Module):
+        def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tensors
+
+    network: Any = Network()
+    postprocessing: Any = Postprocessing()
     inputs = {"images": torch.rand(2, 5), "image_scales": torch.ones(2)}
-    right = list(Detecting()(*inputs.values()))
-    assert onnx_detector._check(Detecting(), inputs, right) < 1e-7  # type: ignore[arg-type]
+    right = [inputs["images"], inputs["images"] / 3, inputs["image_scales"]]
+    assert onnx_detector._check(network, postprocessing, inputs, right) < 1e-7
     wrong = [right[0], right[1] + 1e-5, *right[2:]]
     with pytest.raises(CheckFailedError, match=r"scores are off by 1\.0e-05.*nothing was written"):
-        onnx_detector._check(Detecting(), inputs, wrong)  # type: ignore[arg-type]
+        onnx_detector._check(network, postprocessing, inputs, wrong)
 
 
 def test_targets_that_cannot_be_written(tmp_path: Path) -> None:

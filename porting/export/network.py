@@ -25,33 +25,29 @@ from pytorch_model.efficientdet import EfficientDet
 
 ROUNDING = 10  # an exported float32 program may be off by this many times PyTorch's own float32 error
 FLOAT32_EPSILON = 1e-6  # and by this, because PyTorch may happen to be exact
-EXAMPLES = (
-    2  # images in the batch with which a program is traced; more than one, so that the batch stays free
-)
+EXAMPLES = 2  # images with which a program is traced; more than one, so that the batch stays free
 COUNTS = (1, 3)  # numbers of images on which a program is compared
 
 
-class DetectingNetwork(nn.Module):
-    """The network and AutoML's postprocessing: images and scales → boxes, scores, labels.
+class Postprocessing(nn.Module):
+    """AutoML's postprocessing: head outputs, then image scales → boxes, scores, classes, valid_len.
 
-    ``images``: float32 [N, 3, H, W], normalised, of the configuration's input size. ``image_scales``: float32
-    [N] or [N, 2], see :func:`postprocess_per_class`. Returns boxes_yxyx float32 [N, M, 4] in original pixels,
-    scores float32 [N, M], classes int64 [N, M] from 1, valid_len int64 [N].
+    The outputs are those of every level, classes first; ``image_scales``: float32 [N] or [N, 2]. See
+    :func:`postprocess_per_class`.
     """
 
-    def __init__(self, network: EfficientDet, nms: NMSConfig) -> None:
+    def __init__(self, config: EfficientDetConfig, nms: NMSConfig) -> None:
         super().__init__()
-        self.network = network
+        self.levels = len(config.levels)
         self.nms = nms
         self.anchors_yxyx: Tensor
-        anchors_yxyx = generate_anchors(network.config, network.config.image_size)
-        self.register_buffer("anchors_yxyx", anchors_yxyx, persistent=False)
+        self.register_buffer("anchors_yxyx", generate_anchors(config, config.image_size), persistent=False)
 
-    def forward(self, images: Tensor, image_scales: Tensor) -> tuple[Tensor, ...]:
-        class_outputs, box_outputs = self.network(images)
-        return tuple(
-            postprocess_per_class(class_outputs, box_outputs, self.anchors_yxyx, self.nms, image_scales)
-        )
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *outputs, image_scales = tensors
+        class_outputs, box_outputs = outputs[: self.levels], outputs[self.levels :]
+        anchors_yxyx = self.anchors_yxyx
+        return tuple(postprocess_per_class(class_outputs, box_outputs, anchors_yxyx, self.nms, image_scales))
 
 
 def loaded(weights: Weights) -> EfficientDet:
@@ -86,7 +82,7 @@ def compare_outputs(network: EfficientDet, run: Callable[[Tensor], Sequence[Tens
     double_network = copy.deepcopy(network).double()
     for count in COUNTS:
         images = example_images(network.config, count)
-        outputs = (_outputs(network, images), _outputs(double_network, images.double()), run(images))
+        outputs = (head_outputs(network, images), head_outputs(double_network, images.double()), run(images))
         for name, single, double, found in zip(head_names(network.config), *outputs, strict=True):
             error, own = relative_l2(found, double), relative_l2(single, double)
             require_rounding(f"{name} is off by {error:.1e} (relative L2)", error, own)
@@ -111,7 +107,8 @@ def relative_l2(found: Tensor, expected: Tensor) -> float:
     return difference(found.numpy(), expected.numpy()).relative
 
 
-def _outputs(network: EfficientDet, images: Tensor) -> list[Tensor]:
+def head_outputs(network: EfficientDet, images: Tensor) -> list[Tensor]:
+    """Every level's class outputs, then its box outputs."""
     with torch.no_grad():
         class_outputs, box_outputs = network(images)
     return class_outputs + box_outputs

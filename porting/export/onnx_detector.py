@@ -2,7 +2,6 @@
 
 The suppression is Gaussian and per class, as in AutoML's evaluation, and unrolled over its output slots.
 AutoML's own exports suppress across classes; this file does not.
-ONNX's own operator only does hard suppression.
 ONNX's own operator only does hard suppression. ``image_scales`` is one number per image for AutoML's way of
 resizing, which scales both axes alike, and two, down and across, for any other.
 """
@@ -11,16 +10,30 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from porting.errors import ConversionError
 from porting.export import Weights, Written
-from porting.export.network import COUNTS, DetectingNetwork, example_images, loaded, require_rounding
-from porting.export.onnx_file import about, check_onnx, export_onnx, run_onnx
+from porting.export.network import (
+    COUNTS,
+    EXAMPLES,
+    Postprocessing,
+    example_images,
+    head_names,
+    head_outputs,
+    loaded,
+    require_rounding,
+)
+from porting.export.onnx_file import check_onnx, network_graph, run_onnx, save_onnx, traced_graph
 from pytorch_model.detection.settings import NMSConfig
+from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import replacing
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 OUTPUTS = ("boxes_yxyx", "scores", "classes", "valid_len")
 
@@ -30,20 +43,21 @@ def write(weights: Weights, out: Path, nms: NMSConfig | None = None) -> Written:
 
     Raises :class:`ConversionError` if the size of the network's input, and so its anchors, vary.
     """
-    check_onnx(out)
+    check_onnx(out, ("onnx", "onnxscript", "onnxruntime"))
     if not weights.config.resizer.pad:
         raise ConversionError(
             "onnx-detector needs one size of the network's input, but this model's images are not padded "
             f"({weights.config.resizer}); export to onnx instead and decode the boxes yourself"
         )
     nms = nms or NMSConfig()
-    detector = DetectingNetwork(loaded(weights), nms).eval()
+    network = loaded(weights)
+    postprocessing = Postprocessing(weights.config, nms)
     with replacing(out) as temporary:
-        export_onnx(detector, _inputs(weights, 2), OUTPUTS, temporary, about(weights))
+        save_onnx(_with_postprocessing(weights, network, postprocessing), temporary, weights)
         worst = 0.0
         for count in COUNTS:
             inputs = _inputs(weights, count)
-            worst = max(worst, _check(detector, inputs, run_onnx(temporary, inputs)))
+            worst = max(worst, _check(network, postprocessing, inputs, run_onnx(temporary, inputs)))
     height, width = weights.config.input_size
     return Written(
         (out,),
@@ -67,14 +81,35 @@ def _one_scale(weights: Weights) -> bool:
     return weights.config.resizer.rule == "automl"
 
 
-def _check(detector: DetectingNetwork, inputs: dict[str, Tensor], found: list[Tensor]) -> float:
+def _with_postprocessing(
+    weights: Weights, network: EfficientDet, postprocessing: Postprocessing
+) -> ModelProto:
+    """The network's graph, followed by the traced postprocessing."""
+    from onnx import compose
+
+    heads = head_names(weights.config)
+    inputs = _inputs(weights, EXAMPLES)
+    examples = dict(zip(heads, head_outputs(network, inputs["images"]), strict=True))
+    traced = traced_graph(postprocessing, {**examples, "image_scales": inputs["image_scales"]}, OUTPUTS)
+    front = network_graph(weights)
+    front.ir_version = traced.ir_version
+    traced = compose.add_prefix(traced, "postprocessing/", rename_inputs=False, rename_outputs=False)
+    merged = compose.merge_models(front, traced, io_map=[(name, name) for name in heads])
+    del merged.opset_import[1:]  # both graphs' versions, which are equal
+    return merged
+
+
+def _check(
+    network: EfficientDet, postprocessing: Postprocessing, inputs: dict[str, Tensor], found: list[Tensor]
+) -> float:
     """The largest difference of scores. Boxes and classes whose scores are nearly equal may change places.
 
     Raises :class:`CheckFailedError` if it is more than rounding explains.
     """
-    with torch.no_grad():
-        _, single, *_ = detector(*inputs.values())
-        _, double, *_ = copy.deepcopy(detector).double()(*(tensor.double() for tensor in inputs.values()))
+    images, image_scales = inputs.values()
+    _, single, *_ = postprocessing(*head_outputs(network, images), image_scales)
+    exact = head_outputs(copy.deepcopy(network).double(), images.double())
+    _, double, *_ = copy.deepcopy(postprocessing).double()(*exact, image_scales.double())
     error, own = (float((scores - double).abs().max()) for scores in (found[1], single))
     require_rounding(f"scores are off by {error:.1e}", error, own)
     return error

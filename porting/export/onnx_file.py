@@ -1,4 +1,4 @@
-"""Writes and runs ONNX files, for both ONNX targets. Needs onnx, onnxscript and onnxruntime."""
+"""Writes and runs ONNX files, for both ONNX targets. Needs onnx and onnxruntime; a trace also onnxscript."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from porting.errors import OutputError
 from porting.export import Weights
 from porting.export.network import quiet
+from pytorch_model.engines.weights import FoldedWeights
 from pytorch_model.files import check_writable
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 
-def check_onnx(out: Path) -> None:
+def check_onnx(out: Path, packages: Sequence[str] = ("onnx", "onnxruntime")) -> None:
     """Raise OutputError if ``out`` is not an ``.onnx`` name, cannot be written, or packages are missing."""
     if out.suffix != ".onnx":
         raise OutputError(f"cannot write {out}: use a name that ends in .onnx")
-    missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise OutputError(
             f"cannot write {out}: ONNX needs {', '.join(missing)}: pip install 'efficientdet-porting[onnx]'"
@@ -34,14 +36,21 @@ def check_onnx(out: Path) -> None:
     check_writable(out)
 
 
-def export_onnx(
-    module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str], path: Path, metadata: dict[str, str]
-) -> None:
-    """Trace ``module`` on ``inputs`` (name → example, batch first) and write it. The batch stays free.
+def network_graph(weights: Weights) -> ModelProto:
+    """The network as the engines compute it, ``images`` → :func:`head_names`. Folded in float64."""
+    from pytorch_model.engines.onnx_graph import onnx_model
 
-    ``metadata`` is written into the file. Raises :class:`OutputError` if PyTorch's exporter fails.
+    config = weights.config
+    folded = FoldedWeights(weights.state_dict, config.fpn_weight_method, torch.float32)
+    return onnx_model(config, folded, config.input_size)
+
+
+def traced_graph(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence[str]) -> ModelProto:
+    """``module``, traced on ``inputs`` (name → example, batch first). The batch stays free.
+
+    Raises :class:`OutputError` if PyTorch's exporter fails.
     """
-    import onnx
+    from pytorch_model.engines.onnx_graph import OPSET
 
     batch = torch.export.Dim("batch", min=1)
     try:
@@ -50,19 +59,26 @@ def export_onnx(
                 module,
                 tuple(inputs.values()),
                 dynamo=True,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes={"tensors": tuple({0: batch} for _ in inputs)},
                 input_names=list(inputs),
                 output_names=list(outputs),
+                opset_version=OPSET,
                 verbose=False,
             )
     except Exception as error:  # of many types; the exporters of PyTorch 2.4 and 2.5 fail
         raise OutputError(
-            f"cannot write {path.name}: the ONNX exporter of PyTorch {torch.__version__} fails "
+            f"cannot write an ONNX file: the ONNX exporter of PyTorch {torch.__version__} fails "
             f"({type(error).__name__}); take a newer PyTorch, or another --to"
         ) from error
     assert program is not None
-    model = program.model_proto
-    onnx.helper.set_model_props(model, metadata)
+    return program.model_proto
+
+
+def save_onnx(model: ModelProto, path: Path, weights: Weights) -> None:
+    """Write ``model`` with :func:`about` its weights."""
+    import onnx
+
+    onnx.helper.set_model_props(model, about(weights))
     onnx.save_model(model, path)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from porting.export import Weights, Written
-from porting.export.network import compare_outputs, example_images, head_names, loaded
-from porting.export.onnx_file import about, check_onnx, export_onnx, run_onnx
+from porting.export.network import compare_outputs, head_names, loaded
+from porting.export.onnx_file import check_onnx, network_graph, run_onnx, save_onnx
 from pytorch_model.files import replacing
 
 
@@ -15,7 +15,7 @@ def write(weights: Weights, out: Path) -> Written:
     check_onnx(out)
     network, names = loaded(weights), head_names(weights.config)
     with replacing(out) as temporary:
-        export_onnx(network, {"images": example_images(weights.config)}, names, temporary, about(weights))
+        save_onnx(network_graph(weights), temporary, weights)
         worst = compare_outputs(network, lambda images: run_onnx(temporary, {"images": images}))
     height, width = weights.config.input_size
     return Written(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,17 @@ Value = Feature[str]
 
 
 class OnnxOps:
-    """Adds a node for each operation. The values are the names of the nodes' outputs."""
+    """Adds a node for each operation. The values are the names of the nodes' outputs.
+
+    A layer's output has the layer's name in the state dict, as far as it is one value; what is computed from
+    it without a layer has a suffix. A name that is taken gets a number: the heads share layers.
+    """
 
     def __init__(self, weights: FoldedWeights) -> None:
         self.nodes: list = []
         self.initializers: dict[str, object] = {}
         self._weights = weights
+        self._uses: Counter[str] = Counter()
 
     def conv(
         self,
@@ -51,6 +57,7 @@ class OnnxOps:
         value = self._node(
             "Conv",
             names,
+            bn or conv,
             kernel_shape=[kernel, kernel],
             strides=[stride, stride],
             pads=[pads[0][0], pads[1][0], pads[0][1], pads[1][1]],
@@ -61,40 +68,44 @@ class OnnxOps:
         return self.act(out, act) if act else out
 
     def act(self, x: Value, act: str) -> Value:
+        name = f"{x.value}.act"
         if act in ("swish", "silu", "swish_native"):
-            value = self._node("Mul", [x.value, self._node("Sigmoid", [x.value])])
+            sigmoid = self._node("Sigmoid", [x.value], f"{x.value}.sigmoid")
+            value = self._node("Mul", [x.value, sigmoid], name)
         elif act == "relu6":
-            value = self._node("Clip", [x.value, self._number("zero", 0.0), self._number("six", 6.0)])
+            limits = [self._number("zero", 0.0), self._number("six", 6.0)]
+            value = self._node("Clip", [x.value, *limits], name)
         else:
-            value = self._node({"relu": "Relu", "hswish": "HardSwish", "mish": "Mish"}[act], [x.value])
+            value = self._node({"relu": "Relu", "hswish": "HardSwish", "mish": "Mish"}[act], [x.value], name)
         return Feature(value, x.channels, x.size)
 
     def gate(self, x: Value, se: str, filters: int, act: str) -> Value:
         # One axis after the other: ONNX Runtime adds a whole map up one by one, which loses two more digits.
         value = x.value
         for axis in (3, 2):
-            value = self._node(
-                "ReduceMean", [value, self._array(f"axis_{axis}", np.array([axis]))], keepdims=1
-            )
+            axes = self._array(f"axis_{axis}", np.array([axis]))
+            value = self._node("ReduceMean", [value, axes], f"{se}.mean_{axis}", keepdims=1)
         mean = Feature(value, x.channels, (1, 1))
         inner = self.conv(mean, f"{se}.reduce", filters=filters, act=act)
-        gate = self._node("Sigmoid", [self.conv(inner, f"{se}.expand", filters=x.channels).value])
-        return Feature(self._node("Mul", [x.value, gate]), x.channels, x.size)
+        outer = self.conv(inner, f"{se}.expand", filters=x.channels)
+        gate = self._node("Sigmoid", [outer.value], f"{se}.gate")
+        return Feature(self._node("Mul", [x.value, gate], se), x.channels, x.size)
 
     def add(self, x: Value, y: Value) -> Value:
-        return Feature(self._node("Add", [x.value, y.value]), x.channels, x.size)
+        return Feature(self._node("Add", [x.value, y.value], f"{x.value}.add"), x.channels, x.size)
 
     def fuse(self, inputs: list[Value], weights: str | None) -> Value:
         values = [x.value for x in inputs]
         if weights is not None:
             fusion = self._weights.fusion(weights)
             values = [
-                self._node("Mul", [value, self._tensor(f"{weights}.{i}", fusion[i])])
+                self._node("Mul", [value, self._tensor(f"{weights}.{i}", fusion[i])], f"{weights}.scaled")
                 for i, value in enumerate(values)
             ]
+        name = f"{values[0]}.add" if weights is None else weights.removesuffix(".weights")
         total = values[0]
-        for value in values[1:]:
-            total = self._node("Add", [total, value])
+        for i, value in enumerate(values[1:], start=2):
+            total = self._node("Add", [total, value], name if i == len(values) else f"{name}.part")
         return Feature(total, inputs[0].channels, inputs[0].size)
 
     def max_pool(self, x: Value, size: tuple[int, int]) -> Value:
@@ -103,6 +114,7 @@ class OnnxOps:
         value = self._node(
             "MaxPool",
             [x.value],
+            f"{x.value}.pool",
             kernel_shape=[stride + 1 for stride in strides],
             strides=strides,
             pads=[pads[0][0], pads[1][0], pads[0][1], pads[1][1]],
@@ -116,6 +128,7 @@ class OnnxOps:
             value = self._node(
                 "Resize",
                 [x.value, "", self._array(f"scales_{scales[2]:g}_{scales[3]:g}", scales)],
+                f"{x.value}.resize",
                 mode="nearest",
                 coordinate_transformation_mode="asymmetric",
                 nearest_mode="floor",
@@ -124,11 +137,15 @@ class OnnxOps:
         value = x.value
         for axis, side, target in zip((2, 3), x.size, size, strict=True):
             indices = np.arange(target, dtype=np.int64) * side // target
-            value = self._node("Gather", [value, self._array(f"nearest_{side}_{target}", indices)], axis=axis)
+            rows = self._array(f"nearest_{side}_{target}", indices)
+            value = self._node("Gather", [value, rows], f"{x.value}.resize_{axis}", axis=axis)
         return Feature(value, x.channels, size)
 
-    def _node(self, kind: str, inputs: Sequence[str], **attributes: object) -> str:
-        name = f"{kind}_{len(self.nodes)}"
+    def _node(self, kind: str, inputs: Sequence[str], name: str, **attributes: object) -> str:
+        """Add a node. Returns the name of its output, which begins with ``name``."""
+        self._uses[name] += 1
+        if self._uses[name] > 1:
+            name = f"{name}.{self._uses[name]}"
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
