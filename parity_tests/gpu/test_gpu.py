@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -116,13 +117,25 @@ def test_a_detector_finds_the_same(scope: str, device: str, model: EfficientDet)
     found = Detector(copy.deepcopy(model).to(device), nms=nms, engine="folded")(several)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours["scores"].cpu(), theirs["scores"], rtol=0, atol=1e-4)
-        torch.testing.assert_close(ours["boxes"].cpu(), theirs["boxes"], rtol=0, atol=0.05)
+        torch.testing.assert_close(ours["boxes"].cpu(), theirs["boxes"], rtol=1e-4, atol=0.05)
         assert torch.equal(ours["labels"].cpu(), theirs["labels"])
+
+
+@contextmanager
+def no_waiting(device: str) -> Iterator[None]:
+    """In this context, whatever makes the CPU wait for the GPU raises an error."""
+    if device == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_both
 def test_nothing_waits_between_images_and_detections(device: str, model: EfficientDet) -> None:
-    """With PyTorch's own watch on: a copy to the host, or a read value, raises an error."""
     from pytorch_model.anchors import generate_anchors
 
     run = make_engine("folded", copy.deepcopy(model).to(device), SIZE)
@@ -130,9 +143,6 @@ def test_nothing_waits_between_images_and_detections(device: str, model: Efficie
     anchors_yxyx = generate_anchors(model.config, SIZE).to(device)
     scales = torch.ones(2, device=device)
     postprocess_per_class(*run(x), anchors_yxyx, NMSConfig(), scales)  # what is made once is made here
-    torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-    try:
+    with no_waiting(device):
         found = postprocess_per_class(*run(x), anchors_yxyx, NMSConfig(), scales)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert found.scores.shape == (2, 100)
