@@ -323,7 +323,8 @@ def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over sorted names, shapes and float32 bytes. It identifies the weights in any file format."""
     digest = hashlib.sha256()
     for name in sorted(variables):
-        value = np.ascontiguousarray(variables[name], np.float32)
+        with np.errstate(over="ignore"):  # check_targets finds overflows
+            value = np.ascontiguousarray(variables[name], np.float32)
         digest.update(json.dumps([name, list(value.shape)]).encode())
         digest.update(value.tobytes())
     return digest.hexdigest()

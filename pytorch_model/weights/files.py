@@ -36,7 +36,7 @@ def write_weights(
 
     ``metadata`` is free text about the origin of the tensors. A digest of everything is added
     (:func:`content_digest`). Only ``.pth`` needs PyTorch. Not atomic: callers write to a temporary name and
-    rename. Raises :class:`WeightsError` on another suffix, ``OSError`` from the disk.
+    rename. Raises :class:`WeightsError` on another suffix or dtype, ``OSError`` from the disk.
     """
     config_json = json.dumps(config.to_dict())
     about = {**metadata, "config": config_json}
@@ -68,6 +68,12 @@ def _write_safetensors(path: Path, state_dict: Mapping[str, AnyTensor], metadata
     Source: the format's description, https://github.com/huggingface/safetensors.
     """
     kinds = list(DTYPES)
+    for key, tensor in state_dict.items():
+        if dtype_name(tensor) not in kinds:
+            raise WeightsError(
+                f"cannot write {path.name}: {key} is {dtype_name(tensor)}, which could not be read again; "
+                "save it as float32"
+            )
     order = sorted(state_dict, key=lambda key: (kinds.index(dtype_name(state_dict[key])), key))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0

@@ -28,6 +28,9 @@ DTYPES: Mapping[str, str] = {
     "bool": "BOOL",
 }
 
+#: Floats of both PyTorch and NumPy.
+_SHARED = ("float64", "float32", "float16")
+
 
 def is_tensor(value: object) -> TypeGuard[AnyTensor]:
     """Whether ``value`` is a tensor of either kind."""
@@ -50,6 +53,8 @@ def is_floating(tensor: AnyTensor) -> bool:
 
 def is_finite(tensor: AnyTensor) -> bool:
     """Whether no value is NaN or infinite."""
+    if not isinstance(tensor, np.ndarray) and tensor.device.type == "cpu" and dtype_name(tensor) in _SHARED:
+        tensor = tensor.detach().numpy()  # PyTorch's threads cost more than this check of a small tensor
     finite = np.isfinite(tensor) if isinstance(tensor, np.ndarray) else tensor.isfinite()
     return bool(finite.all())
 
