@@ -16,14 +16,13 @@ import safetensors.torch
 import torch
 
 from parity_tests.helpers.paths import GOLDENS, ROOT
-from parity_tests.helpers.small_models import tiny
+from parity_tests.helpers.small_models import seeded, tiny
 from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import apply_rules, convert, write_conversion
 from porting.errors import ConversionError, WeightsError
-from porting.reverse import reverse
+from porting.reverse import reverse, with_averages
 from porting.rules import rules
-from porting.synthetic import synthetic_checkpoint, synthetic_variables
 from pytorch_model.config import model_config
 from pytorch_model.weights.checks import DIGEST
 from pytorch_model.weights.files import read_any, read_weights, write_folder, write_weights
@@ -47,13 +46,13 @@ def run(
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    return apply_rules(rules(CONFIG), synthetic_variables(CONFIG))
+    return apply_rules(rules(CONFIG), seeded(CONFIG))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
-    write_bundle(folder / "model", synthetic_checkpoint(CONFIG))
+    write_bundle(folder / "model", with_averages(seeded(CONFIG), 7))
     return folder
 
 
@@ -210,7 +209,7 @@ def test_what_is_shared_cannot_be_written_to(checkpoint: Path) -> None:
 def test_memory_of_a_conversion(tmp_path: Path) -> None:
     """The weights once, and one of them twice for a moment: at most half more."""
     config = model_config("efficientdet-d0")
-    write_bundle(tmp_path / "model", synthetic_checkpoint(config))
+    write_bundle(tmp_path / "model", with_averages(seeded(config), 7))
     with open_checkpoint(tmp_path) as opened:
         tracemalloc.start()
         try:
@@ -234,10 +233,9 @@ def test_float64_arrays_stay_exact(checkpoint: Path) -> None:
 
 
 def test_an_overflow_is_told_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    content = synthetic_checkpoint(CONFIG)
+    content = seeded(CONFIG)
     name = "efficientnet-b0/stem/tpu_batch_normalization/gamma"
-    for entry in (name, f"{name}/ExponentialMovingAverage"):
-        content[entry] = np.full(content[entry].shape, 1e300)
+    content[name] = np.full(content[name].shape, 1e300)
     write_bundle(tmp_path / "model", content)
     with open_checkpoint(tmp_path) as opened, pytest.raises(ConversionError, match="overflows float32"):
         convert(opened, CONFIG)
