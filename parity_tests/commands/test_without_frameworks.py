@@ -109,6 +109,13 @@ def test_export(dtype: torch.dtype, tmp_path: Path, state: dict[str, torch.Tenso
             np.testing.assert_array_equal(again[key], tensor.float().numpy())
 
 
+def test_export_to_keras(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    pytest.importorskip("h5py", reason="needs h5py")
+    write_weights(tmp_path / "w.safetensors", state, CONFIG, {})
+    done = run("export", "--weights", "w.safetensors", "--to", "h5", "--out", "w.h5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_export_refuses(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
     key = "box_net.predict.pointwise.bias"
     arguments = ("--weights", "w.safetensors", "--to", "tf-checkpoint", "--out", "out")
