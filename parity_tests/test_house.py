@@ -189,7 +189,7 @@ def test_imports_are_found() -> None:
     pairs = {(edge.importer, edge.imported) for edge in imports()}
     assert ("porting.convert", "porting.rules") in pairs
     assert ("porting.checkpoint.keras_h5", "porting.checkpoint.base") in pairs
-    assert ("porting.convert", "pytorch_model.efficientdet") in pairs
+    assert ("porting.convert", "pytorch_model.weights.files") in pairs
     assert ("parity_tests.robustness.test_faults", "pytorch_model.weights.files") in pairs  # a lazy name
 
 

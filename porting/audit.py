@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
-from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.weights.catalogue import tensor_specs
 from tf_reference.variables import variable_shapes, variables
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ def audit_parameters(config: EfficientDetConfig) -> ParameterAudit:
     for variable in variables(config):
         if variable.trainable:
             automl[_part(variable.name, "/")] += math.prod(variable.shape)
-    with torch.device("meta"):
-        for name, parameter in EfficientDet(config).named_parameters():
-            ours[_part(name, ".")] += parameter.numel()
+    for key, spec in tensor_specs(config).items():
+        if spec.trainable:
+            ours[_part(key, ".")] += math.prod(spec.shape)
     published = PUBLISHED[config.name].parameters if is_released(config) else None
     return ParameterAudit(_in_order(automl), _in_order(ours), published)
 
@@ -122,6 +123,10 @@ def multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int] | None
 
 @cache
 def _multiply_adds(config: EfficientDetConfig, image_size: tuple[int, int]) -> dict[str, int]:
+    import torch
+
+    from pytorch_model.efficientdet import EfficientDet
+
     counts = Counter[str]()
     with torch.device("meta"):
         model = EfficientDet(config).eval()

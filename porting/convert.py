@@ -8,11 +8,11 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
-import torch
 
 from porting.checkpoint import Checkpoint
 from porting.errors import CheckFailedError, ConversionError
@@ -20,10 +20,14 @@ from porting.rules import Rule, rules
 from porting.scopes import EMA_SUFFIX, SEGMENTATION_SCOPES, SLOT_SUFFIXES, TRAINING_SCALARS, model_name
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import replacing
+from pytorch_model.weights.catalogue import tensor_specs
 from pytorch_model.weights.files import write_weights
+from pytorch_model.weights.tensors import AnyTensor, as_tensors, dtype_name, is_finite
 from tf_reference.variables import variable_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Values that a conversion is made of.
 EMA, RAW = "EMA", "raw"
@@ -45,14 +49,22 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Conversion:
-    """``state_dict`` fits ``EfficientDet(config)``. ``variables`` are the AutoML values it was made from."""
+    """``arrays`` fit ``EfficientDet(config)``. ``variables`` are the AutoML values they were made from.
+
+    They share memory where a variable is only stored in another order, and cannot be written to.
+    """
 
     config: EfficientDetConfig
-    state_dict: dict[str, torch.Tensor]
+    arrays: dict[str, np.ndarray]  # state-dict key → values
     variables: dict[str, np.ndarray]
     values_kind: str  # "EMA", "raw", or "EMA (705 of 709, the rest raw)"
     coverage: Coverage
     digest: str  # SHA-256 over names, shapes and values of `variables`
+
+    @cached_property
+    def state_dict(self) -> dict[str, Tensor]:
+        """``arrays`` as PyTorch's tensors, a copy. Imports torch."""
+        return as_tensors(self.arrays)
 
 
 def convert(
@@ -63,7 +75,7 @@ def convert(
     *,
     ema_or_raw: bool = False,
 ) -> Conversion:
-    """Port ``checkpoint`` to the state dict of ``EfficientDet(config)``.
+    """Port ``checkpoint`` to the state dict of ``EfficientDet(config)``, without PyTorch and TensorFlow.
 
     The exponential moving averages are used if the checkpoint has them, unless ``raw``. With ``ema_or_raw``,
     a variable without an average is taken raw, as AutoML's Keras code restores it. ``dtype`` is the type
@@ -78,17 +90,35 @@ def convert(
         _check_values(name, variables[name])
     table = list(rules(config))
     check_rules(table, variables, config)
-    state_dict = apply_rules(table, variables, dtype)
-    check_targets(state_dict, config)
+    digest = variables_digest(variables)
+    arrays = _port_and_share(table, variables, dtype)
+    check_targets(arrays, config)
     folded = {rule.sources[1] for rule in table if rule.transform is FOLD_BIAS_INTO_MEAN}
     return Conversion(
         config=config,
-        state_dict=state_dict,
+        arrays=arrays,
         variables=variables,
         values_kind=values_kind,
-        coverage=Coverage(len(variables), unused, len(state_dict), len(folded)),
-        digest=variables_digest(variables),
+        coverage=Coverage(len(variables), unused, len(arrays), len(folded)),
+        digest=digest,
     )
+
+
+def _port_and_share(
+    table: Iterable[Rule], variables: dict[str, np.ndarray], dtype: str
+) -> dict[str, np.ndarray]:
+    """As :func:`port_arrays`, but memory does not grow.
+
+    A variable that is only stored in another order becomes a view of its tensor, and its own memory is free
+    again. Nobody may write to what they share.
+    """
+    arrays = {}
+    for rule in table:
+        array = arrays[rule.target] = _port(rule, variables, dtype)
+        array.flags.writeable = False
+        if len(rule.sources) == 1 and array.dtype == variables[rule.sources[0]].dtype:
+            (variables[rule.sources[0]],) = rule.transform.inverse(array, 1)
+    return arrays
 
 
 def check_rules(
@@ -124,15 +154,23 @@ _SHARED_BIAS = re.compile(r"(class|box)_net/\1-\d+/bias")
 
 def apply_rules(
     table: Iterable[Rule], variables: Mapping[str, np.ndarray], dtype: str = "float32"
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
+    """As :func:`port_arrays`, with PyTorch's tensors, for a network. Imports torch."""
+    return as_tensors(port_arrays(table, variables, dtype))
+
+
+def port_arrays(
+    table: Iterable[Rule], variables: Mapping[str, np.ndarray], dtype: str = "float32"
+) -> dict[str, np.ndarray]:
     """Apply every rule. Counters stay int64; everything else becomes ``dtype``."""
-    state_dict = {}
-    for rule in table:
-        with np.errstate(over="ignore"):  # check_targets finds overflows
-            array = rule.transform.forward(*(variables[source] for source in rule.sources))
-            kind = array.dtype if array.dtype == np.int64 else np.dtype(dtype)
-            state_dict[rule.target] = torch.from_numpy(np.array(array, kind, order="C"))
-    return state_dict
+    return {rule.target: _port(rule, variables, dtype) for rule in table}
+
+
+def _port(rule: Rule, variables: Mapping[str, np.ndarray], dtype: str) -> np.ndarray:
+    """A new array in C order."""
+    with np.errstate(over="ignore"):  # check_targets finds overflows
+        array = rule.transform.forward(*(variables[source] for source in rule.sources))
+        return np.array(array, array.dtype if array.dtype == np.int64 else np.dtype(dtype), order="C")
 
 
 def choose_variables(
@@ -253,13 +291,12 @@ def _check_values(name: str, value: np.ndarray) -> None:
         raise ConversionError(f"{name} holds a negative variance ({value.min():.3g}); the file is damaged")
 
 
-def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetConfig) -> None:
+def check_targets(state_dict: Mapping[str, AnyTensor], config: EfficientDetConfig) -> None:
     """Check that every tensor of the model is written, with the right shape and finite values.
 
     Raises :class:`ConversionError` otherwise.
     """
-    with torch.device("meta"):
-        expected = {key: tensor.shape for key, tensor in EfficientDet(config).state_dict().items()}
+    expected = tensor_specs(config)
     for what, keys in (
         ("leave unwritten", expected.keys() - state_dict.keys()),
         ("write to no tensor called", state_dict.keys() - expected.keys()),
@@ -269,15 +306,16 @@ def check_targets(state_dict: Mapping[str, torch.Tensor], config: EfficientDetCo
                 f"the rules {what} {min(keys)} ({len(keys)} in all); rules and model disagree"
             )
     for key, tensor in state_dict.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise ConversionError(
-                f"{key} overflows {str(tensor.dtype).removeprefix('torch.')}: its variables hold values too "
-                "large for a trained network; the file is damaged"
+                f"{key} overflows {dtype_name(tensor)}: its variables hold values too large for a trained "
+                "network; the file is damaged"
             )
-    for key, shape in expected.items():
-        if state_dict[key].shape != shape:
+    for key, spec in expected.items():
+        if tuple(state_dict[key].shape) != spec.shape:
             raise CheckFailedError(
-                f"the rules make {key} of shape {list(state_dict[key].shape)}, the model needs {list(shape)}"
+                f"the rules make {key} of shape {list(state_dict[key].shape)}, the model needs "
+                f"{list(spec.shape)}"
             )
 
 
@@ -285,7 +323,8 @@ def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over sorted names, shapes and float32 bytes. It identifies the weights in any file format."""
     digest = hashlib.sha256()
     for name in sorted(variables):
-        value = np.ascontiguousarray(variables[name], np.float32)
+        with np.errstate(over="ignore"):  # check_targets finds overflows
+            value = np.ascontiguousarray(variables[name], np.float32)
         digest.update(json.dumps([name, list(value.shape)]).encode())
         digest.update(value.tobytes())
     return digest.hexdigest()
@@ -312,7 +351,7 @@ def write_conversion(
     """
     about = {key: json.dumps(value) for key, value in metadata(conversion, checkpoint, assumed).items()}
     with replacing(out) as temporary:
-        write_weights(temporary, conversion.state_dict, conversion.config, about)
+        write_weights(temporary, conversion.arrays, conversion.config, about)
 
 
 def read_raw_variables(checkpoint: Checkpoint, conversion: Conversion) -> dict[str, np.ndarray] | None:

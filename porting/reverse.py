@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 
 from porting.errors import CheckFailedError, ConversionError
 from porting.rules import Rule, rules
 from porting.scopes import EMA_SUFFIX
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.efficientdet import check_weights
+from pytorch_model.weights.checks import check_weights
+from pytorch_model.weights.tensors import AnyTensor, as_array
 from tf_reference.variables import variable_shapes
 
 
 def reverse(
-    state_dict: Mapping[str, torch.Tensor], config: EfficientDetConfig, dtype: str = "float32"
+    state_dict: Mapping[str, AnyTensor], config: EfficientDetConfig, dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
     """Every model variable of ``config``, in AutoML's names and layout, such that it converts to
     ``state_dict``.
@@ -40,7 +40,7 @@ def reverse(
 
 
 def undo_rules(
-    table: Iterable[Rule], state_dict: Mapping[str, torch.Tensor], dtype: str = "float32"
+    table: Iterable[Rule], state_dict: Mapping[str, AnyTensor], dtype: str = "float32"
 ) -> dict[str, np.ndarray]:
     """Apply the inverse of every rule.
 
@@ -49,9 +49,7 @@ def undo_rules(
     """
     variables: dict[str, np.ndarray] = {}
     for rule in table:
-        tensor = state_dict[rule.target].detach().cpu()
-        # Every bfloat16 and float16 value is a float32 value; NumPy does not have bfloat16.
-        array = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
+        array = as_array(state_dict[rule.target])
         for name, value in zip(rule.sources, rule.transform.inverse(array, len(rule.sources)), strict=True):
             with np.errstate(over="ignore"):  # _check finds overflows
                 value = np.array(value, dtype, order="C")

@@ -8,15 +8,24 @@ location); AutoML ``tf2/anchors.py``; for ``power_of_two``, TensorFlow Models
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from pytorch_model.config import EfficientDetConfig
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> Tensor:
+    """:func:`anchor_boxes` as a tensor. Imports torch."""
+    import torch
+
+    return torch.from_numpy(anchor_boxes(config, image_size))
+
+
+def anchor_boxes(config: EfficientDetConfig, image_size: tuple[int, int] | None = None) -> np.ndarray:
     """Every anchor of the network: float32 [A, 4], order yxyx, in pixels of the network's input.
 
     ``image_size`` (height, width), what images are resized into, defaults to ``config.image_size``. A runs
@@ -39,7 +48,7 @@ def generate_anchors(config: EfficientDetConfig, image_size: tuple[int, int] | N
         boxes_yxyx[..., 3] = centres_x[None, :, None] + half_widths
         levels.append(boxes_yxyx.reshape(-1, 4))
     # float64 until here: AutoML computes anchors in NumPy and rounds once.
-    return torch.from_numpy(np.concatenate(levels).astype(np.float32))
+    return np.concatenate(levels).astype(np.float32)
 
 
 def _size_ratio(size: int, cells: int, level: int) -> tuple[float, float]:
@@ -80,6 +89,8 @@ def decode_boxes(box_outputs: Tensor, anchors_yxyx: Tensor) -> Tensor:
     anchor's sides, and the sides are multiplied by exp(th), exp(tw). The result has the anchors' unit and is
     not clipped.
     """
+    import torch
+
     top, left, bottom, right = anchors_yxyx.unbind(-1)
     ty, tx, th, tw = box_outputs.unbind(-1)
     anchor_height, anchor_width = bottom - top, right - left

@@ -14,7 +14,7 @@ from pytorch_model.bifpn import BiFPN, Resample
 from pytorch_model.config import MAX_BACKBONE_LEVEL, EfficientDetConfig, model_config
 from pytorch_model.efficientnet import EfficientNet
 from pytorch_model.heads import box_net, class_net
-from pytorch_model.weights.checks import check_state_dict
+from pytorch_model.weights.checks import check_weights
 from pytorch_model.weights.files import read_weights, write_folder
 
 #: The tensors whose shape depends on the number of classes: a change of it re-initialises them.
@@ -68,9 +68,9 @@ class EfficientDet(nn.Module):
         :class:`WeightsError` unless every key, shape and dtype fits.
         """
         state_dict = dict(state_dict)
+        check_weights(state_dict, config, source)
         with torch.device("meta"):
             model = cls(config)
-        check_state_dict(state_dict, model.state_dict(), config.name, source)
         if num_classes is not None and num_classes != config.num_classes:
             model = cls(config.replace(num_classes=num_classes))
             fresh, dtype = model.state_dict(), state_dict[CLASS_PREDICTOR[0]].dtype
@@ -113,13 +113,3 @@ def load_model(path: str | os.PathLike[str], num_classes: int | None = None) -> 
     before the model is built. Raises :class:`WeightsError` if file and model differ.
     """
     return EfficientDet.from_pretrained(path, num_classes)
-
-
-def check_weights(state_dict: Mapping[str, Tensor], config: EfficientDetConfig, source: str) -> None:
-    """Raise :class:`WeightsError` unless ``state_dict`` fits ``EfficientDet(config)``; nothing is built.
-
-    ``source`` names the tensors in messages.
-    """
-    with torch.device("meta"):
-        expected = EfficientDet(config).state_dict()
-    check_state_dict(state_dict, expected, config.name, source)

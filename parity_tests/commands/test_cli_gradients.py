@@ -16,7 +16,7 @@ from parity_tests.helpers.small_models import one_of_each_layer as tiny
 from porting.cli.commands import verify as command
 from porting.cli.drawing.gradients import print_gradients
 from porting.cli.main import execute
-from porting.convert import Conversion, Coverage, apply_rules, variables_digest
+from porting.convert import Conversion, Coverage, port_arrays, variables_digest
 from porting.parity import gradients as gradients_module
 from porting.parity.gradients import (
     PARTS,
@@ -43,9 +43,9 @@ def verify(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def conversion() -> Conversion:
     config, variables = tiny(), synthetic_variables(tiny())
-    state = apply_rules(rules(config), variables)
-    coverage = Coverage(len(variables), {}, len(state), 0)
-    return Conversion(config, state, variables, "raw", coverage, variables_digest(variables))
+    arrays = port_arrays(rules(config), variables)
+    coverage = Coverage(len(variables), {}, len(arrays), 0)
+    return Conversion(config, arrays, variables, "raw", coverage, variables_digest(variables))
 
 
 @pytest.mark.usefixtures("tensorflow")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -349,7 +350,11 @@ def test_only_plain_tensors_are_read(kind: str, tmp_path: Path) -> None:
 def test_a_float8_safetensors_file_is_rejected(tmp_path: Path) -> None:
     network = tiny()
     state = {**network.state_dict(), STEM: torch.zeros(32).to(torch.float8_e4m3fn)}
-    write_weights(tmp_path / "w.safetensors", state, network.config, {})
+    with pytest.raises(WeightsError, match=rf"cannot write w\.safetensors: {STEM} is float8_e4m3fn"):
+        write_weights(tmp_path / "w.safetensors", state, network.config, {})
+    assert not list(tmp_path.iterdir())
+    config = json.dumps(network.config.to_dict())
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"config": config})
     with pytest.raises(WeightsError, match=rf"{STEM} is float8_e4m3fn, which cannot be used here"):
         read_weights(tmp_path / "w.safetensors")
 

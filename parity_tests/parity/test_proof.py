@@ -10,7 +10,7 @@ import pytest
 
 import porting.parity
 from parity_tests.helpers.tflite_files import TINY
-from porting.convert import Conversion, Coverage, apply_rules, variables_digest
+from porting.convert import Conversion, Coverage, port_arrays, variables_digest
 from porting.errors import EfficientDetError, WeightsError
 from porting.parity.inputs import seeded_images, verification_size
 from porting.parity.lockstep import TapResult
@@ -47,9 +47,9 @@ class Recorder:
 @pytest.fixture(scope="module")
 def conversion() -> Conversion:
     variables = synthetic_variables(TINY)
-    state = apply_rules(rules(TINY), variables)
-    coverage = Coverage(len(variables), {}, len(state), 0)
-    return Conversion(TINY, state, variables, "raw", coverage, variables_digest(variables))
+    arrays = port_arrays(rules(TINY), variables)
+    coverage = Coverage(len(variables), {}, len(arrays), 0)
+    return Conversion(TINY, arrays, variables, "raw", coverage, variables_digest(variables))
 
 
 @pytest.fixture(scope="module")

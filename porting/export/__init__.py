@@ -15,17 +15,26 @@ from typing import TYPE_CHECKING
 
 from pytorch_model.config import EfficientDetConfig, Resizer
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a list of the targets needs no NumPy
     from torch import Tensor
+
+    from pytorch_model.weights.tensors import AnyTensor
 
 
 @dataclass(frozen=True)
 class Weights:
     """A checked state dict, the configuration that it fits, and the metadata of its file."""
 
-    state_dict: Mapping[str, Tensor]
+    state_dict: Mapping[str, AnyTensor]
     config: EfficientDetConfig
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """``state_dict`` with PyTorch's tensors. Imports torch."""
+        from pytorch_model.weights.tensors import as_tensors
+
+        return as_tensors(self.state_dict)
 
 
 @dataclass(frozen=True)

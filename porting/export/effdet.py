@@ -100,7 +100,7 @@ def effdet_state_dict(weights: Weights) -> dict[str, Tensor]:
 
     Raises ConversionError if one of our tensors has no name in effdet.
     """
-    ours = dict(weights.state_dict)
+    ours = weights.tensors
     theirs = {}
     for module, name, redundant_bias in effdet_layers(weights.config):
         if redundant_bias and f"{module}.weight" in ours:

@@ -54,7 +54,7 @@ def loaded(weights: Weights) -> EfficientDet:
     """The float32 network with ``weights``, in evaluation mode."""
     state_dict = {
         key: tensor.float() if tensor.is_floating_point() else tensor
-        for key, tensor in weights.state_dict.items()
+        for key, tensor in weights.tensors.items()
     }
     network = EfficientDet.from_state_dict(state_dict, weights.config, "the weights")
     return network.requires_grad_(False)

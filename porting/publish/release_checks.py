@@ -31,9 +31,9 @@ from porting.publish.release_folder import (
 )
 from porting.rules import taps
 from pytorch_model.config import EfficientDetConfig
-from pytorch_model.efficientdet import check_weights
 from pytorch_model.files import sha256_of_file
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE
+from pytorch_model.weights.checks import check_weights
 from pytorch_model.weights.files import config_text, read_tensors, read_weights
 
 #: The runs that a parity report must hold: the rules in exact arithmetic, the weights as they are used.

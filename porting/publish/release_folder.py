@@ -88,9 +88,9 @@ def write_release(
     Raises :class:`EfficientDetError` if ``metrics`` belong to other weights; ``OSError`` from the disk.
     """
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
-    write_weights(folder / MODEL_FILE, conversion.state_dict, conversion.config, texts)
+    write_weights(folder / MODEL_FILE, conversion.arrays, conversion.config, texts)
     (folder / CONFIG_FILE).write_text(config_text(conversion.config, about), encoding="utf-8")
-    (folder / "weights").write_bytes(torch_bytes(dict(conversion.state_dict)))
+    (folder / "weights").write_bytes(torch_bytes(conversion.state_dict))
     (folder / "weights").rename(folder / f"{name}-{sha256_of_file(folder / 'weights')[:8]}.pth")
     write_json(report, folder / PARITY)
     write_html(report, folder / PARITY_PAGE)

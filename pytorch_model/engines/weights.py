@@ -10,6 +10,7 @@ from torch import Tensor
 from pytorch_model.bifpn import FASTATTN_EPSILON
 from pytorch_model.config import BN_EPSILON
 from pytorch_model.errors import WeightsError
+from pytorch_model.weights.tensors import is_finite
 
 
 class FoldedWeights:
@@ -32,7 +33,7 @@ class FoldedWeights:
             bias = self._double(f"{bn}.bias") + shift * scale
         for tensor in (weight, bias):
             # Some operations of other engines turn NaN into a number.
-            if tensor is not None and not bool(tensor.isfinite().all()):
+            if tensor is not None and not is_finite(tensor):
                 raise WeightsError(
                     f"{bn or conv} is not finite (NaN or infinity): the weights are damaged; convert "
                     "them again"

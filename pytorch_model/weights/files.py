@@ -10,42 +10,42 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.errors import ConfigError, WeightsError, first_line
 from pytorch_model.files import check_regular
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE, SUFFIXES
 from pytorch_model.weights.checks import DIGEST, check_digest, content_digest, plain_tensors
-from pytorch_model.weights.pickles import load_pth
+from pytorch_model.weights.tensors import DTYPES, AnyTensor, as_tensors, dtype_name, raw_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 def write_weights(
-    path: Path, state_dict: Mapping[str, Tensor], config: EfficientDetConfig, metadata: Mapping[str, str]
+    path: Path, state_dict: Mapping[str, AnyTensor], config: EfficientDetConfig, metadata: Mapping[str, str]
 ) -> None:
     """Write a weight file at ``path``; its suffix, one of :data:`SUFFIXES`, chooses the format.
 
     ``metadata`` is free text about the origin of the tensors. A digest of everything is added
-    (:func:`content_digest`). Not atomic: callers write to a temporary name and rename. Raises
-    :class:`WeightsError` on another suffix, ``OSError`` from the disk.
+    (:func:`content_digest`). Only ``.pth`` needs PyTorch. Not atomic: callers write to a temporary name and
+    rename. Raises :class:`WeightsError` on another suffix or dtype, ``OSError`` from the disk.
     """
     config_json = json.dumps(config.to_dict())
     about = {**metadata, "config": config_json}
     about[DIGEST] = content_digest(state_dict, about)
     if path.suffix == ".safetensors":
-        from safetensors.torch import save
-
-        data = save(dict(state_dict), {**about, "format": "pt"})
-        _write_sorted(path, data)
+        _write_safetensors(path, state_dict, {**about, "format": "pt"})
     elif path.suffix == ".pth":
         del about["config"]
-        content = {"state_dict": dict(state_dict), "config": config_json, "metadata": about}
+        content = {"state_dict": as_tensors(state_dict), "config": config_json, "metadata": about}
         path.write_bytes(torch_bytes(content))
     else:
         raise WeightsError(f"cannot write {path.name}: use a name that ends in {' or '.join(SUFFIXES)}")
@@ -53,21 +53,42 @@ def write_weights(
 
 def torch_bytes(content: Any) -> memoryview:
     """The bytes that ``torch.save`` writes. Its own file writer hides the errors of the disk."""
+    import torch
+
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getbuffer()
 
 
-def _write_sorted(path: Path, data: bytes) -> None:
-    """Write serialised safetensors with sorted metadata: the library writes them in random order."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + size])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+def _write_safetensors(path: Path, state_dict: Mapping[str, AnyTensor], metadata: Mapping[str, str]) -> None:
+    """Write as the library does, but one tensor at a time, and with sorted metadata.
+
+    The library makes the whole file in memory, and puts the metadata in random order.
+
+    Source: the format's description, https://github.com/huggingface/safetensors.
+    """
+    kinds = list(DTYPES)
+    for key, tensor in state_dict.items():
+        if dtype_name(tensor) not in kinds:
+            raise WeightsError(
+                f"cannot write {path.name}: {key} is {dtype_name(tensor)}, which could not be read again; "
+                "save it as float32"
+            )
+    order = sorted(state_dict, key=lambda key: (kinds.index(dtype_name(state_dict[key])), key))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for key in order:
+        tensor = state_dict[key]
+        end = offset + tensor.nbytes
+        code, shape = DTYPES[dtype_name(tensor)], list(tensor.shape)
+        header[key] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns its tensors
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.write(memoryview(data)[8 + size :])
+        for key in order:
+            file.write(raw_bytes(state_dict[key]))
 
 
 def read_weights(
@@ -80,10 +101,26 @@ def read_weights(
     :class:`WeightsError` on a missing, damaged or foreign file, and if a file and the ``config.json`` of its
     folder disagree. Never runs code from the file.
     """
-    path = Path(path)
+    return _read(Path(path), read_tensors)
+
+
+def read_any(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, AnyTensor], EfficientDetConfig, dict[str, str]]:
+    """As :func:`read_weights`, with NumPy arrays from a ``.safetensors``, which needs no PyTorch.
+
+    A ``.pth``, and a file with a dtype that NumPy lacks (bfloat16), have tensors all the same.
+    """
+    return _read(Path(path), _read_any_tensors)
+
+
+def _read(
+    path: Path, read: Callable[[Path], tuple[dict[str, T], dict[str, str]]]
+) -> tuple[dict[str, T], EfficientDetConfig, dict[str, str]]:
+    """``read``: the state dict and the metadata of one file."""
     if path.is_dir():
-        return _read_folder(path)
-    state_dict, metadata = read_tensors(path)
+        return _read_folder(path, read)
+    state_dict, metadata = read(path)
     if "config" not in metadata and path.suffix == ".pth" and (path.parent / CONFIG_FILE).is_file():
         return state_dict, *_read_config_file(path.parent / CONFIG_FILE)
     if "config" not in metadata:
@@ -107,10 +144,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises :class:`WeightsError` on a missing, damaged or foreign file, and if :func:`plain_tensors` rejects
     a tensor.
     """
+    return _read_checked(path, _read_safetensors)
+
+
+def _read_any_tensors(path: Path) -> tuple[dict[str, AnyTensor], dict[str, str]]:
+    """As :func:`read_tensors`, with arrays where NumPy has the dtypes."""
+    return _read_checked(path, _read_arrays)
+
+
+def _read_checked(
+    path: Path, read_safetensors: Callable[[Path], tuple[dict[str, Any], dict[str, str]]]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read by suffix, with ``read_safetensors`` or as ``.pth``, and check names, kinds and the digest."""
     if not path.is_file():
         raise WeightsError(f"no weight file at {path}: give the file that tools/convert.py wrote")
     check_file(path)
-    read = {".safetensors": _read_safetensors, ".pth": _read_pth}.get(path.suffix)
+    read = {".safetensors": read_safetensors, ".pth": _read_pth}.get(path.suffix)
     if read is None:
         raise WeightsError(f"cannot read {path}: its name must end in {' or '.join(SUFFIXES)}")
     try:
@@ -120,8 +169,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return state_dict, metadata
     except WeightsError:
         raise
-    except ImportError:
-        raise WeightsError(f"reading {path} needs the package safetensors: pip install safetensors") from None
+    except ImportError as error:
+        raise WeightsError(
+            f"reading {path} needs the package {error.name}: pip install {error.name}"
+        ) from None
     except Exception as error:  # both libraries raise many types on a damaged file
         raise WeightsError(
             f"{path} is damaged or not a weight file ({first_line(error)}); convert it again"
@@ -136,7 +187,9 @@ def weight_file(path: Path) -> Path:
     return inside if inside.is_file() else next(iter(sorted(path.glob("*.pth"))), inside)
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Tensor], EfficientDetConfig, dict[str, str]]:
+def _read_folder(
+    folder: Path, read: Callable[[Path], tuple[dict[str, T], dict[str, str]]]
+) -> tuple[dict[str, T], EfficientDetConfig, dict[str, str]]:
     weights = [folder / MODEL_FILE] if (folder / MODEL_FILE).is_file() else sorted(folder.glob("*.pth"))
     if len(weights) != 1 or not (folder / CONFIG_FILE).is_file():
         raise WeightsError(
@@ -144,7 +197,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], EfficientDetConfig, d
             "give a folder that save_pretrained wrote, or a weight file"
         )
     config, metadata = _read_config_file(folder / CONFIG_FILE)
-    state_dict, stored = read_tensors(weights[0])
+    state_dict, stored = read(weights[0])
     if "config" in stored and _stored_config(stored["config"], weights[0]) != config:
         raise WeightsError(
             f"{weights[0]} does not have the configuration in {folder / CONFIG_FILE}; "
@@ -181,7 +234,7 @@ def config_text(config: EfficientDetConfig, metadata: Mapping[str, Any]) -> str:
 
 
 def write_folder(
-    folder: Path, state_dict: Mapping[str, Tensor], config: EfficientDetConfig, metadata: Mapping[str, str]
+    folder: Path, state_dict: Mapping[str, AnyTensor], config: EfficientDetConfig, metadata: Mapping[str, str]
 ) -> None:
     """Write ``folder/model.safetensors`` and ``folder/config.json``, which :func:`read_weights` reads.
 
@@ -212,7 +265,23 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def _read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arrays, or tensors if one of them has a dtype that NumPy lacks or a weight file must not have."""
+    from safetensors import safe_open
+
+    known = {code for name, code in DTYPES.items() if name != "bfloat16"}
+    with safe_open(path, framework="np") as file:
+        keys = list(file.keys())
+        if known.issuperset(file.get_slice(key).get_dtype() for key in keys):
+            return {key: file.get_tensor(key) for key in keys}, dict(file.metadata() or {})
+    return _read_safetensors(path)
+
+
 def _read_pth(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from torch import Tensor
+
+    from pytorch_model.weights.pickles import load_pth
+
     content = load_pth(path)
     if isinstance(content, dict) and content and all(isinstance(v, Tensor) for v in content.values()):
         return dict(content), {}

@@ -28,8 +28,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pytorch_model.errors import Reason, WeightsError, first_line
 from pytorch_model.files import sha256_of_file
 from pytorch_model.weights.checks import DIGEST
@@ -102,6 +100,8 @@ def load_pth(path: Path) -> Any:
         check_pickles(path)
     except _REJECTIONS as error:
         raise _not_tensors(path, first_line(error)) from None
+    import torch
+
     try:
         with warnings.catch_warnings():  # warnings about a file that is then rejected
             warnings.simplefilter("ignore")

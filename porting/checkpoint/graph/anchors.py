@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pytorch_model.anchors import anchor_boxes
 from pytorch_model.config import BOUNDS, EfficientDetConfig
 
 _MOST_DIGITS = 7  # of a setting: as many as a float32 has
@@ -87,7 +88,5 @@ def _repeats(factors: np.ndarray, num_scales: int, same: float) -> bool:
 
 def centre_sizes(config: EfficientDetConfig) -> np.ndarray:
     """float64 [A, 4]: centre y, centre x, height, width of each anchor, as fractions of the image."""
-    from pytorch_model.anchors import generate_anchors  # imports torch
-
-    corners_yx = generate_anchors(config).double().numpy().reshape(-1, 2, 2) / config.image_size
+    corners_yx = anchor_boxes(config).astype(np.float64).reshape(-1, 2, 2) / config.image_size
     return np.concatenate([corners_yx.mean(axis=1), corners_yx[:, 1] - corners_yx[:, 0]], axis=1)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 import porting
-from porting.cli.arguments.bench import CONVERT, DETECT, READ, BenchOptions
+from porting.cli.arguments.bench import COLD, CONVERT, DETECT, READ, BenchOptions
 from porting.cli.process import print_json
 
+IMPORT, PLAIN = "import torch", "plain read of the same bytes"
 PACKAGES = Path(porting.__file__).parents[1]  # the folder to import this project from
 
 
 def run(options: BenchOptions) -> int:
-    bench = {CONVERT: _convert, READ: _read, DETECT: _detect}[options.what]
+    bench = {CONVERT: _convert, READ: _read, DETECT: _detect, COLD: _cold}[options.what]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         figures = bench(Path(folder), options)
     if options.json:
@@ -60,19 +61,85 @@ def _python(*arguments: str) -> Callable[[], Any]:
 
 
 def _convert(folder: Path, options: BenchOptions) -> dict[str, Any]:
-    """Whole processes, in which TensorFlow cannot be imported, as on a machine without it."""
-    prefix = _synthetic(folder, options.model, momentum=False)
-    convert = (
-        "import sys; sys.modules['tensorflow'] = None; "
-        f"sys.argv = ['convert.py', '--ckpt', {str(prefix)!r}, '--out', {str(folder / 'w.safetensors')!r}]; "
-        f"sys.path.insert(0, {str(PACKAGES)!r}); "
-        "from porting.cli.main import run_command; run_command('convert')"
-    )
+    """Whole processes, in which no framework can be imported; the peak is of the whole process too."""
+    from porting.scopes import EMA_SUFFIX
+
+    prefix, out = _synthetic(folder, options.model, momentum=False), folder / "w.safetensors"
+    command = _command("convert", "--ckpt", prefix, "--out", out, absent=("torch", "tensorflow"))
+    convert = f"convert {options.model}, no framework"
     sides = {
-        "import torch": _python("-c", "import torch"),
-        f"convert {options.model}, no TensorFlow": _python("-c", convert),
+        IMPORT: _python("-c", "import torch"),
+        convert: _python(*command),
+        PLAIN: _plain(prefix, EMA_SUFFIX),
     }
-    return _summarise(_side_by_side(sides, options.repeat), "import torch")
+    figures = _summarise(_side_by_side(sides, options.repeat), IMPORT)
+    kept, peak = out.stat().st_size, _peak_of_process(command)
+    ratio = figures["ratio"]
+    return figures | {
+        "over_import_and_two_reads": ratio[convert] / (1 + 2 * ratio[PLAIN]),
+        "megabytes_kept": kept / 1e6,
+        "peak_megabytes": peak / 1e6,
+        "peak_over_kept": peak / kept,
+    }
+
+
+def _cold(folder: Path, options: BenchOptions) -> dict[str, Any]:
+    """Whole processes, from the start of Python to the answer. The cache of files is warm."""
+    from pytorch_model import create_model
+    from pytorch_model.weights.files import write_weights
+
+    model, weights = create_model(options.model), folder / "w.safetensors"
+    write_weights(weights, model.state_dict(), model.config, {})
+    (photograph,) = _photographs(folder, 1)
+    detect = _command("detect", "--weights", weights, "--images", photograph, "--out", folder / "found")
+    sides = {
+        IMPORT: _python("-c", "import torch"),
+        "convert --help": _python(*_command("convert", "--help")),
+        f"detect in one image, {options.model}": _python(*detect),
+    }
+    for side in sides.values():
+        side()  # the first run fills caches
+    return _summarise(_side_by_side(sides, options.repeat), IMPORT)
+
+
+def _command(name: str, *arguments: object, absent: Sequence[str] = ()) -> tuple[str, str]:
+    """Python's arguments that run a command where the packages ``absent`` cannot be imported."""
+    return "-c", (
+        f"import sys; sys.modules.update(dict.fromkeys({list(absent)})); "
+        f"sys.argv = {[name, *map(str, arguments)]}; sys.path.insert(0, {str(PACKAGES)!r}); "
+        f"from porting.cli.main import run_command; run_command({name!r})"
+    )
+
+
+def _peak_of_process(arguments: Sequence[str]) -> int:
+    """The most memory that a process of Python held, in bytes.
+
+    Between it and this process stands a small one, because Linux counts the parent's memory too.
+    """
+    code = (
+        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", code, sys.executable, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+
+
+def _plain(prefix: Path, suffix: str) -> Callable[[], None]:
+    """Read the bytes of the variables whose names end in ``suffix``, and do nothing with them."""
+    from porting.checkpoint.v2.index import read_index
+
+    entries = read_index(f"{prefix}.index").entries
+    wanted = sorted((e for name, e in entries.items() if name.endswith(suffix)), key=lambda e: e.offset)
+
+    def read() -> None:
+        with open(f"{prefix}.data-00000-of-00001", "rb", buffering=0) as file:
+            for entry in wanted:
+                file.seek(entry.offset)
+                buffer = bytearray(entry.size)
+                assert file.readinto(buffer) == entry.size
+
+    return read
 
 
 def _read(folder: Path, options: BenchOptions) -> dict[str, Any]:
@@ -85,19 +152,12 @@ def _read(folder: Path, options: BenchOptions) -> dict[str, Any]:
     entries = read_index(f"{prefix}.index").entries
     wanted = {name: entry for name, entry in entries.items() if name.endswith(EMA_SUFFIX)}
 
-    def plain() -> None:
-        with open(f"{prefix}.data-00000-of-00001", "rb", buffering=0) as file:
-            for entry in sorted(wanted.values(), key=lambda entry: entry.offset):
-                file.seek(entry.offset)
-                buffer = bytearray(entry.size)
-                assert file.readinto(buffer) == entry.size
-
     def ours() -> int:
         with open_checkpoint(prefix) as checkpoint:
             return len(dict(checkpoint.read_many(wanted)))
 
     sides: dict[str, Callable[[], Any]] = {
-        "plain read of the same bytes": plain,
+        PLAIN: _plain(prefix, EMA_SUFFIX),
         "ours, checksums verified": ours,
     }
     import_seconds = None
@@ -115,7 +175,7 @@ def _read(folder: Path, options: BenchOptions) -> dict[str, Any]:
             return len([reader.get_tensor(name) for name in wanted])
 
         sides["tf.train.load_checkpoint"] = theirs
-    figures = _summarise(_side_by_side(sides, options.repeat), "plain read of the same bytes")
+    figures = _summarise(_side_by_side(sides, options.repeat), PLAIN)
     size = sum(entry.size for entry in wanted.values())
     peak = _peak_memory(prefix)
     figures |= {
@@ -228,8 +288,12 @@ def _draw(console: Console, figures: dict[str, Any]) -> None:
         )
     if "megabytes_kept" in figures:
         console.print(
-            f"kept {figures['megabytes_kept']:.1f} MB; reading allocates "
-            f"{figures['peak_megabytes']:.1f} MB at its peak, {figures['peak_over_kept']:.2f} × what is kept"
+            f"kept {figures['megabytes_kept']:.1f} MB; the peak is {figures['peak_megabytes']:.1f} MB, "
+            f"{figures['peak_over_kept']:.2f} × what is kept"
+        )
+    if "over_import_and_two_reads" in figures:
+        console.print(
+            f"converting takes {figures['over_import_and_two_reads']:.2f} × (import torch + 2 plain reads)"
         )
     if figures.get("tensorflow_import_seconds"):
         console.print(

@@ -13,13 +13,13 @@ from porting.cli.commands.source import describe
 from porting.cli.process import print_json
 from porting.errors import OutputError
 from porting.export import TARGETS, Weights
-from pytorch_model.efficientdet import check_weights
-from pytorch_model.weights.files import read_weights, weight_file
+from pytorch_model.weights.checks import check_weights
+from pytorch_model.weights.files import read_any, weight_file
 
 
 def run(options: ExportOptions) -> int:
     console = Console(stderr=options.json, highlight=False)
-    state_dict, config, metadata = read_weights(options.weights)
+    state_dict, config, metadata = read_any(options.weights)
     if os.path.exists(options.out) and os.path.samefile(options.out, weight_file(options.weights)):
         raise OutputError(f"--out {options.out} is the file that --weights reads; choose another name")
     check_weights(state_dict, config, str(options.weights))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from porting.convert import apply_rules
+from porting.convert import port_arrays
 from porting.parity.diagnosis.layer import rules_of
 from porting.rules import Rule, TapPair, rules
 from porting.transforms import CONV_KERNEL, DEPTHWISE_KERNEL, FOLD_BIAS_INTO_MEAN, STACK
@@ -27,7 +27,7 @@ def kind_of_weights(
     state = model.state_dict()
     wrong = []
     for rule in rules_of(model, pair):
-        expected = apply_rules([rule], variables, "float64")[rule.target].numpy()
+        expected = port_arrays([rule], variables, "float64")[rule.target]
         ours = state[rule.target].cpu().double().numpy()
         if not _close(ours, expected):
             wrong.append((rule, ours, expected))
@@ -85,4 +85,4 @@ def _swaps(
             kind = "levels swapped" if ".bns." in owner else "layers swapped"
         else:
             continue
-        yield kind, apply_rules([other], variables, "float64")[other.target].numpy()
+        yield kind, port_arrays([other], variables, "float64")[other.target]
