@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from porting.bench.sides.torchvision import stand_in_for_torchvision
 
+
 def main() -> None:
     stand_in_for_torchvision()
     import effdet

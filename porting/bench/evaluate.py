@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +15,12 @@ from torch import Tensor
 
 from porting.bench.machine import describe_machine
 from porting.errors import EfficientDetError
-from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.detection.results import Result, to_results
 from pytorch_model.detection.run import SILENT, SUFFIXES, Listener
 from pytorch_model.devices import choose_device, use_threads
+from pytorch_model.efficientdet import load_model
 from pytorch_model.engines.choose import EngineOf
 from pytorch_model.evaluation.classes import class_to_category
 from pytorch_model.evaluation.dataset import Dataset, DatasetImage, read_dataset
@@ -30,9 +28,9 @@ from pytorch_model.evaluation.figures import evaluate
 from pytorch_model.evaluation.run import EvaluationOptions, evaluate_dataset
 from pytorch_model.files import save_json
 
-PARTS = ("decode", "preprocess", "network", "postprocess", "scoring")
-
 T = TypeVar("T")
+
+PARTS = ("decode", "preprocess", "network", "postprocess", "scoring")
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,9 @@ class EvalPlan:
 def measure_evaluation(plan: EvalPlan, folder: Path, listener: Listener = SILENT) -> dict[str, Any]:
     """The seconds of each part, one after the other in this process, then those of the pipeline.
 
-    ``listener`` hears how many images are done, each of them twice. ``folder`` receives the pipeline's results.
-    Raises :class:`EfficientDetError` if weights, data or device cannot be used.
+    ``listener`` hears how many images are done; each is done twice. ``folder`` receives the pipeline's
+    results. Loading the model and making the engine are not counted. Raises :class:`EfficientDetError` if
+    weights, data or device cannot be used.
     """
     device = choose_device(plan.device)
     use_threads(plan.threads)
@@ -61,19 +60,22 @@ def measure_evaluation(plan: EvalPlan, folder: Path, listener: Listener = SILENT
     config = detector.model.config
     dataset = _dataset(plan.data, config.num_classes, plan.limit, folder)
     categories = class_to_category(dataset, config.num_classes, None, config.class_names)
-    total = 2 * len(dataset.images)
     parts = _Parts(detector, categories)
-    parts.warm_up(dataset.images[: plan.batch_size])
-    for batch in _batches(dataset.images, plan.batch_size):
-        parts.detect(batch)
-        listener.progress(parts.images + parts.unreadable, total)
+    parts.run(dataset.images[: plan.batch_size])  # makes the engine
+    parts.forget()
+    count = len(dataset.images)
+    for start in range(0, count, plan.batch_size):
+        parts.run(dataset.images[start : start + plan.batch_size])
+        listener.progress(min(start + plan.batch_size, count), 2 * count)
+    if not parts.ids:
+        raise EfficientDetError(f"--data {plan.data}: none of the images can be read; give another folder")
     if dataset.has_ground_truth:
         parts.timed("scoring", lambda: evaluate(dataset.content, parts.rows, parts.ids))
     options = EvaluationOptions(plan.weights, folder / "evaluation", plan.batch_size)
-    start = time.perf_counter()
-    evaluate_dataset(detector, dataset, categories, options, listener=_After(listener, total))
-    wall = time.perf_counter() - start
-    seconds = {name: parts.seconds[name] for name in PARTS}
+    begin = time.perf_counter()
+    evaluate_dataset(detector, dataset, categories, options, listener=_SecondHalf(listener))
+    wall = time.perf_counter() - begin
+    seconds = {part: parts.seconds[part] for part in PARTS}
     return {
         "machine": machine,
         "settings": {
@@ -85,29 +87,31 @@ def measure_evaluation(plan: EvalPlan, folder: Path, listener: Listener = SILENT
             "threads": torch.get_num_threads(),
             "batch_size": plan.batch_size,
         },
-        "images": parts.images,
-        "unreadable": parts.unreadable,
+        "images": len(parts.ids),
+        "unreadable": count - len(parts.ids),
         "seconds": seconds,
-        "share": {name: value / sum(seconds.values()) for name, value in seconds.items()},
+        "share": {part: value / sum(seconds.values()) for part, value in seconds.items()},
         "wall_seconds": wall,
-        "images_per_second": parts.images / wall,
+        "images_per_second": len(parts.ids) / wall,
         "wall_over_network": wall / seconds["network"],
     }
 
 
 class _Parts:
-    """Runs the parts in turn and adds up their ``seconds``. ``rows``: the detections, for COCO's figures."""
+    """Runs the parts in turn and adds up their ``seconds``. ``rows``: detections. ``ids``: images read."""
 
-    def __init__(self, detector: Detector, categories: dict[int, int]) -> None:
+    def __init__(self, detector: Detector, categories: Mapping[int, int]) -> None:
+        self._detector, self._categories = detector, categories
+        model = detector.model
+        self._device = next(model.parameters()).device
+        size = model.config.resizer.padded(detector.image_size)
+        self._engine = EngineOf(detector.engine, model, size)
+        self.forget()
+
+    def forget(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.rows: list[Result] = []
         self.ids: list[Any] = []
-        self.images = self.unreadable = 0
-        self._detector, self._categories = detector, categories
-        model = detector.model
-        size = model.config.resizer.padded(detector.image_size)
-        self._network = EngineOf(detector.engine, model, size)
-        self._device = next(model.parameters()).device
 
     def timed(self, part: str, work: Callable[[], T]) -> T:
         start = time.perf_counter()
@@ -117,10 +121,63 @@ class _Parts:
         self.seconds[part] += time.perf_counter() - start
         return found
 
-    def warm_up(self, images: Sequence[DatasetImage]) -> None:
-        """Make the engines, of the parts and of the pipeline. Nothing of it is counted."""
-        self.detect(images)
-        self._detector([read.pixels for read in self._decoded(images).values()])
-        self.__init__(self._detector, self._categories)
+    def run(self, images: Sequence[DatasetImage]) -> None:
+        """All parts up to the rows of COCO's results, of one batch."""
+        decoded = self.timed("decode", lambda: self._decoded(images))
+        if not decoded:
+            return
+        pixels = [image.pixels for image in decoded.values()]
+        batches = self.timed("preprocess", lambda: self._detector.batches(pixels))
+        before = self.seconds["network"]
 
-    def detect(self, images: Sequence[DatasetImage]) -> None: ...
+        def detect() -> None:
+            found = [each for batch in batches for each in self._detector.detect(batch, self._network)]
+            for image, detections in zip(decoded, found, strict=True):
+                self.rows += to_results(image.id, detections, self._categories)
+                self.ids.append(image.id)
+
+        self.timed("postprocess", detect)
+        self.seconds["postprocess"] -= self.seconds["network"] - before
+
+    def _decoded(self, images: Sequence[DatasetImage]) -> dict[DatasetImage, DecodedImage]:
+        decoded = {}
+        for image in images:
+            try:
+                decoded[image] = self._detector.load(image.path)
+            except ImageError:
+                continue  # the pipeline skips and counts it too
+        return decoded
+
+    def _network(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        return self.timed("network", lambda: self._engine(images))
+
+
+class _SecondHalf:
+    """Tells a listener that as much has been done before."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def progress(self, done: int, total: int | None) -> None:
+        if total is not None:
+            self._listener.progress(total + done, 2 * total)
+
+
+def _dataset(data: Path, num_classes: int, limit: int | None, folder: Path) -> Dataset:
+    """The data set in ``data``; for images only, its list is written into ``folder``."""
+    if not os.path.isdir(data):
+        raise EfficientDetError(
+            f"--data {data} is not a folder; give one with COCO annotations and images, or with images only"
+        )
+    if any(data.glob("*.json")) or any(data.glob("annotations/*.json")):
+        return read_dataset(data, limit=limit)
+    files = sorted(file.name for file in data.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise EfficientDetError(
+            f"--data {data} holds neither COCO annotations nor images; give another folder"
+        )
+    listed = folder / "images.json"
+    images = [{"id": number, "file_name": name} for number, name in enumerate(files, start=1)]
+    categories = [{"id": number, "name": str(number)} for number in range(1, num_classes + 1)]
+    save_json(listed, {"images": images, "categories": categories})
+    return read_dataset(None, annotations=listed, images=data, limit=limit)

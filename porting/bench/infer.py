@@ -1,7 +1,7 @@
 """The networks of ours and of others side by side: time, memory, time to begin, error to float64.
 
-Each side is a process of its own, so that no two pools of threads share one, and so that its peak memory is its
-own. All sides of a model are alive at once and run in turn, one at a time.
+Each side is a process of its own, so that no two pools of threads share one, and so that its peak memory is
+its own. All sides of a model are alive at once and run in turn, one at a time.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def measure_networks(plan: InferPlan, folder: Path, listener: Listener = SILENT)
     """The figures of every model and batch size. ``folder`` receives weights and images.
 
     ``listener`` hears how many steps are done. A side that is not installed or that fails has a row that says
-    so. Raises :class:`EfficientDetError` if the weights cannot be read or the device cannot be used.
+    so. ``passed`` is False if sides failed and none was measured. Raises :class:`EfficientDetError` if the
+    weights cannot be read or the device cannot be used.
     """
     device = choose_device(plan.device)
     use_threads(plan.threads)
@@ -113,6 +114,8 @@ def measure_networks(plan: InferPlan, folder: Path, listener: Listener = SILENT)
             "repeat": plan.repeat,
             AUTO: chosen_engine(AUTO, device),
         },
+        "passed": any(result["base"] for result in results)
+        or not any(row["state"] == "failed" for result in results for row in result["networks"]),
         "results": results,
     }
 
@@ -160,7 +163,7 @@ def _weights(source: str | Path, folder: Path) -> Weights:
 def _write_inputs(
     weights: Weights, image_size: tuple[int, int], sizes: Sequence[int], folder: Path
 ) -> tuple[str, str, str]:
-    """Write what :class:`Job` wants: weights, images, and the exact outputs of the first and last in a batch."""
+    """Write the files of a :class:`Job`; the exact outputs are of the first and last image of each batch."""
     files = [str(folder / name) for name in ("bench.safetensors", "images.npy", "exact.npz")]
     model = loaded(weights)
     write_weights(Path(files[0]), model.state_dict(), weights.config, {})
@@ -173,13 +176,11 @@ def _write_inputs(
             class_outputs, box_outputs = double(torch.from_numpy(images[number : number + 1]).double())
         for index, output in enumerate((*class_outputs, *box_outputs)):
             exact[f"{number}_{index}"] = output[0].numpy()
-    np.savez(files[2], **exact)  # type: ignore[arg-type]
+    np.savez(files[2], **exact)
     return files[0], files[1], files[2]
 
 
-def _of_batch(
-    entries: Sequence[_Entry], size: int, repeat: int, progress: _Progress
-) -> dict[str, Any]:
+def _of_batch(entries: Sequence[_Entry], size: int, repeat: int, progress: _Progress) -> dict[str, Any]:
     """``base``: the side of ratio 1. ``fastest``: the network that postprocessing is compared with."""
     begun: dict[int, dict[str, Any]] = {}
     runs: dict[int, Callable[[], float]] = {}

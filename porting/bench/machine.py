@@ -24,8 +24,8 @@ PACKAGES = (
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """``cpu``: its model; ``instructions``: the widest that PyTorch uses; ``cores``: those that this process may
-    use; ``load``: the load average of the last minute, None where there is none; ``gpu``: None on a CPU;
+    """``cpu``: its model. ``instructions``: the widest that PyTorch uses. ``cores``: those that this process
+    may use. ``load``: the load average of the last minute; None where there is none. ``gpu``: None on a CPU.
     ``versions``: of the packages that are installed.
     """
     instructions = torch.backends.cpu.get_cpu_capability()

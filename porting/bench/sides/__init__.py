@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """``module``, in this package, makes it; ``variant`` is for the module. ``packages``: what must be installed,
-    by ``pip install INSTALL``. ``slow``: it takes minutes to begin, so it runs only if it is asked for by name.
+    """``module``, in this package, makes it; ``variant`` is for the module. ``packages``: what must be
+    installed, by ``pip install INSTALL``. ``slow``: it takes minutes to begin, so it runs only if named.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Runner:
-    """``prepare``: images float32 [N, 3, H, W], normalised → the input as the side likes it, outside of the time.
+    """``prepare``: images float32 [N, 3, H, W], normalised → the input as the side likes it; not timed.
     ``run``: the work that is timed. ``outputs``: what it returned → class outputs, then box outputs, float32
     [N, C, h, w]; None if these are not head outputs.
     """
@@ -121,7 +121,7 @@ POSTPROCESS: Mapping[str, Side] = {
     side.name: side
     for side in (
         Side("ours", "selection and soft suppression", "engine", "postprocess"),
-        Side(EFFDET, "effdet's, with its soft suppression", "effdet", "postprocess", _EFFDET, _EFFDET_INSTALL),
+        Side(EFFDET, "effdet's, soft suppression", "effdet", "postprocess", _EFFDET, _EFFDET_INSTALL),
     )
 }
 TABLES = {"network": SIDES, "postprocess": POSTPROCESS}

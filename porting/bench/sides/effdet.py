@@ -1,4 +1,4 @@
-"""The package effdet with our weights: eager in both layouts, compiled, through ONNX Runtime; its postprocessing."""
+"""The package effdet with our weights: eager, compiled, through ONNX Runtime; and its postprocessing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ import effdet  # noqa: E402
 
 
 def make(setup: Setup) -> Runner:
-    """effdet in the way ``setup.variant``. Raises :class:`ConversionError` for a network that effdet lacks."""
+    """effdet in the way ``setup.variant``. Raises :class:`ConversionError` for a model that effdet lacks."""
     return _WAYS[setup.variant](setup)
 
 
@@ -95,9 +95,9 @@ class _Given(nn.Module):
 
 
 def _postprocess(setup: Setup) -> Runner:
-    """effdet's ``DetBenchPredict`` on known head outputs, with the soft suppression that AutoML evaluates with."""
+    """effdet's ``DetBenchPredict`` on known head outputs, with soft suppression as in AutoML's evaluation."""
     model = _model(setup)
-    bench = effdet.DetBenchPredict(model).to(setup.device)
+    bench: Any = effdet.DetBenchPredict(model).to(setup.device)
     bench.soft_nms = True
     run = _no_grad(bench)
 

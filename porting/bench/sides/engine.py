@@ -28,7 +28,7 @@ def make(setup: Setup) -> Runner:
     anchors_yxyx = generate_anchors(model.config, setup.image_size).to(setup.device)
     return Runner(
         lambda images: network(on_device(images, setup.device)),
-        lambda outputs: postprocess_per_class(*outputs, anchors_yxyx),
+        lambda outputs: postprocess_per_class(outputs[0], outputs[1], anchors_yxyx),
     )
 
 

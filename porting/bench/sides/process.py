@@ -1,7 +1,7 @@
 """The process of one side: it makes the side, then runs it as often as it is told.
 
-One line of JSON asks, one answers. The first says what to make (:class:`Job`); then come ``{"batch": N}``: take
-the first N images, run once; ``{"run": true}``: run once more, timed; ``{"memory": true}``. An answer with
+One line of JSON asks, one answers. The first says what to make (:class:`Job`). Then come ``{"batch": N}``,
+take the first N images and run once; ``{"run": true}``, run once more; ``{"memory": true}``. An answer with
 ``problem`` is a sentence that says why the side cannot go on.
 """
 
@@ -29,7 +29,7 @@ from pytorch_model.devices import use_threads
 from pytorch_model.errors import Reason, first_line, one_line
 from pytorch_model.weights.files import read_weights
 
-#: A run shorter than this many seconds is preceded by one that is not timed: other sides have used the caches.
+#: A run shorter than this many seconds follows one that is not timed: other sides have used the caches.
 SHORT = 0.5
 
 
@@ -97,11 +97,11 @@ class SideProcess:
             found = self._runner.run(self._input)
             self._seconds = time.perf_counter() - start
             return self._seconds, found
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(self._device)
-        begin.record()  # type: ignore[no-untyped-call]
+        begin.record()
         found = self._runner.run(self._input)
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
         torch.cuda.synchronize(self._device)
         self._seconds = begin.elapsed_time(end) / 1e3
         return self._seconds, found
@@ -149,7 +149,7 @@ def main() -> None:
         try:
             if side is None:
                 side = SideProcess(Job(**{**asked, "image_size": tuple(asked["image_size"])}))
-                content = {"load_seconds": side.load_seconds}
+                content: dict[str, Any] = {"load_seconds": side.load_seconds}
             elif "batch" in asked:
                 content = side.batch(asked["batch"])
             else:

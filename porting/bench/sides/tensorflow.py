@@ -14,7 +14,7 @@ from tf_reference.efficientdet import as_tensors, efficientdet
 
 
 def make(setup: Setup) -> Runner:
-    """Images go in as NHWC, TensorFlow's own layout. Raises :class:`ConfigError` if there is no such device."""
+    """Images go in as NHWC, TensorFlow's own layout. Raises :class:`ConfigError` if it lacks the device."""
     if setup.device.type != "cpu" and not tf.config.list_physical_devices("GPU"):
         raise ConfigError(f"this TensorFlow cannot compute on {setup.device.type}; leave the side out")
     tf.config.threading.set_intra_op_parallelism_threads(setup.threads)
@@ -22,9 +22,7 @@ def make(setup: Setup) -> Runner:
     config = setup.weights.config
     variables = as_tensors(reverse(setup.weights.state_dict, config))
 
-    @tf.function
-    def network(images: Any) -> Any:
-        return efficientdet(variables, config, images)
+    network = tf.function(lambda images: efficientdet(variables, config, images))
 
     return Runner(_prepare, lambda images: _arrays(network(images)), _nchw)
 

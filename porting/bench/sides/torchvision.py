@@ -57,6 +57,6 @@ class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def stand_in_for_torchvision() -> None:
-    """From now on ``import torchvision`` gives the stand-in in this process, unless the package is installed."""
+    """From now on ``import torchvision`` gives the stand-in, unless the package is installed."""
     if importlib.util.find_spec("torchvision") is None:
         sys.meta_path.insert(0, _StandIn())

@@ -17,7 +17,9 @@ from porting.bench.sides.process import Job
 #: Seconds before a run in which the threads of the side before it go to sleep.
 PAUSE = 0.05
 
-_CODE = f"import sys; sys.path.insert(0, {str(PACKAGES)!r}); from porting.bench.sides.process import main; main()"
+_CODE = (
+    f"import sys; sys.path.insert(0, {str(PACKAGES)!r}); from porting.bench.sides.process import main; main()"
+)
 
 
 class Worker:
