@@ -15,6 +15,7 @@ from torch import Tensor
 
 from porting.bench.machine import describe_machine
 from porting.errors import EfficientDetError
+from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.detection.results import Result, to_results
@@ -58,8 +59,7 @@ def measure_evaluation(plan: EvalPlan, folder: Path, listener: Listener = SILENT
     machine = describe_machine(device)
     detector = Detector(load_model(plan.weights).to(device), engine=plan.engine)
     config = detector.model.config
-    dataset = _dataset(plan.data, config.num_classes, plan.limit, folder)
-    categories = class_to_category(dataset, config.num_classes, None, config.class_names)
+    dataset, categories = _dataset(plan, config, folder)
     parts = _Parts(detector, categories)
     parts.run(dataset.images[: plan.batch_size])  # makes the engine
     parts.forget()
@@ -163,14 +163,16 @@ class _SecondHalf:
             self._listener.progress(total + done, 2 * total)
 
 
-def _dataset(data: Path, num_classes: int, limit: int | None, folder: Path) -> Dataset:
-    """The data set in ``data``; for images only, its list is written into ``folder``."""
+def _dataset(plan: EvalPlan, config: EfficientDetConfig, folder: Path) -> tuple[Dataset, Mapping[int, int]]:
+    """The data set, and class → category. Of images only, a list is written into ``folder``."""
+    data, classes = plan.data, config.num_classes
     if not os.path.isdir(data):
         raise EfficientDetError(
             f"--data {data} is not a folder; give one with COCO annotations and images, or with images only"
         )
     if any(data.glob("*.json")) or any(data.glob("annotations/*.json")):
-        return read_dataset(data, limit=limit)
+        dataset = read_dataset(data, limit=plan.limit)
+        return dataset, class_to_category(dataset, classes, None, config.class_names)
     files = sorted(file.name for file in data.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise EfficientDetError(
@@ -178,6 +180,7 @@ def _dataset(data: Path, num_classes: int, limit: int | None, folder: Path) -> D
         )
     listed = folder / "images.json"
     images = [{"id": number, "file_name": name} for number, name in enumerate(files, start=1)]
-    categories = [{"id": number, "name": str(number)} for number in range(1, num_classes + 1)]
+    categories = [{"id": number, "name": str(number)} for number in range(1, classes + 1)]
     save_json(listed, {"images": images, "categories": categories})
-    return read_dataset(None, annotations=listed, images=data, limit=limit)
+    dataset = read_dataset(None, annotations=listed, images=data, limit=plan.limit)
+    return dataset, {category: category for category in dataset.categories}

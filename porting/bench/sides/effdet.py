@@ -50,11 +50,11 @@ def _nhwc(setup: Setup) -> Runner:
 
 
 def _compiled(setup: Setup) -> Runner:
-    import torch._inductor.config as inductor
+    from torch._inductor import config as inductor
 
     model = _model(setup).to(memory_format=torch.channels_last)
     on_gpu = setup.device.type == "cuda"
-    compiled = torch.compile(model, mode="reduce-overhead" if on_gpu else None, dynamic=False)
+    compiled: Any = torch.compile(model, mode="reduce-overhead" if on_gpu else None, dynamic=False)
 
     def run(images: Tensor) -> Any:
         with torch.no_grad(), inductor.patch(freezing=True):

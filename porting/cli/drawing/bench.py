@@ -25,6 +25,7 @@ def draw_networks(console: Console, figures: dict[str, Any]) -> None:
         soft_wrap=True,
     )
     for result in figures["results"]:
+        _print_title(console, result, f"batch of {result['batch_size']}, ratio to {result['base']}")
         console.print(_networks_table(result, settings["auto"]))
         for row in result["networks"]:
             if row["state"] != "measured":
@@ -37,13 +38,8 @@ def draw_networks(console: Console, figures: dict[str, Any]) -> None:
 
 
 def _networks_table(result: dict[str, Any], auto: str) -> Table:
-    height, width = result["image_size"]
-    title = f"{result['model']}, {height} × {width}, batch of {result['batch_size']}"
-    if result["base"]:
-        title += f", ratio to {result['base']}"
     on_gpu = any(row["device_megabytes"] is not None for row in result["networks"])
-    table = Table(box=SIMPLE, title=title, title_justify="left")
-    table.add_column("side", no_wrap=True)
+    table = Table("side", box=SIMPLE)
     for heading in ("best ms", "median", "ratio", "begin s", "MB", *(["GPU MB"] if on_gpu else []), "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in result["networks"]:
@@ -79,15 +75,10 @@ def _postprocess_line(row: dict[str, Any], fastest: str | None) -> str:
 def draw_evaluation(console: Console, figures: dict[str, Any]) -> None:
     """The parts, one after the other, and what the pipeline makes of them."""
     settings = figures["settings"]
-    height, width = settings["image_size"]
     _draw_machine(console, figures["machine"], settings)
-    table = Table(
-        box=SIMPLE,
-        title=f"{settings['model']}, {height} × {width}, engine {settings['engine']}, "
-        f"batches of {settings['batch_size']}, {figures['images']} images",
-        title_justify="left",
-    )
-    table.add_column("part")
+    how = f"engine {settings['engine']}, batches of {settings['batch_size']}, {figures['images']} images"
+    _print_title(console, settings, how)
+    table = Table("part", box=SIMPLE)
     table.add_column("seconds", justify="right")
     table.add_column("share", justify="right")
     for part, seconds in figures["seconds"].items():
@@ -99,6 +90,11 @@ def draw_evaluation(console: Console, figures: dict[str, Any]) -> None:
         f"the pipeline: {figures['wall_seconds']:.2f} s, {figures['images_per_second']:.1f} images/s, "
         f"{figures['wall_over_network']:.2f} × the network alone"
     )
+
+
+def _print_title(console: Console, what: dict[str, Any], how: str) -> None:
+    height, width = what["image_size"]
+    console.print(f"\n{what['model']}, {height} × {width}, {how}", style="bold", markup=False, soft_wrap=True)
 
 
 def _draw_machine(console: Console, machine: dict[str, Any], settings: dict[str, Any]) -> None:
