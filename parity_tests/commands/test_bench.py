@@ -18,7 +18,7 @@ from parity_tests.helpers.small_models import small
 from porting.bench import infer
 from porting.bench.measure import in_turn
 from porting.bench.sides import DEFAULT, POSTPROCESS, SIDES, Setup, Side
-from porting.bench.sides.process import Job
+from porting.bench.sides.process import Job, SideProcess
 from porting.bench.sides.torchvision import batched_nms
 from porting.bench.sides.worker import Worker
 from porting.cli.drawing.bench import draw_networks
@@ -102,7 +102,7 @@ def test_every_side_that_begins_slowly(small_weights: Path, capsys: pytest.Captu
 def test_seeded_weights_and_the_size_of_images(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("porting.synthetic.CALIBRATION_SIZE", 64)  # seeds in a fraction of the time
+    monkeypatch.setattr("porting.synthetic.CALIBRATION_IMAGES", 1)  # seeds in a fraction of the time
     arguments = ("--models", "efficientdet_lite0", "--image-size", "64", "--batch-sizes", "1")
     rest = ("--sides", "folded", "--repeat", "1", "--threads", "1")
     assert execute("bench", ["infer", *arguments, *rest]) == 0
@@ -147,7 +147,8 @@ def test_nothing_that_can_be_measured_is_a_failure(
     weights = tmp_path / "overflow.safetensors"
     model = create_model("efficientdet-lite0", image_size=(64, 64))
     with torch.no_grad():
-        model.backbone.stem.conv.weight.fill_(1e38)
+        model.class_net.predict.depthwise.weight.fill_(1e30)
+        model.class_net.predict.pointwise.weight.fill_(1e30)  # finite; their product is not
     write_weights(weights, model.state_dict(), model.config, {})
     figures = measured(capsys, *infer_on(weights, "eager"), status=1)
     assert not figures["passed"]
@@ -167,11 +168,8 @@ def test_wrong_outputs_are_seen(small_weights: Path, tmp_path: Path) -> None:
 
 
 def _errors(files: tuple[str, str, str]) -> float:
-    worker = Worker(Job("network", "eager", *files, (64, 64), "cpu", 1))
-    try:
-        return float(worker.batch(2)["relative_error"])
-    finally:
-        worker.close()
+    side = SideProcess(Job("network", "eager", *files, (64, 64), "cpu", 1))
+    return float(side.batch(2)["relative_error"])
 
 
 def test_a_network_that_is_far_off_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,10 +71,10 @@ class SideProcess:
         self._seconds = math.inf
 
     def batch(self, count: int) -> dict[str, Any]:
-        images = np.load(self._job.images, mmap_mode="r")[:count]
+        images = np.array(np.load(self._job.images, mmap_mode="r")[:count])
         self._input = None
         gc.collect()
-        self._input = self._runner.prepare(np.ascontiguousarray(images))
+        self._input = self._runner.prepare(images)
         first_seconds, found = self._timed()
         error = None
         if self._runner.outputs is not None:

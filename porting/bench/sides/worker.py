@@ -41,7 +41,11 @@ class Worker:
             text=True,
             env=env,
         )
-        self.load_seconds = self._ask(dataclasses.asdict(job)).get("load_seconds", math.nan)
+        try:
+            self.load_seconds = self._ask(dataclasses.asdict(job)).get("load_seconds", math.nan)
+        except BaseException:  # Ctrl-C: nobody else knows of the process yet
+            self.close()
+            raise
 
     def batch(self, count: int) -> dict[str, Any]:
         """Take a batch of ``count`` images: ``first_seconds`` of the first run on it, ``relative_error``."""
