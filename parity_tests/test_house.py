@@ -56,6 +56,7 @@ LAYERS: Sequence[tuple[str, ...]] = (
     ),
     ("porting.parity",),
     ("porting.export", "porting.publish"),
+    ("porting.bench",),
     ("porting.cli.process",),
     ("porting.cli.arguments",),
     ("porting.cli.drawing",),

@@ -1,57 +1,23 @@
 """Run effdet's models in a separate process: ``python effdet_runner.py JOBS.json``, with PYTORCH_JIT=0.
 
-effdet and timm import torchvision at start, but do not use it for these models. An empty stand-in keeps the
-tests independent of it. A job has a recipe (the statements that tools/export.py prints), images (.npy, NCHW,
+A job has a recipe (the statements that tools/export.py prints), images (.npy, NCHW,
 of the type to run in) and out (.npz).
 """
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-class _Anything(type):
-    """A class that has every attribute and can be called with anything."""
-
-    def __getattr__(cls, name: str) -> _Anything:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything(name, (), {})
-
-    def __call__(cls, *arguments: Any, **options: Any) -> _Anything:
-        return cls
-
-
-class _Module(types.ModuleType):
-    def __getattr__(self, name: str) -> _Anything:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything(name, (), {})
-
-
-class StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports ``torchvision`` and everything below it as modules of :class:`_Anything`."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.split(".")[0] != "torchvision":
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return _Module(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__version__ = "0"  # type: ignore[attr-defined]
+from porting.bench.sides.torchvision import stand_in_for_torchvision
 
 
 def main() -> None:
-    sys.meta_path.insert(0, StandIn())
+    stand_in_for_torchvision()
     import effdet
     import numpy as np
     import torch

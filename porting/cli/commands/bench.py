@@ -1,301 +1,91 @@
-"""``bench``: time two or more sides in turn and print the ratios of their medians."""
+"""``bench``: measure, and print the figures."""
 
 from __future__ import annotations
 
-import importlib.util
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-import porting
-from porting.cli.arguments.bench import COLD, CONVERT, DETECT, READ, BenchOptions
-from porting.cli.process import print_json
+from porting.cli.arguments.bench import (
+    COLD,
+    CONVERT,
+    DETECT,
+    BenchOptions,
+    EvalBenchOptions,
+    InferOptions,
+)
+from porting.cli.drawing.bench import draw_evaluation, draw_networks, draw_sides
+from porting.cli.drawing.progress import ImageBar
+from porting.cli.process import EXIT_FAILED, print_json
 
-IMPORT, PLAIN = "import torch", "plain read of the same bytes"
-PACKAGES = Path(porting.__file__).parents[1]  # the folder to import this project from
 
-
-def run(options: BenchOptions) -> int:
-    bench = {CONVERT: _convert, READ: _read, DETECT: _detect, COLD: _cold}[options.what]
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        figures = bench(Path(folder), options)
+def run(options: BenchOptions | InferOptions | EvalBenchOptions) -> int:
+    console = Console(stderr=options.json, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        folder = Path(name)
+        if isinstance(options, InferOptions):
+            figures, draw = _infer(options, folder, console), draw_networks
+        elif isinstance(options, EvalBenchOptions):
+            figures, draw = _evaluate(options, folder, console), draw_evaluation
+        else:
+            figures, draw = _parts(options, folder), draw_sides
     if options.json:
         print_json(figures)
     else:
-        _draw(Console(highlight=False), figures)
-    return 0
+        draw(console, figures)
+    return 0 if figures.get("passed", True) else EXIT_FAILED
 
 
-def _synthetic(folder: Path, model: str, momentum: bool) -> Path:
-    from porting.checkpoint.v2.writer import write_bundle
-    from porting.synthetic import synthetic_checkpoint
-    from pytorch_model.config import model_config
+def _infer(options: InferOptions, folder: Path, console: Console) -> dict[str, Any]:
+    from porting.bench.infer import InferPlan, measure_networks
 
-    prefix = folder / model / "model"
-    write_bundle(prefix, synthetic_checkpoint(model_config(model), momentum=momentum))
-    return prefix
-
-
-def _side_by_side(sides: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
-    """Seconds of each side. The sides run in turn, so that a busy moment affects all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeat):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def _python(*arguments: str) -> Callable[[], Any]:
-    command = [sys.executable, *arguments]
-    return lambda: subprocess.run(command, check=True, capture_output=True)
-
-
-def _convert(folder: Path, options: BenchOptions) -> dict[str, Any]:
-    """Whole processes, in which no framework can be imported; the peak is of the whole process too."""
-    from porting.scopes import EMA_SUFFIX
-
-    prefix, out = _synthetic(folder, options.model, momentum=False), folder / "w.safetensors"
-    command = _command("convert", "--ckpt", prefix, "--out", out, absent=("torch", "tensorflow"))
-    convert = f"convert {options.model}, no framework"
-    sides = {
-        IMPORT: _python("-c", "import torch"),
-        convert: _python(*command),
-        PLAIN: _plain(prefix, EMA_SUFFIX),
-    }
-    figures = _summarise(_side_by_side(sides, options.repeat), IMPORT)
-    kept, peak = out.stat().st_size, _peak_of_process(command)
-    ratio = figures["ratio"]
-    return figures | {
-        "over_import_and_two_reads": ratio[convert] / (1 + 2 * ratio[PLAIN]),
-        "megabytes_kept": kept / 1e6,
-        "peak_megabytes": peak / 1e6,
-        "peak_over_kept": peak / kept,
-    }
-
-
-def _cold(folder: Path, options: BenchOptions) -> dict[str, Any]:
-    """Whole processes, from the start of Python to the answer. The cache of files is warm."""
-    from pytorch_model import create_model
-    from pytorch_model.weights.files import write_weights
-
-    model, weights = create_model(options.model), folder / "w.safetensors"
-    write_weights(weights, model.state_dict(), model.config, {})
-    (photograph,) = _photographs(folder, 1)
-    detect = _command("detect", "--weights", weights, "--images", photograph, "--out", folder / "found")
-    sides = {
-        IMPORT: _python("-c", "import torch"),
-        "convert --help": _python(*_command("convert", "--help")),
-        f"detect in one image, {options.model}": _python(*detect),
-    }
-    for side in sides.values():
-        side()  # the first run fills caches
-    return _summarise(_side_by_side(sides, options.repeat), IMPORT)
-
-
-def _command(name: str, *arguments: object, absent: Sequence[str] = ()) -> tuple[str, str]:
-    """Python's arguments that run a command where the packages ``absent`` cannot be imported."""
-    return "-c", (
-        f"import sys; sys.modules.update(dict.fromkeys({list(absent)})); "
-        f"sys.argv = {[name, *map(str, arguments)]}; sys.path.insert(0, {str(PACKAGES)!r}); "
-        f"from porting.cli.main import run_command; run_command({name!r})"
+    size = options.image_size
+    plan = InferPlan(
+        options.models,
+        options.weights,
+        options.batch_sizes,
+        None if size is None else (size, size),
+        options.sides,
+        options.device,
+        options.threads,
+        options.repeat,
     )
+    with ImageBar(console, "measuring") as bar:
+        return measure_networks(plan, folder, bar)
 
 
-def _peak_of_process(arguments: Sequence[str]) -> int:
-    """The most memory that a process of Python held, in bytes.
+def _evaluate(options: EvalBenchOptions, folder: Path, console: Console) -> dict[str, Any]:
+    from porting.bench.evaluate import EvalPlan, measure_evaluation
 
-    Between it and this process stands a small one, because Linux counts the parent's memory too.
-    """
-    code = (
-        "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    plan = EvalPlan(
+        options.weights,
+        options.data,
+        options.limit,
+        options.batch_size,
+        options.device,
+        options.engine,
+        options.threads,
     )
-    command = [sys.executable, "-c", code, sys.executable, *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    with ImageBar(console, "detecting, twice") as bar:
+        return measure_evaluation(plan, folder, bar)
 
 
-def _plain(prefix: Path, suffix: str) -> Callable[[], None]:
-    """Read the bytes of the variables whose names end in ``suffix``, and do nothing with them."""
-    from porting.checkpoint.v2.index import read_index
+def _parts(options: BenchOptions, folder: Path) -> dict[str, Any]:
+    """Each is imported when it is asked for: what it imports would slow the others."""
+    if options.what == CONVERT:
+        from porting.bench.convert import measure_conversion
 
-    entries = read_index(f"{prefix}.index").entries
-    wanted = sorted((e for name, e in entries.items() if name.endswith(suffix)), key=lambda e: e.offset)
+        return measure_conversion(folder, options.model, options.repeat)
+    if options.what == COLD:
+        from porting.bench.cold import measure_first_answer
 
-    def read() -> None:
-        with open(f"{prefix}.data-00000-of-00001", "rb", buffering=0) as file:
-            for entry in wanted:
-                file.seek(entry.offset)
-                buffer = bytearray(entry.size)
-                assert file.readinto(buffer) == entry.size
+        return measure_first_answer(folder, options.model, options.repeat)
+    if options.what == DETECT:
+        from porting.bench.detect import measure_detection
 
-    return read
+        return measure_detection(folder, options.model, options.repeat, options.batch_size, options.device)
+    from porting.bench.read import measure_reading
 
-
-def _read(folder: Path, options: BenchOptions) -> dict[str, Any]:
-    """The variables a port needs (the moving averages) out of a training checkpoint, file cache warm."""
-    from porting.checkpoint import open_checkpoint
-    from porting.checkpoint.v2.index import read_index
-    from porting.scopes import EMA_SUFFIX
-
-    prefix = _synthetic(folder, options.model, momentum=True)
-    entries = read_index(f"{prefix}.index").entries
-    wanted = {name: entry for name, entry in entries.items() if name.endswith(EMA_SUFFIX)}
-
-    def ours() -> int:
-        with open_checkpoint(prefix) as checkpoint:
-            return len(dict(checkpoint.read_many(wanted)))
-
-    sides: dict[str, Callable[[], Any]] = {
-        PLAIN: _plain(prefix, EMA_SUFFIX),
-        "ours, checksums verified": ours,
-    }
-    import_seconds = None
-    try:
-        start = time.perf_counter()
-        import tensorflow as tf
-
-        import_seconds = time.perf_counter() - start
-    except ImportError:
-        pass
-    else:
-
-        def theirs() -> int:
-            reader = tf.train.load_checkpoint(str(prefix))
-            return len([reader.get_tensor(name) for name in wanted])
-
-        sides["tf.train.load_checkpoint"] = theirs
-    figures = _summarise(_side_by_side(sides, options.repeat), PLAIN)
-    size = sum(entry.size for entry in wanted.values())
-    peak = _peak_memory(prefix)
-    figures |= {
-        "megabytes_kept": size / 1e6,
-        "peak_megabytes": peak / 1e6,
-        "peak_over_kept": peak / size,
-        "tensorflow_import_seconds": import_seconds,
-    }
-    return figures
-
-
-def _peak_memory(prefix: Path) -> float:
-    """Bytes that reading the moving averages allocates at its peak in a new process, NumPy's included."""
-    code = (
-        f"import sys, tracemalloc; sys.path.insert(0, {str(PACKAGES)!r})\n"
-        "from porting.checkpoint import open_checkpoint\n"
-        "import porting.checkpoint.v2.bundle, porting.checkpoint.v2.locate\n"
-        "tracemalloc.start()\n"
-        f"with open_checkpoint({str(prefix)!r}) as c:\n"
-        "    kept = dict(c.read_many(n for n in c if n.endswith('/ExponentialMovingAverage')))\n"
-        "print(tracemalloc.get_traced_memory()[1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return float(done.stdout)
-
-
-def _detect(folder: Path, options: BenchOptions) -> dict[str, Any]:
-    """The parts of detection on one batch of JPEG files, 640 x 480. No time depends on the weights."""
-    import torch
-
-    from pytorch_model import create_model
-    from pytorch_model.detection.detector import Detector
-    from pytorch_model.detection.postprocess import per_class_nms
-    from pytorch_model.detection.preprocess import load_image
-    from pytorch_model.detection.suppression.candidates import Candidates, pre_nms
-    from pytorch_model.devices import choose_device
-
-    device = choose_device(options.device)
-    files = _photographs(folder, options.batch_size)
-    torch.manual_seed(0)
-    detector = Detector(create_model(options.model).to(device))
-    pixels = [load_image(file).pixels for file in files]
-    batch = detector.preprocess(pixels)
-    anchors_yxyx, nms = detector.anchors_yxyx.to(device), detector.nms
-    with torch.no_grad():
-        class_outputs, box_outputs = detector.model(batch.images)
-
-    def select() -> Candidates:
-        return pre_nms(class_outputs, box_outputs, anchors_yxyx, nms.max_nms_inputs)
-
-    candidates = select()
-
-    def timed(part: Callable[[], Any]) -> Callable[[], None]:
-        @torch.no_grad()
-        def run() -> None:
-            part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        run()  # the first run is always slower
-        return run
-
-    sides = {
-        "decode, pillow": timed(lambda: [load_image(file) for file in files]),
-        "normalise, resize, pad": timed(lambda: detector.preprocess(pixels)),
-        "network": timed(lambda: detector.model(batch.images)),
-        "select": timed(select),
-        "NMS": timed(lambda: per_class_nms(candidates, nms, batch.image_scales)),
-    }
-    if importlib.util.find_spec("simplejpeg"):
-        sides["decode, fast-dct"] = timed(lambda: [load_image(file, "fast-dct") for file in files])
-    figures = _summarise(_side_by_side(sides, options.repeat), "network")
-    return figures | {
-        "postprocessing_over_network": figures["ratio"]["select"] + figures["ratio"]["NMS"],
-        "described": f"{options.model}, batch of {options.batch_size}, {device}, "
-        f"{torch.get_num_threads()} threads",
-    }
-
-
-def _photographs(folder: Path, count: int) -> list[Path]:
-    from PIL import Image
-
-    from porting.synthetic import synthetic_image
-
-    files = [folder / f"{seed}.jpg" for seed in range(count)]
-    for seed, file in enumerate(files):
-        Image.fromarray(synthetic_image(480, 640, seed)).save(file, quality=90)
-    return files
-
-
-def _summarise(seconds: dict[str, list[float]], base: str) -> dict[str, Any]:
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "seconds": {name: {"median": median[name], "best": min(values)} for name, values in seconds.items()},
-        "ratio": {name: value / median[base] for name, value in median.items()},
-    }
-
-
-def _draw(console: Console, figures: dict[str, Any]) -> None:
-    table = Table("", "median s", "best s", "ratio of medians")
-    for name, seconds in figures["seconds"].items():
-        table.add_row(
-            name, f"{seconds['median']:.4f}", f"{seconds['best']:.4f}", f"{figures['ratio'][name]:.2f}"
-        )
-    console.print(table)
-    if "described" in figures:
-        console.print(
-            f"{figures['described']}: postprocessing (select and NMS) takes "
-            f"{figures['postprocessing_over_network']:.2f} × the network"
-        )
-    if "megabytes_kept" in figures:
-        console.print(
-            f"kept {figures['megabytes_kept']:.1f} MB; the peak is {figures['peak_megabytes']:.1f} MB, "
-            f"{figures['peak_over_kept']:.2f} × what is kept"
-        )
-    if "over_import_and_two_reads" in figures:
-        console.print(
-            f"converting takes {figures['over_import_and_two_reads']:.2f} × (import torch + 2 plain reads)"
-        )
-    if figures.get("tensorflow_import_seconds"):
-        console.print(
-            f"importing TensorFlow took {figures['tensorflow_import_seconds']:.1f} s, not counted above"
-        )
+    return measure_reading(folder, options.model, options.repeat)
