@@ -876,11 +876,12 @@ def test_metrics_are_read_as_they_were_written(small_weights: Path, coco: Path, 
     assert metrics.weights_sha256 == hashlib.sha256(small_weights.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"test_dev": "a/b"}], ids=str)
-def test_options_that_cannot_be_used(options: dict[str, Any], tmp_path: Path) -> None:
-    message = "batch_size is 0, must be at least 1" if "batch_size" in options else "--test-dev 'a/b'"
-    with pytest.raises(EfficientDetError, match=message):
-        EvaluationOptions(tmp_path / "a.pth", tmp_path, **options)
+def test_options_that_cannot_be_used(small_weights: Path, coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(EfficientDetError, match="--test-dev 'a/b'"):
+        EvaluationOptions(small_weights, tmp_path, test_dev="a/b")
+    detector, dataset = Detector(load_model(small_weights)), read_dataset(coco)
+    with pytest.raises(ConfigError, match="batch_size is 0, must be at least 1"):
+        evaluate_dataset(detector, dataset, {1: 1}, EvaluationOptions(small_weights, tmp_path, batch_size=0))
 
 
 @pytest.mark.parametrize("engine", ["eager", "folded"])
@@ -916,7 +917,7 @@ def test_a_killed_run_resumes(
     small_weights: Path, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(small_weights, coco, tmp_path / "whole") == 0
-    append, detect = Shards.append, Detector.detect
+    append, compute = Shards.append, Detector.compute
     calls = 0
 
     def die_writing_the_third(self: Shards, process: int, batch: int, content_: Any) -> None:
@@ -929,14 +930,14 @@ def test_a_killed_run_resumes(
     def counted(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        return detect(*arguments)
+        return compute(*arguments)
 
     monkeypatch.setattr(Shards, "append", die_writing_the_third)
     with pytest.raises(KilledError):
         run(small_weights, coco, tmp_path / "killed")
     assert not (tmp_path / "killed/metrics.json").exists()
     monkeypatch.setattr(Shards, "append", append)
-    monkeypatch.setattr(Detector, "detect", counted)
+    monkeypatch.setattr(Detector, "compute", counted)
     assert run(small_weights, coco, tmp_path / "killed") == 0
     assert calls == 2  # batches 2 and 3; 0 and 1 were kept
     for name in ("detections.json", "metrics.json"):
