@@ -1,9 +1,9 @@
 """Which device PyTorch computes on, and who uses the processor's cores.
 
-The network has all cores, or ``--threads`` of them: an engine takes PyTorch's number when it is made. Its
-threads do not spin while they wait. Each worker that reads images (``--workers``) takes one core at most, and
-so does the thread that postprocesses; none of them starts threads of its own. They may be more than the cores
-together: the system gives a worker its time where the network waits, and workers stop when they are ahead.
+The network has all cores, or ``--threads`` of them: an engine takes PyTorch's number when it is made, and its
+threads sleep while they wait. Each worker that reads images (``--workers``) takes one core at most and starts
+no threads, for it uses NumPy and libjpeg only; one more thread postprocesses. Together they may be more than
+the cores. The system gives a worker its time where the network waits, and workers stop when they are ahead.
 """
 
 from __future__ import annotations
@@ -46,5 +46,6 @@ def default_workers() -> int:
     small machine; a GPU needs more, and the machine that it is in has them.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes that torchrun started here
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # that torchrun started here
+    sharing = int(processes) if processes.isdecimal() else 1
     return min(max(cores // max(sharing, 1) // 2, 1), 16)

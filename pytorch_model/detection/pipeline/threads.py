@@ -6,6 +6,7 @@ Threads and not processes: decoding and NumPy release Python's lock, and results
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
@@ -14,7 +15,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Seconds that the end waits for a thread. One that decodes an enormous image is left to itself: it only
+#: Seconds that the end waits for the threads. One that decodes an enormous image is left to itself: it only
 #: holds memory, and does not keep the process from ending.
 PATIENCE = 0.5
 
@@ -40,8 +41,9 @@ def ahead(work: Callable[[T], R], items: Iterable[T], workers: int, room: int) -
             yield result
     finally:
         team.end()
+        patient_until = time.monotonic() + PATIENCE
         for thread in threads:
-            thread.join(PATIENCE)
+            thread.join(max(0.0, patient_until - time.monotonic()))
 
 
 class _Team(Generic[T, R]):
