@@ -1,7 +1,7 @@
 """Measure speed as ratios, side by side in one run.
 
 Conversion against `import torch`; reading against a plain read and TensorFlow's reader; the parts of
-detection against the network.
+detection, and the pipeline that runs them at once, against the network.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ examples:
   python tools/bench.py convert                       # converting D0 against `import torch`
   python tools/bench.py read --model efficientdet-d7x # our reader, a plain read, TensorFlow's reader
   python tools/bench.py detect --batch-size 8         # decode, resize, network, select, NMS
+  python tools/bench.py eval --model efficientdet-lite0  # 100 images through the pipeline, the network alone
 
 {EXIT_CODES}
 """
 
-CONVERT, READ, DETECT = "convert", "read", "detect"
+CONVERT, READ, DETECT, EVAL = "convert", "read", "detect", "eval"
+WHAT = (CONVERT, READ, DETECT, EVAL)
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """``what``: ``CONVERT``, ``READ`` or ``DETECT``; only the last uses ``batch_size`` and ``device``."""
+    """``what``: one of :data:`WHAT`; only ``DETECT`` and ``EVAL`` use ``batch_size`` and ``device``."""
 
     what: str
     model: str
@@ -36,11 +38,13 @@ class BenchOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=(CONVERT, READ, DETECT), metavar=f"{CONVERT}|{READ}|{DETECT}")
+    parser.add_argument("what", choices=WHAT, metavar="|".join(WHAT))
     parser.add_argument("--model", default="efficientdet-d0", help="default: efficientdet-d0")
     parser.add_argument("--repeat", type=int, default=5, help="runs of each side, interleaved (default: 5)")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per batch, for detect (default: 8)")
-    parser.add_argument("--device", default="cpu", help="for detect: cpu, cuda, auto (default: cpu)")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="images per batch, for detect and eval (default: 8)"
+    )
+    parser.add_argument("--device", default="cpu", help="for detect and eval: cpu, cuda, auto (default: cpu)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON on stdout")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
 import subprocess
 import sys
@@ -16,14 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 import porting
-from porting.cli.arguments.bench import CONVERT, DETECT, READ, BenchOptions
+from porting.cli.arguments.bench import CONVERT, DETECT, EVAL, READ, BenchOptions
 from porting.cli.process import print_json
 
 PACKAGES = Path(porting.__file__).parents[1]  # the folder to import this project from
 
 
 def run(options: BenchOptions) -> int:
-    bench = {CONVERT: _convert, READ: _read, DETECT: _detect}[options.what]
+    bench = {CONVERT: _convert, READ: _read, DETECT: _detect, EVAL: _eval}[options.what]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         figures = bench(Path(folder), options)
     if options.json:
@@ -195,6 +196,55 @@ def _detect(folder: Path, options: BenchOptions) -> dict[str, Any]:
     }
 
 
+EVAL_IMAGES = 100
+
+
+def _eval(folder: Path, options: BenchOptions) -> dict[str, Any]:
+    """The pipeline with several numbers of workers, against the network of the same engine alone."""
+    import torch
+
+    from pytorch_model import create_model
+    from pytorch_model.detection.detector import Detector
+    from pytorch_model.detection.pipeline import Pipeline, Speed
+    from pytorch_model.detection.results import to_results
+    from pytorch_model.devices import choose_device, default_workers
+
+    device = choose_device(options.device)
+    files = _photographs(folder, options.batch_size)
+    torch.manual_seed(0)
+    detector = Detector(create_model(options.model).to(device))
+    batch = detector.preprocess(files)
+    images = list(itertools.islice(itertools.cycle(files), EVAL_IMAGES))
+    speeds: dict[str, Speed] = {}
+
+    def network() -> None:
+        for start in range(0, len(images), options.batch_size):
+            count = len(images[start : start + options.batch_size])
+            detector.compute(batch._replace(images=batch.images[:count]))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def piped(name: str, workers: int) -> Callable[[], None]:
+        def run() -> None:
+            pipeline = Pipeline(detector, batch_size=options.batch_size, workers=workers)
+            for _ in pipeline.run(images, detector.load, lambda file, _, found: to_results(file.name, found)):
+                pass
+            speeds[name] = pipeline.speed
+
+        return run
+
+    sides: dict[str, Callable[[], Any]] = {"network alone": network}
+    for workers in sorted({0, 1, 2, default_workers()}):
+        name = f"pipeline, {workers} workers"
+        sides[name] = piped(name, workers)
+    network()  # the first run is always slower
+    return _summarise(_side_by_side(sides, options.repeat), "network alone") | {
+        "speeds": {name: speed.content() for name, speed in speeds.items()},
+        "engine": detector.engine,
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _photographs(folder: Path, count: int) -> list[Path]:
     from PIL import Image
 
@@ -225,6 +275,13 @@ def _draw(console: Console, figures: dict[str, Any]) -> None:
         console.print(
             f"{figures['described']}: postprocessing (select and NMS) takes "
             f"{figures['postprocessing_over_network']:.2f} × the network"
+        )
+    for name, speed in figures.get("speeds", {}).items():
+        parts = ", ".join(f"{part} {seconds:.2f} s" for part, seconds in speed["seconds"].items())
+        console.print(f"{name}, the last run: {speed['images_per_second']:.1f} images/s; {parts}")
+    if "engine" in figures:
+        console.print(
+            f"{EVAL_IMAGES} images, engine {figures['engine']}, {figures['threads']} threads", markup=False
         )
     if "megabytes_kept" in figures:
         console.print(
