@@ -11,7 +11,7 @@ from porting.hparams import Hparams, read_hparams
 from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
-from pytorch_model.detection.settings import DECODERS, SCOPES
+from pytorch_model.detection.settings import DECODERS, MOST_WORKERS, SCOPES
 from pytorch_model.engines import AUTO, ENGINES, GPU_BATCH, NAMES
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
@@ -214,10 +214,10 @@ def add_detection_options(parser: argparse._ActionsContainer) -> None:
 def check_detection_options(
     parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str
 ) -> None:
-    """Reject numbers of :func:`add_detection_options`, and of further ``names``, that are too small."""
+    """Reject impossible numbers of :func:`add_detection_options`, and of ``names`` those less than 1."""
     check_at_least_one(parser, arguments, "batch_size", "threads", *names)
-    if arguments.workers is not None and arguments.workers < 0:
-        parser.error(f"--workers is {arguments.workers}, must be at least 0")
+    if arguments.workers is not None and not 0 <= arguments.workers <= MOST_WORKERS:
+        parser.error(f"--workers is {arguments.workers}, must be from 0 to {MOST_WORKERS}")
 
 
 def check_at_least_one(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:

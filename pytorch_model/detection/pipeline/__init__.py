@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from pytorch_model.detection.detector import Detector, HeadOutputs
 from pytorch_model.detection.pipeline.threads import ahead, behind
 from pytorch_model.detection.preprocess import DecodedImage, ImageError, NetworkInput, stacked
+from pytorch_model.detection.settings import MOST_WORKERS
 from pytorch_model.devices import default_workers
 from pytorch_model.engines import ENGINES, GPU_BATCH
 from pytorch_model.engines.choose import Network
@@ -83,7 +84,7 @@ class _Computed(Generic[T]):
     """``outputs``: for each network, of each batch of one size."""
 
     reads: Sequence[_Read[T]]
-    outputs: list[list[HeadOutputs]] = field(default_factory=list)
+    outputs: list[list[HeadOutputs]]
 
 
 class Pipeline:
@@ -99,9 +100,10 @@ class Pipeline:
         self.detector = detector
         self.batch_size = default_batch_size(detector) if batch_size is None else batch_size
         self.workers = default_workers() if workers is None else workers
-        for name, least in (("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}, must be at least 1")
+        if not 0 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"workers is {self.workers}, must be from 0 to {MOST_WORKERS}")
         self.speed = Speed()
         self._stopped = threading.Event()
 
@@ -160,14 +162,17 @@ class Pipeline:
             batch = list(itertools.islice(reads, count))
             if not batch:
                 return
-            start = time.perf_counter()
-            inputs = stacked(
-                [read.input or self.detector.prepare(read.image) for read in batch if read.image is not None]
-            )
-            batch = [_Read(read.item, read.image, None, read.problem, read.seconds) for read in batch]
-            outputs = [[self.detector.compute(each, network) for each in inputs] for network in networks]
-            self.speed.network += time.perf_counter() - start
-            yield _Computed(batch, outputs)
+            yield self._compute(batch, networks)
+
+    def _compute(self, reads: Sequence[_Read[T]], networks: Sequence[Network | None]) -> _Computed[T]:
+        """The network's input is let go here: postprocessing does not need it."""
+        start = time.perf_counter()
+        inputs = stacked(
+            [read.input or self.detector.prepare(read.image) for read in reads if read.image is not None]
+        )
+        outputs = [[self.detector.compute(each, network) for each in inputs] for network in networks]
+        self.speed.network += time.perf_counter() - start
+        return _Computed([replace(read, input=None) for read in reads], outputs)
 
     def _finished(
         self, batch: _Computed[T], finish: Callable[[T, DecodedImage, dict[str, Tensor]], R]
