@@ -208,7 +208,7 @@ def _detect_files(
             "width": width,
             "decoder": image.decoder,
             "exif_orientation": image.orientation,
-            "detections": len(rows),
+            "detections": len(kept["scores"]),
         }
         return _Found(rows, description)
 
@@ -245,7 +245,7 @@ def _detect_video(
                 {**where, **{key: row[key] for key in row if key != "image_id"}}
                 for row in to_results("", kept)
             ]
-            return _Found(rows, {**where, "decoder": image.decoder, "detections": len(rows)})
+            return _Found(rows, {**where, "decoder": image.decoder, "detections": len(kept["scores"])})
 
         done = 0
         listener.progress(done, reader.count)

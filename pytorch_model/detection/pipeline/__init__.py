@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 @dataclass
 class Speed:
-    """How long the parts took, in seconds.
+    """How long the parts took, in seconds, and how many images were read.
 
     ``decode``: reading, decoding and resizing, summed over the workers. ``network``: from a batch of images
     to the head outputs; a GPU works on after that, which ``postprocessing`` waits for. ``output``: what the
@@ -132,7 +132,7 @@ class Pipeline:
         with closing(reads), closing(finished):
             try:
                 for batch, (decode, postprocessing, output) in finished:
-                    self.speed.images += batch.count
+                    self.speed.images += len(batch.found[0])
                     self.speed.decode += decode
                     self.speed.postprocessing += postprocessing
                     self.speed.output += output
@@ -145,11 +145,10 @@ class Pipeline:
         """In a worker. An image for a GPU is put into pinned memory, and resized there."""
         start = time.perf_counter()
         try:
-            image = load(item)
-            if self.detector.device.type == "cuda":
+            image, device = load(item), self.detector.device.type
+            if device == "cuda":
                 image = image._replace(pixels=image.pixels.pin_memory())
-            on_cpu = self.detector.device.type == "cpu"
-            made = self.detector.prepare(image) if on_cpu else None
+            made = self.detector.prepare(image) if device == "cpu" else None
         except ImageError as error:
             return _Read(item, problem=str(error), seconds=time.perf_counter() - start)
         return _Read(item, image, made, seconds=time.perf_counter() - start)
