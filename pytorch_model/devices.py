@@ -1,6 +1,14 @@
-"""Which device PyTorch computes on, and with how many threads."""
+"""Which device PyTorch computes on, and who uses the processor's cores.
+
+The network has all cores, or ``--threads`` of them: an engine takes PyTorch's number when it is made, and its
+threads sleep while they wait. Each worker that reads images (``--workers``) takes one core at most and starts
+no threads, for it uses NumPy and libjpeg only; one more thread postprocesses. Together they may be more than
+the cores. The system gives a worker its time where the network waits, and workers stop when they are ahead.
+"""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -29,3 +37,15 @@ def use_threads(count: int | None) -> None:
     """Let PyTorch, and the engines made from now on, compute with ``count`` threads; None: as they are."""
     if count is not None:
         torch.set_num_threads(count)
+
+
+def default_workers() -> int:
+    """Half of the cores that are this process's share, at least 1, at most 16.
+
+    A network on as many cores takes several times as long as decoding, so that one worker is enough on a
+    small machine; a GPU needs more, and the machine that it is in has them.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "")  # that torchrun started here
+    sharing = int(processes) if processes.isdecimal() else 1
+    return min(max(cores // max(sharing, 1) // 2, 1), 16)

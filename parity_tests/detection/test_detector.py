@@ -352,6 +352,7 @@ def test_detect_as_a_library_call(weights: Path, album: Path, tmp_path: Path) ->
     assert found.rows == json.loads((out / "detections.json").read_text())
     assert found.summary == json.loads((out / "summary.json").read_text())
     assert found.summary["weights"] == "mine"
+    assert (found.summary["batch_size"], found.summary["speed"]["images"]) == (2, 3)
 
 
 def test_detect_writes_the_same_as_csv(weights: Path, album: Path, tmp_path: Path) -> None:
@@ -570,7 +571,7 @@ def test_detect_rejects_bad_options_with_one_sentence(
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.parametrize("more", [["--score-threshold", "1.5"], ["--batch-size", "0"]])
+@pytest.mark.parametrize("more", [["--score-threshold", "1.5"], ["--batch-size", "0"], ["--workers", "-1"]])
 def test_detect_checks_its_numbers(weights: Path, album: Path, tmp_path: Path, more: list[str]) -> None:
     assert run_detect(weights, album, tmp_path / "out", *more) == 2
 

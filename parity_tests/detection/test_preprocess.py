@@ -26,9 +26,9 @@ from pytorch_model.detection.preprocess import (
     ImageSource,
     load_image,
     preprocess,
-    resize_bilinear,
     scaled,
 )
+from pytorch_model.detection.resizing.tensors import resize_bilinear
 from pytorch_model.detection.settings import DECODERS, FORMATS
 
 D0, LITE0 = model_config("efficientdet-d0"), model_config("efficientdet-lite0")

@@ -286,6 +286,7 @@ def video(name: str) -> Callable[[Path], Path]:
 
 def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
     """Evaluate as tools/eval_coco.py does, with one image per batch."""
+    from pytorch_model.detection.pipeline import Pipeline
     from pytorch_model.evaluation.dataset import read_dataset
     from pytorch_model.evaluation.processes import Processes
     from pytorch_model.evaluation.shards import Shards
@@ -294,7 +295,8 @@ def evaluate(pictures: Path, folder: Path) -> tuple[Outcome | None, Shards]:
     dataset, detector, categories = read_dataset(pictures), small_detector(), {1: 1, 2: 18}
     shards = Shards(folder, "ours", settings(detector, dataset, 1, categories, "of a sample"))
     streams = [Stream("ours", None, shards)]
-    outcome = detect_dataset(detector, dataset, streams, categories, 1, Processes(), lambda *_: None)
+    pipeline = Pipeline(detector, batch_size=1)
+    outcome = detect_dataset(pipeline, dataset, streams, categories, Processes(), lambda *_: None)
     return outcome, shards
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from porting.bench.machine import describe_machine
 from porting.errors import EfficientDetError
@@ -22,7 +22,6 @@ from pytorch_model.detection.results import Result, to_results
 from pytorch_model.detection.run import SILENT, SUFFIXES, Listener
 from pytorch_model.devices import choose_device, use_threads
 from pytorch_model.efficientdet import load_model
-from pytorch_model.engines.choose import EngineOf
 from pytorch_model.evaluation.classes import class_to_category
 from pytorch_model.evaluation.dataset import Dataset, DatasetImage, read_dataset
 from pytorch_model.evaluation.figures import evaluate
@@ -102,10 +101,6 @@ class _Parts:
 
     def __init__(self, detector: Detector, categories: Mapping[int, int]) -> None:
         self._detector, self._categories = detector, categories
-        model = detector.model
-        self._device = next(model.parameters()).device
-        size = model.config.resizer.padded(detector.image_size)
-        self._engine = EngineOf(detector.engine, model, size)
         self.forget()
 
     def forget(self) -> None:
@@ -116,8 +111,8 @@ class _Parts:
     def timed(self, part: str, work: Callable[[], T]) -> T:
         start = time.perf_counter()
         found = work()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._detector.device.type == "cuda":
+            torch.cuda.synchronize(self._detector.device)
         self.seconds[part] += time.perf_counter() - start
         return found
 
@@ -128,16 +123,11 @@ class _Parts:
             return
         pixels = [image.pixels for image in decoded.values()]
         batches = self.timed("preprocess", lambda: self._detector.batches(pixels))
-        before = self.seconds["network"]
-
-        def detect() -> None:
-            found = [each for batch in batches for each in self._detector.detect(batch, self._network)]
-            for image, detections in zip(decoded, found, strict=True):
-                self.rows += to_results(image.id, detections, self._categories)
-                self.ids.append(image.id)
-
-        self.timed("postprocess", detect)
-        self.seconds["postprocess"] -= self.seconds["network"] - before
+        outputs = self.timed("network", lambda: [self._detector.compute(batch) for batch in batches])
+        found = self.timed("postprocess", lambda: [self._detector.select(output) for output in outputs])
+        for image, detections in zip(decoded, itertools.chain.from_iterable(found), strict=True):
+            self.rows += to_results(image.id, detections, self._categories)
+            self.ids.append(image.id)
 
     def _decoded(self, images: Sequence[DatasetImage]) -> dict[DatasetImage, DecodedImage]:
         decoded = {}
@@ -147,9 +137,6 @@ class _Parts:
             except ImageError:
                 continue  # the pipeline skips and counts it too
         return decoded
-
-    def _network(self, images: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        return self.timed("network", lambda: self._engine(images))
 
 
 class _SecondHalf:

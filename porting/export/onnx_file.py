@@ -19,6 +19,7 @@ from porting.export import Weights
 from porting.export.network import quiet
 from pytorch_model.engines.weights import FoldedWeights
 from pytorch_model.files import check_writable
+from pytorch_model.weights.tensors import as_tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -41,7 +42,7 @@ def network_graph(weights: Weights) -> ModelProto:
     from pytorch_model.engines.onnx_graph import onnx_model
 
     config = weights.config
-    folded = FoldedWeights(weights.state_dict, config.fpn_weight_method, torch.float32)
+    folded = FoldedWeights(as_tensors(weights.state_dict), config.fpn_weight_method, torch.float32)
     return onnx_model(config, folded, config.input_size)
 
 
@@ -56,7 +57,7 @@ def traced_graph(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence
     try:
         with quiet(), _silent("torch.onnx"):
             program = torch.onnx.export(
-                module,
+                _Positional(module),
                 tuple(inputs.values()),
                 dynamo=True,
                 dynamic_shapes={"tensors": tuple({0: batch} for _ in inputs)},
@@ -72,6 +73,17 @@ def traced_graph(module: nn.Module, inputs: dict[str, Tensor], outputs: Sequence
         ) from error
     assert program is not None
     return program.model_proto
+
+
+class _Positional(nn.Module):
+    """``module``, whatever its arguments are called: the exporter wants them by name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *tensors: Tensor) -> Any:
+        return self.module(*tensors)
 
 
 def save_onnx(model: ModelProto, path: Path, weights: Weights) -> None:

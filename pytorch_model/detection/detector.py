@@ -6,6 +6,7 @@ A model whose configuration has another resizer or other anchors is run with the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from pytorch_model.detection.preprocess import (
     ImageSource,
     NetworkInput,
     load_image,
+    network_input,
     preprocess,
     preprocess_batches,
     scaled,
@@ -27,6 +29,15 @@ from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.engines import AUTO
 from pytorch_model.engines.choose import EngineOf, Network
 from pytorch_model.errors import ConfigError, WeightsError
+
+
+class HeadOutputs(NamedTuple):
+    """What the network made of a batch, and what postprocessing needs beside it."""
+
+    runs: list[tuple[Sequence[Tensor], Sequence[Tensor]]]  # (class_outputs, box_outputs); of tta="flip" two
+    size: tuple[int, int]  # height, width of the network's input
+    image_scales: Tensor  # float32 [N, 2], as in NetworkInput
+    anchors_yxyx: Tensor  # float32 [A, 4]
 
 
 class Detector:
@@ -41,7 +52,7 @@ class Detector:
     ``NMSConfig(scope="global", max_nms_inputs=0)`` is what AutoML's exported models do.
     Only detections with a score above ``score_threshold`` are returned. ``decoder`` is described at
     :func:`~pytorch_model.detection.preprocess.load_image`: ``"fast-dct"`` gives the pixels of AutoML's
-    evaluation. ``tta="flip"`` also detects in each mirrored image and fuses both results, see :func:`detect`.
+    evaluation. ``tta="flip"`` also detects in each mirrored image and fuses both results, see :meth:`select`.
     ``engine``: what computes the network, one of :data:`pytorch_model.engines.NAMES`; the attribute names
     the one in use. Images of another size than ``image_size`` go to the model itself. Raises
     :class:`ConfigError` for a ``score_threshold`` outside 0…1, an unknown ``tta``, or an engine that is
@@ -83,14 +94,12 @@ class Detector:
         Raises :class:`~pytorch_model.detection.preprocess.ImageError` on a bad image and
         :class:`WeightsError` if the network's output is not finite.
         """
-        return [
-            {
-                key: values[: int((found["scores"] > self.score_threshold).sum())]
-                for key, values in found.items()
-            }
-            for batch in self.batches(images)
-            for found in self.detect(batch)
-        ]
+        return [self.above_threshold(found) for batch in self.batches(images) for found in self.detect(batch)]
+
+    def above_threshold(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those detections of one image that have a score above ``score_threshold``."""
+        count = int((found["scores"] > self.score_threshold).sum())
+        return {key: values[:count] for key, values in found.items()}
 
     def load(self, image: ImageSource, upright: bool = False) -> DecodedImage:
         """Read one image by :func:`load_image` and check that it fits this detector's input.
@@ -102,23 +111,60 @@ class Detector:
         scaled(size, self.image_size, self.model.config.resizer)
         return decoded
 
+    @property
+    def device(self) -> torch.device:
+        """The model's device."""
+        return next(self.model.parameters()).device
+
+    def prepare(self, image: DecodedImage) -> NetworkInput:
+        """The network's input made of one image, on the model's device; :func:`stacked` makes batches.
+
+        If the pixels are in pinned memory, nothing waits for their copy to a GPU.
+        """
+        pixels = image.pixels[None].to(self.device, non_blocking=True)
+        return network_input(pixels, self.model.config, self.image_size, (image.decoder,))
+
     def preprocess(self, images: Sequence[ImageSource] | Tensor) -> NetworkInput:
         """The network's input made of ``images``, on the model's device, see :func:`preprocess`."""
-        device = next(self.model.parameters()).device
-        return preprocess(images, self.model.config, self.image_size, self.decoder, device)
+        return preprocess(images, self.model.config, self.image_size, self.decoder, self.device)
 
     def batches(self, images: Sequence[ImageSource] | Tensor) -> list[NetworkInput]:
         """As :meth:`preprocess`; several batches only if the size of the network's input varies."""
-        device = next(self.model.parameters()).device
-        return preprocess_batches(images, self.model.config, self.image_size, self.decoder, device)
+        return preprocess_batches(images, self.model.config, self.image_size, self.decoder, self.device)
+
+    def detect(self, batch: NetworkInput, network: Network | None = None) -> list[dict[str, Tensor]]:
+        """Every detection in a preprocessed batch, whatever its score.
+
+        Padding is removed. ``network``, if given, is used instead of the model.
+        """
+        return self.select(self.compute(batch, network))
 
     @torch.no_grad()
-    def detect(self, batch: NetworkInput, network: Network | None = None) -> list[dict[str, Tensor]]:
-        """Every detection in a preprocessed batch, whatever its score, see :func:`detect`.
+    def compute(self, batch: NetworkInput, network: Network | None = None) -> HeadOutputs:
+        """The first half of :meth:`detect`: the network, on the batch and for ``tta`` on its mirror image."""
+        network = network or self._network
+        runs = [network(batch.images)]
+        if self.tta != "none":
+            runs.append(network(batch.images.flip(3)))
+        size = batch.images.shape[2], batch.images.shape[3]
+        return HeadOutputs(runs, size, batch.image_scales, self._anchors(batch))
 
-        ``network``, if given, is used instead of the model.
+    @torch.no_grad()
+    def select(self, outputs: HeadOutputs) -> list[dict[str, Tensor]]:
+        """The second half of :meth:`detect`: postprocessing.
+
+        ``tta="flip"`` is AutoML's test-time augmentation: the input, with its padding, was mirrored, and goes
+        through suppression too; its boxes are mirrored back; :func:`weighted_boxes_fusion` makes one list of
+        both, of at most 2 · ``max_output_size`` detections.
         """
-        return detect(network or self._network, batch, self._anchors(batch), self.nms, self.tta)
+        runs = [_found(outputs, heads, self.nms) for heads in outputs.runs]
+        if self.tta == "none":
+            return runs[0]
+        widths = (outputs.image_scales[:, 1] * outputs.size[1]).tolist()
+        return [
+            weighted_boxes_fusion([plain, mirrored(mirror, width)])
+            for plain, mirror, width in zip(*runs, widths, strict=True)
+        ]
 
     def _anchors(self, batch: NetworkInput) -> Tensor:
         """The anchors of a batch: always the same if images are padded to one size."""
@@ -140,33 +186,11 @@ class Detector:
         return class_outputs, box_outputs
 
 
-def detect(
-    network: Network, batch: NetworkInput, anchors_yxyx: Tensor, nms: NMSConfig, tta: str = "none"
+def _found(
+    outputs: HeadOutputs, heads: tuple[Sequence[Tensor], Sequence[Tensor]], nms: NMSConfig
 ) -> list[dict[str, Tensor]]:
-    """The detections in a network's input: one dict per image, as :class:`Detector` returns them.
-
-    Padding is removed. ``tta="flip"`` is AutoML's
-    test-time augmentation: the input, with its padding, is mirrored and goes through network and suppression
-    too; its boxes are mirrored back; :func:`weighted_boxes_fusion` makes one list of both, of at most
-    2 · ``max_output_size`` detections.
-    """
-    found = _detect_once(network, batch.images, batch.image_scales, anchors_yxyx, nms)
-    if tta == "none":
-        return found
-    flipped = _detect_once(network, batch.images.flip(3), batch.image_scales, anchors_yxyx, nms)
-    widths = (batch.image_scales[:, 1] * batch.images.shape[3]).tolist()
-    return [
-        weighted_boxes_fusion([plain, mirrored(mirror, width)])
-        for plain, mirror, width in zip(found, flipped, widths, strict=True)
-    ]
-
-
-def _detect_once(
-    network: Network, images: Tensor, image_scales: Tensor, anchors_yxyx: Tensor, nms: NMSConfig
-) -> list[dict[str, Tensor]]:
-    class_outputs, box_outputs = network(images)
-    size = (images.shape[2], images.shape[3])
-    found = postprocess(class_outputs, box_outputs, anchors_yxyx, size, nms, image_scales)
+    """The detections in one of ``outputs.runs``, without padding."""
+    found = postprocess(*heads, outputs.anchors_yxyx, outputs.size, nms, outputs.image_scales)
     boxes_xyxy = found.boxes_yxyx[..., [1, 0, 3, 2]]
     # Scores descend and padding has score 0, so the detections come first.
     counts = (found.scores > 0).sum(dim=1).tolist()

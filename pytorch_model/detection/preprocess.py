@@ -17,7 +17,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -27,7 +27,10 @@ import torch
 from torch import Tensor
 
 from pytorch_model.config import EfficientDetConfig, Resizer
+from pytorch_model.detection.resizing.host import resize_on_host
+from pytorch_model.detection.resizing.tensors import normalise, resize_bilinear
 from pytorch_model.detection.settings import DECODERS, FORMATS
+from pytorch_model.detection.suppression.host import on_host
 from pytorch_model.errors import EfficientDetError
 from pytorch_model.files import check_regular
 
@@ -97,25 +100,24 @@ def preprocess_batches(
     There is one batch unless ``config.resizer`` does not pad.
     """
     target = image_size or config.image_size
-    loaded, decoders = _load(images, decoder)
-    device = loaded[0].device if device is None else device
-    inputs: list[tuple[Tensor, np.ndarray]] = []
-    for index, pixels in enumerate(loaded):
+    loaded = _load(images, decoder)
+    device = loaded[0].pixels.device if device is None else device
+    inputs = []
+    for index, (pixels, decoders) in enumerate(loaded):
         try:
-            inputs.append(_preprocess_batch(pixels.to(device), config, target))
+            inputs.append(network_input(pixels.to(device), config, target, decoders))
         except ImageError as error:
             raise ImageError(f"{_describe(images[index], index)}: {error}") from None
-    batches, names = [], iter(decoders)
-    for _, group in itertools.groupby(inputs, key=lambda each: each[0].shape[2:]):
-        tensors, scales = zip(*group, strict=True)
-        batch = torch.cat(tensors)
-        all_scales = torch.from_numpy(np.concatenate(scales)).to(device)
-        batches.append(NetworkInput(batch, all_scales, tuple(itertools.islice(names, len(batch)))))
-    return batches
+    return stacked(inputs)
 
 
-def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> tuple[list[Tensor], tuple[str, ...]]:
-    """Batches of equal-sized pixels, uint8 [n, 3, h, w]: one per image, or the given batch."""
+class _Loaded(NamedTuple):
+    pixels: Tensor  # uint8 [n, 3, h, w]
+    decoders: tuple[str, ...]
+
+
+def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> list[_Loaded]:
+    """Batches of equal-sized pixels: one per image, or the given batch."""
     _check_decoder(decoder)
     is_batch = isinstance(images, Tensor) and images.ndim == 4
     if not is_batch and (isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)):
@@ -124,40 +126,51 @@ def _load(images: Sequence[ImageSource] | Tensor, decoder: str) -> tuple[list[Te
         raise ImageError("there are no images; give at least one")
     if isinstance(images, Tensor):
         _check_tensor(images[0])
-        return [images], ("none",) * len(images)
+        return [_Loaded(images, ("none",) * len(images))]
     decoded = []
     for index, image in enumerate(images):
         try:
             decoded.append(load_image(image, decoder))
         except ImageError as error:
             raise ImageError(f"{_describe(image, index)}: {error}") from None
-    return [image.pixels[None] for image in decoded], tuple(image.decoder for image in decoded)
+    return [_Loaded(image.pixels[None], (image.decoder,)) for image in decoded]
 
 
 def _describe(image: object, index: int) -> str:
     return str(image) if isinstance(image, (str, os.PathLike)) else f"image number {index}"
 
 
-def _preprocess_batch(
-    pixels: Tensor, config: EfficientDetConfig, target: tuple[int, int]
-) -> tuple[Tensor, np.ndarray]:
-    """uint8 [n, 3, h, w] → (float32 [n, 3, H, W], original pixels per network pixel: float32 [n, 2])."""
+def network_input(
+    pixels: Tensor, config: EfficientDetConfig, target: tuple[int, int], decoders: tuple[str, ...]
+) -> NetworkInput:
+    """uint8 [n, 3, h, w] → its input of ``target`` (height, width), on its device, the scales on the CPU.
+
+    Raises :class:`ImageError` if a side would become 0.
+    """
     resizer = config.resizer
     rule = _RULES[resizer.rule]
-    scaled_size, scales = scaled((pixels.shape[2], pixels.shape[3]), target, resizer)
-    resized = resize_bilinear(normalise(pixels, config), scaled_size, rule.half_pixel_centres)
-    padded = _extended(resized, target, resizer.pad_value) if resizer.pad else resized
-    extended = _extended(padded, resizer.padded((padded.shape[2], padded.shape[3])), (0, 0, 0))
-    return extended, np.tile(scales, (len(pixels), 1))
+    size, scales = scaled((pixels.shape[2], pixels.shape[3]), target, resizer)
+    inner = target if resizer.pad else size
+    images = torch.zeros(len(pixels), 3, *resizer.padded(inner), device=pixels.device)
+    if any(resizer.pad_value) and inner != size:
+        for channel, value in enumerate(resizer.pad_value):
+            images[:, channel, : inner[0], : inner[1]] = value
+    place = images[:, :, : size[0], : size[1]]
+    if on_host(pixels):
+        resize_on_host(pixels.numpy(), config, rule.half_pixel_centres, place.numpy())
+    else:
+        place.copy_(resize_bilinear(normalise(pixels, config), size, rule.half_pixel_centres))
+    return NetworkInput(images, torch.from_numpy(np.tile(scales, (len(pixels), 1))), decoders)
 
 
-def _extended(images: Tensor, size: tuple[int, int], value: tuple[float, float, float]) -> Tensor:
-    """``images`` [n, 3, h, w] in the top left corner of ``size``, the rest filled with ``value``."""
-    padding = (0, size[1] - images.shape[3], 0, size[0] - images.shape[2])
-    if len(set(value)) == 1 or not any(padding):
-        return torch.nn.functional.pad(images, padding, value=value[0]) if any(padding) else images
-    channels = zip(images.unbind(1), value, strict=True)
-    return torch.stack([torch.nn.functional.pad(each, padding, value=fill) for each, fill in channels], dim=1)
+def stacked(inputs: Sequence[NetworkInput]) -> list[NetworkInput]:
+    """``inputs`` in batches, the scales beside the images: a new one begins where the size changes."""
+    batches = []
+    for _, group in itertools.groupby(inputs, key=lambda each: each.images.shape[2:]):
+        images, scales, decoders = zip(*group, strict=True)
+        joined = images[0] if len(images) == 1 else torch.cat(images)
+        batches.append(NetworkInput(joined, torch.cat(scales).to(joined.device), sum(decoders, ())))
+    return batches
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -229,47 +242,10 @@ _RULES: Mapping[str, _Rule] = {
 }
 
 
-def normalise(pixels: Tensor, config: EfficientDetConfig) -> Tensor:
-    """uint8 [..., 3, h, w] → float32 of the same shape, (pixels - mean_rgb) / stddev_rgb."""
-    mean, stddev = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device)[:, None, None]
-        for values in (config.mean_rgb, config.stddev_rgb)
-    )
-    return (pixels.float() - mean) / stddev
-
-
 def normalise_array(pixels: np.ndarray, config: EfficientDetConfig) -> np.ndarray:
     """uint8 [..., h, w, 3] → float32 of the same shape: :func:`normalise` for NumPy arrays."""
     mean, stddev = np.array(config.mean_rgb, np.float32), np.array(config.stddev_rgb, np.float32)
     return (pixels.astype(np.float32) - mean) / stddev
-
-
-def resize_bilinear(images: Tensor, size: tuple[int, int], half_pixel_centres: bool = True) -> Tensor:
-    """Resize float32 [..., h, w] to ``size`` (height, width) as TensorFlow does, without antialiasing.
-
-    ``torch.nn.functional.interpolate`` adds the four neighbours in another order and differs in the last
-    bits. TensorFlow interpolates from the left neighbour to the right one, then from top to bottom.
-    Without ``half_pixel_centres``, TensorFlow 1's resizing: the top left corners of pixels are matched.
-    """
-    left, right, step_x = _neighbours(images.shape[-1], size[1], half_pixel_centres, images.device)
-    top, bottom, step_y = _neighbours(images.shape[-2], size[0], half_pixel_centres, images.device)
-    left_columns = images.index_select(-1, left)
-    rows = left_columns + (images.index_select(-1, right) - left_columns) * step_x
-    top_rows = rows.index_select(-2, top)
-    return top_rows + (rows.index_select(-2, bottom) - top_rows) * step_y[:, None]
-
-
-def _neighbours(size: int, new_size: int, half_pixel_centres: bool, device: torch.device) -> list[Tensor]:
-    """Per output position: the two input positions around it, and its distance from the first."""
-    ratio = np.float32(size) / np.float32(new_size)
-    centre = np.float32(0.5 if half_pixel_centres else 0)
-    places = (np.arange(new_size, dtype=np.float32) + centre) * ratio - centre
-    below = np.floor(places)
-    first = np.maximum(below, 0).astype(np.int64)
-    second = np.minimum(np.ceil(places), size - 1).astype(np.int64)
-    # The step uses the unclamped position. At an edge both neighbours are the same, so it has no effect.
-    step = places - below
-    return [torch.from_numpy(array).to(device) for array in (first, second, step)]
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -352,11 +328,14 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     """
     pillow = _require("PIL.Image", "Pillow")
     try:
-        with warnings.catch_warnings(), _silent_libtiff(pillow, data):
-            warnings.simplefilter("ignore")  # about metadata, and about many pixels, which _check_size limits
-            with pillow.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-                _check_size(*image.size)
-                yield image
+        # Its warnings are about metadata, and about many pixels, which _check_size limits.
+        with (
+            _WARNINGS.ignored(),
+            _silent_libtiff(pillow, data),
+            pillow.open(io.BytesIO(data), formats=tuple(FORMATS)) as image,
+        ):
+            _check_size(*image.size)
+            yield image
     except (ImageError, MemoryError):
         raise
     except pillow.DecompressionBombError:  # above twice its limit Pillow does not give the size
@@ -368,6 +347,34 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     except Exception as error:
         raise _unreadable("image", error) from None
 
+
+class _Warnings:
+    """Python's warnings, ignored while any thread is inside.
+
+    ``catch_warnings`` of several threads would restore the filters of each other, and so ignore for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._caught = ExitStack()
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._caught.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._caught.close()
+
+
+_WARNINGS = _Warnings()
 
 #: Held while libtiff's handlers are changed, so that two threads do not restore each other's.
 _LIBTIFF = threading.Lock()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.drawing import draw
 from pytorch_model.detection.labels import ClassNames
+from pytorch_model.detection.pipeline import Pipeline
 from pytorch_model.detection.preprocess import DecodedImage, ImageError
 from pytorch_model.detection.results import to_results
 from pytorch_model.detection.settings import FORMATS
@@ -55,13 +56,10 @@ class DetectionResult:
 
 
 class _Found(NamedTuple):
-    """One image and its detections."""
+    """One image: its lines of ``detections.json`` and its entry in ``summary.json``."""
 
-    path: Path
-    image: DecodedImage
-    detections: dict[str, Tensor]  # as Detector returns them, on the CPU
-    frame: int | None = None  # of a video, from 0
-    time: float | None = None  # of that frame, in seconds
+    rows: list[dict[str, Any]]
+    description: dict[str, Any]
 
 
 def detect_into(
@@ -71,31 +69,32 @@ def detect_into(
     classes: ClassNames,
     *,
     weights: str,
-    batch_size: int = 4,
+    batch_size: int | None = None,
+    workers: int | None = None,
     listener: Listener = SILENT,
 ) -> DetectionResult:
     """Detect in ``files`` (see :func:`list_images`) and write into ``out`` (see :func:`prepare_folder`).
 
-    ``classes``: the names to draw and to list. ``weights``: what the summary calls the weights. Writes the
-    drawings, ``detections.json``, ``detections.csv`` and ``summary.json``. An image that cannot be read is
-    skipped and noted; ``listener`` hears how many are done. Raises :class:`EfficientDetError`.
+    ``classes``: the names to draw and to list. ``weights``: what the summary calls the weights.
+    ``batch_size``, ``workers``: see :class:`Pipeline`. Writes the drawings, ``detections.json``,
+    ``detections.csv`` and ``summary.json``. An image that cannot be read is skipped and noted; ``listener``
+    hears how many are done. Raises :class:`EfficientDetError`.
     """
     names = classes.shown
     unreadable: dict[str, str] = {}
     notes: list[str] = []
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
+    pipeline = Pipeline(detector, batch_size=batch_size, workers=workers)
     video = len(files) == 1 and is_video(files[0])
     if video:
-        stream = _detect_video(detector, files[0], batch_size, out, names, unreadable, notes, listener)
+        stream = _detect_video(pipeline, files[0], out, names, unreadable, notes, listener)
     else:
-        stream = _detect_files(detector, files, batch_size, unreadable, listener)
-    for found in stream:
-        if not video:
-            with replacing(out / drawn_name(found.path)) as temporary:
-                draw(found.image.pixels, found.detections, names).save(temporary, quality=95)
-        rows += _rows_of(found)
-        images.append(_describe(found))
+        stream = _detect_files(pipeline, files, out, names, unreadable, listener)
+    with closing(stream):
+        for found in stream:
+            rows += found.rows
+            images.append(found.description)
     summary = {
         "weights": weights,
         "model": detector.model.config.name,
@@ -108,6 +107,9 @@ def detect_into(
         "images": images,
         "unreadable": unreadable,
         "notes": notes,
+        "batch_size": pipeline.batch_size,
+        "workers": pipeline.workers,
+        "speed": pipeline.speed.content(),
     }
     save_json(out / "detections.json", rows)
     _save_csv(out / "detections.csv", ("frame", "time") if video else ("image_id",), rows, names)
@@ -183,52 +185,78 @@ def _identity(file: Path) -> tuple[int, int] | None:
 
 
 def _detect_files(
-    detector: Detector,
+    pipeline: Pipeline,
     files: Sequence[Path],
-    batch_size: int,
+    out: Path,
+    names: Mapping[int, str],
     unreadable: dict[str, str],
     listener: Listener,
-) -> Iterator[_Found]:
-    """Detect batch by batch. An image that cannot be read is noted in ``unreadable`` and skipped."""
-    listener.progress(0, len(files))
-    for start in range(0, len(files), batch_size):
-        chunk = files[start : start + batch_size]
-        images: dict[Path, DecodedImage] = {}
-        for path in chunk:
-            try:
-                images[path] = detector.load(path, upright=True)
-            except ImageError as error:
-                unreadable[str(path)] = str(error)
-        if images:
-            outputs = detector([image.pixels for image in images.values()])
-            for (path, image), detections in zip(images.items(), outputs, strict=True):
-                yield _Found(path, image, {key: value.cpu() for key, value in detections.items()})
-        listener.progress(start + len(chunk), len(files))
+) -> Generator[_Found, None, None]:
+    """Detect and draw. An image that cannot be read is noted in ``unreadable`` and skipped."""
+    detector = pipeline.detector
+
+    def finish(path: Path, image: DecodedImage, detections: dict[str, Tensor]) -> _Found:
+        kept = detector.above_threshold(detections)
+        with replacing(out / drawn_name(path)) as temporary:
+            draw(image.pixels, kept, names).save(temporary, quality=95)
+        rows = to_results(image_id(path), kept)
+        _, height, width = image.pixels.shape
+        description = {
+            "image_id": image_id(path),
+            "file_name": path.name,
+            "height": height,
+            "width": width,
+            "decoder": image.decoder,
+            "exif_orientation": image.orientation,
+            "detections": len(kept["scores"]),
+        }
+        return _Found(rows, description)
+
+    done = 0
+    listener.progress(done, len(files))
+    batches = pipeline.run(files, lambda path: detector.load(path, upright=True), finish)
+    with closing(batches):
+        for batch in batches:
+            unreadable.update((str(path), problem) for path, problem in batch.unreadable)
+            yield from batch.found[0]
+            done += batch.count
+            listener.progress(done, len(files))
 
 
 def _detect_video(
-    detector: Detector,
+    pipeline: Pipeline,
     path: Path,
-    batch_size: int,
     out: Path,
     names: Mapping[int, str],
     unreadable: dict[str, str],
     notes: list[str],
     listener: Listener,
-) -> Iterator[_Found]:
+) -> Generator[_Found, None, None]:
     """Detect frame by frame and write the annotated video, up to the frame where the file breaks off."""
+    detector = pipeline.detector
     with VideoReader(path) as reader, replacing(out / drawn_name(path)) as temporary:
-        listener.progress(0, reader.count)
         writer = VideoWriter(temporary, reader.rate, reader.time_base)
+
+        def finish(frame: Frame, image: DecodedImage, detections: dict[str, Tensor]) -> _Found:
+            kept = detector.above_threshold(detections)
+            writer.add(np.asarray(draw(image.pixels, kept, names)), frame.time)
+            where = {"frame": frame.number, "time": frame.time}
+            rows = [
+                {**where, **{key: row[key] for key in row if key != "image_id"}}
+                for row in to_results("", kept)
+            ]
+            return _Found(rows, {**where, "decoder": image.decoder, "detections": len(kept["scores"])})
+
+        done = 0
+        listener.progress(done, reader.count)
+        frames = _until_broken(reader, unreadable, notes)
+        batches = pipeline.run(frames, lambda frame: DecodedImage(frame.pixels, "pyav"), finish)
         try:
-            for frames in _batched(_until_broken(reader, unreadable, notes), batch_size):
-                outputs = detector([frame.pixels for frame in frames])
-                for frame, detections in zip(frames, outputs, strict=True):
-                    image = DecodedImage(frame.pixels, "pyav")
-                    on_cpu = {key: value.cpu() for key, value in detections.items()}
-                    writer.add(np.asarray(draw(frame.pixels, on_cpu, names)), frame.time)
-                    yield _Found(path, image, on_cpu, frame.number, frame.time)
-                listener.progress(frames[-1].number + 1, reader.count)
+            with closing(batches):
+                for batch in batches:
+                    yield from batch.found[0]
+                    done += batch.count
+                    listener.progress(done, reader.count)
         finally:
             writer.close()
 
@@ -256,37 +284,7 @@ def _until_broken(reader: VideoReader, unreadable: dict[str, str], notes: list[s
         )
 
 
-def _batched(frames: Iterator[Frame], size: int) -> Iterator[list[Frame]]:
-    while batch := list(itertools.islice(frames, size)):
-        yield batch
-
-
 # --- output -------------------------------------------------------------------------------------------
-
-
-def _rows_of(found: _Found) -> list[dict[str, Any]]:
-    """COCO results of one image; for a frame of a video, ``frame`` and ``time`` replace ``image_id``."""
-    rows = to_results(image_id(found.path), found.detections)
-    if found.frame is None:
-        return rows
-    where = {"frame": found.frame, "time": found.time}
-    return [{**where, **{key: row[key] for key in row if key != "image_id"}} for row in rows]
-
-
-def _describe(found: _Found) -> dict[str, Any]:
-    _, height, width = found.image.pixels.shape
-    if found.frame is not None:
-        where = {"frame": found.frame, "time": found.time}
-        return {**where, "decoder": found.image.decoder, "detections": len(found.detections["scores"])}
-    return {
-        "image_id": image_id(found.path),
-        "file_name": found.path.name,
-        "height": height,
-        "width": width,
-        "decoder": found.image.decoder,
-        "exif_orientation": found.image.orientation,
-        "detections": len(found.detections["scores"]),
-    }
 
 
 def _save_csv(

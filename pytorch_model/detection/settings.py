@@ -23,6 +23,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "GIF": (".gif",),
 }
 TTA = ("none", "flip")
+#: Threads that read images. No machine has a use for more, and a system may refuse to start thousands.
+MOST_WORKERS = 256
 
 TF_METHODS = ("gaussian", "hard")
 PYFUNC_METHODS = ("gaussian", "hard", "linear", "diou")

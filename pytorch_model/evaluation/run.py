@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytorch_model.detection.detector import Detector
+from pytorch_model.detection.pipeline import Pipeline, Speed
 from pytorch_model.detection.results import server_file_name, server_results
 from pytorch_model.detection.run import SILENT, Listener
 from pytorch_model.engines.choose import Network
-from pytorch_model.errors import ConfigError, OutputError
+from pytorch_model.errors import OutputError
 from pytorch_model.evaluation.dataset import Dataset
 from pytorch_model.evaluation.detection_parity import DetectionParity, compare_detections
 from pytorch_model.evaluation.figures import Evaluation, evaluate
@@ -30,19 +31,19 @@ class EvaluationOptions:
     ``weights``: the file or folder that the detector's model was loaded from; its SHA-256 is noted.
     ``out``: the folder for the results. ``restart``: discard the results of an earlier run there.
     ``per_class``: also note the AP of each class. ``test_dev``: also write the file that COCO's server takes,
-    for an algorithm of this name. Raises :class:`EfficientDetError` for a value that cannot be used.
+    for an algorithm of this name. ``batch_size``, ``workers``: see :class:`Pipeline`. Raises
+    :class:`EfficientDetError` for a name that cannot be used.
     """
 
     weights: Path
     out: Path
-    batch_size: int = 8
+    batch_size: int | None = None
     restart: bool = False
     per_class: bool = False
     test_dev: str | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}, must be at least 1")
         if self.test_dev is not None:
             server_file_name(self.test_dev)
 
@@ -65,7 +66,8 @@ class ReferenceNetwork:
 class EvaluationResult:
     """``evaluations``: ours, reference → figures; empty without annotations. ``parity``: with a reference.
 
-    ``exact``: whether the reference is :attr:`ReferenceNetwork.exact`.
+    ``exact``: whether the reference is :attr:`ReferenceNetwork.exact`. ``speed``: of what this process
+    computed, in this run.
     """
 
     outcome: Outcome
@@ -73,6 +75,7 @@ class EvaluationResult:
     parity: DetectionParity | None
     exact: bool
     metrics: Metrics
+    speed: Speed
 
     @property
     def passed(self) -> bool:
@@ -100,8 +103,9 @@ def evaluate_dataset(
     the results of an earlier run are unchanged.
     """
     processes = processes or Processes()
-    streams = _streams(detector, dataset, categories, options, reference)
-    arguments = (detector, dataset, streams, categories, options.batch_size, processes, listener.progress)
+    pipeline = Pipeline(detector, batch_size=options.batch_size, workers=options.workers)
+    streams = _streams(pipeline, dataset, categories, options, reference)
+    arguments = (pipeline, dataset, streams, categories, processes, listener.progress)
     if not processes.is_first:
         detect_dataset(*arguments)
         return None
@@ -109,21 +113,21 @@ def evaluate_dataset(
         if options.restart:
             _discard(options.out)
         for stream in streams:
-            kept_batches(stream, dataset, options.batch_size)
+            kept_batches(stream, dataset, pipeline.batch_size)
         outcome = detect_dataset(*arguments)
         assert outcome is not None  # of the first process
-        return _conclude(dataset, streams, outcome, options)
+        return _conclude(dataset, streams, outcome, options, pipeline.speed)
 
 
 def _streams(
-    detector: Detector,
+    pipeline: Pipeline,
     dataset: Dataset,
     categories: Mapping[int, int],
     options: EvaluationOptions,
     reference: ReferenceNetwork | None,
 ) -> list[Stream]:
     shards, weights = options.out / "shards", sha256_of_file(weight_file(options.weights))
-    of_ours = settings(detector, dataset, options.batch_size, categories, weights)
+    of_ours = settings(pipeline.detector, dataset, pipeline.batch_size, categories, weights)
     streams = [Stream("ours", None, Shards(shards, "ours", of_ours))]
     if reference:
         of_reference = {**of_ours, "reference": reference.kind, "weights": list(reference.weights)}
@@ -169,7 +173,11 @@ def _discard(out: Path) -> None:
 
 
 def _conclude(
-    dataset: Dataset, streams: Collection[Stream], outcome: Outcome, options: EvaluationOptions
+    dataset: Dataset,
+    streams: Collection[Stream],
+    outcome: Outcome,
+    options: EvaluationOptions,
+    speed: Speed,
 ) -> EvaluationResult:
     """Compute the figures and write the files."""
     ours, reference = outcome.results["ours"], outcome.results.get("reference")
@@ -196,4 +204,5 @@ def _conclude(
         decoders=dict(outcome.decoders),
     )
     save_json(options.out / "metrics.json", metrics.content())
-    return EvaluationResult(outcome, evaluations, parity, all(stream.exact for stream in streams), metrics)
+    exact = all(stream.exact for stream in streams)
+    return EvaluationResult(outcome, evaluations, parity, exact, metrics, speed)

@@ -10,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from pytorch_model.detection.detector import Detector
-from pytorch_model.detection.preprocess import DecodedImage, ImageError
+from pytorch_model.detection.pipeline import Finished, Pipeline
+from pytorch_model.detection.preprocess import DecodedImage
 from pytorch_model.detection.results import ImageId, Result, to_results
 from pytorch_model.engines.choose import Network
 from pytorch_model.evaluation.dataset import Dataset, DatasetImage, dataset_digest
@@ -76,11 +80,10 @@ def _digest(content: Any) -> str:
 
 
 def detect_dataset(
-    detector: Detector,
+    pipeline: Pipeline,
     dataset: Dataset,
     streams: Sequence[Stream],
     categories: Mapping[int, int],
-    batch_size: int,
     processes: Processes,
     progress: Callable[[int, int], None],
 ) -> Outcome | None:
@@ -89,6 +92,7 @@ def detect_dataset(
     ``progress`` gets (images done, images of this process). Returns the outcome in the first process
     and None in the others. Raises :class:`EfficientDetError`.
     """
+    batch_size = pipeline.batch_size
     batches = _batches(dataset, batch_size)
     kept = [kept_batches(stream, dataset, batch_size) for stream in streams] if processes.is_first else []
     done = processes.from_first([set(batches_kept) for batches_kept in kept])
@@ -101,12 +105,15 @@ def detect_dataset(
     finished, total = 0, sum(len(images) for _, images, _ in todo)
     progress(finished, total)
     own: dict[str, dict[int, Any]] = {stream.name: {} for stream in streams}
-    for number, images, missing in todo:
-        for stream, content in _detect_batch(detector, images, missing, categories):
-            stream.shards.append(processes.rank, number, content)
-            own[stream.name][number] = json.loads(json.dumps(content))  # as if read from the file
-        finished += len(images)
-        progress(finished, total)
+    with closing(_detected(pipeline, todo, categories)) as detected:
+        for (number, images, missing), batch in zip(todo, detected, strict=True):
+            unreadable = [(image.id, f"{image.path}: {problem}") for image, problem in batch.unreadable]
+            for stream, pictures in zip(missing, batch.found, strict=True):
+                content = {"pictures": pictures, "unreadable": unreadable}
+                stream.shards.append(processes.rank, number, content)
+                own[stream.name][number] = json.loads(json.dumps(content))  # as if read from the file
+            finished += len(images)
+            progress(finished, total)
     gathered = processes.to_first(own)
     if not processes.is_first:
         return None
@@ -138,7 +145,7 @@ def _batches(dataset: Dataset, batch_size: int) -> list[tuple[DatasetImage, ...]
 
 
 def _is_of(content: Any, images: Collection[DatasetImage]) -> bool:
-    """Whether :func:`_detect_batch` can have yielded ``content`` for these images. May raise if it cannot."""
+    """Whether :func:`detect_dataset` can have kept ``content`` for these images. May raise if it cannot."""
     ids = [image["id"] for image in content["pictures"]] + [id_ for id_, _ in content["unreadable"]]
     rows = [row for image in content["pictures"] for row in image["detections"]]
     return (
@@ -151,32 +158,24 @@ def _is_of(content: Any, images: Collection[DatasetImage]) -> bool:
     )
 
 
-def _detect_batch(
-    detector: Detector,
-    images: Collection[DatasetImage],
-    streams: Sequence[Stream],
+def _detected(
+    pipeline: Pipeline,
+    todo: Sequence[tuple[int, Sequence[DatasetImage], Sequence[Stream]]],
     categories: Mapping[int, int],
-) -> Iterator[tuple[Stream, dict[str, Any]]]:
-    decoded: dict[DatasetImage, DecodedImage] = {}
-    unreadable: list[tuple[ImageId, str]] = []
-    for image in images:
-        try:
-            decoded[image] = detector.load(image.path)
-        except ImageError as error:
-            unreadable.append((image.id, f"{image.path}: {error}"))
-    batches = detector.batches([each.pixels for each in decoded.values()]) if decoded else []
-    for stream in streams:
-        found = [each for batch in batches for each in detector.detect(batch, stream.network)]
-        content = [
-            {
-                "id": image.id,
-                "decoder": read.decoder,
-                "size_differs": image.size not in (None, tuple(read.pixels.shape[1:])),
-                "detections": [_compact(row) for row in to_results(image.id, detections, categories)],
-            }
-            for (image, read), detections in zip(decoded.items(), found, strict=True)
-        ]
-        yield stream, {"pictures": content, "unreadable": unreadable}
+) -> Generator[Finished[DatasetImage, dict[str, Any]], None, None]:
+    """Each batch: per stream, what is kept of each image."""
+
+    def finish(image: DatasetImage, read: DecodedImage, detections: dict[str, Tensor]) -> dict[str, Any]:
+        return {
+            "id": image.id,
+            "decoder": read.decoder,
+            "size_differs": image.size not in (None, tuple(read.pixels.shape[1:])),
+            "detections": [_compact(row) for row in to_results(image.id, detections, categories)],
+        }
+
+    images = (image for _, images, _ in todo for image in images)
+    networks = ((len(images), [stream.network for stream in missing]) for _, images, missing in todo)
+    return pipeline.run(images, lambda image: pipeline.detector.load(image.path), finish, networks)
 
 
 def _compact(row: Result) -> list[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from porting.bench.sides.torchvision import stand_in_for_torchvision
 from porting.export import Weights
 from porting.export.effdet import effdet_recipe, effdet_state_dict
 from porting.export.network import head_names
-from porting.export.onnx_file import export_onnx
+from porting.export.onnx_file import traced_graph
 
 stand_in_for_torchvision()
 
@@ -69,13 +68,11 @@ def _onnx_runtime(setup: Setup) -> Runner:
     names = head_names(setup.weights.config)
     model = _model(setup).cpu()
     images = torch.zeros(2, 3, *setup.image_size)
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        path = Path(folder) / "effdet.onnx"
-        export_onnx(model, {"images": images}, names, path, {})
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = setup.threads
-        provider = "CUDAExecutionProvider" if setup.device.type == "cuda" else "CPUExecutionProvider"
-        session = onnxruntime.InferenceSession(path, options, providers=[provider])
+    graph = traced_graph(model, {"images": images}, names).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = setup.threads
+    provider = "CUDAExecutionProvider" if setup.device.type == "cuda" else "CPUExecutionProvider"
+    session = onnxruntime.InferenceSession(graph, options, providers=[provider])
     return Runner(
         lambda array: array,
         lambda array: session.run(None, {"images": array}),

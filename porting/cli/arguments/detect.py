@@ -10,7 +10,7 @@ from porting.cli.arguments.shared import (
     JSON_HELP,
     WEIGHTS_HELP,
     add_detection_options,
-    check_at_least_one,
+    check_detection_options,
 )
 from porting.cli.process import EXIT_CODES
 from porting.hparams import Hparams
@@ -25,10 +25,10 @@ examples:
 
 The folder --out receives each image with its boxes, detections.json (COCO results: a list of image_id,
 category_id, bbox as x, y, width, height in pixels, score), the same as detections.csv, and summary.json (the
-settings, and what decoded each image), which --json prints too. An image_id is the file's name as a number if
-it is one (000000000139.jpg: 139), otherwise the name. An image that cannot be read is skipped and makes the
-exit status 1. Images are turned according to their EXIF orientation; boxes are those of the turned image.
-(COCO's evaluation ignores EXIF, and so does eval_coco.py.)
+settings, what decoded each image, how long each part took), which --json prints too. An image_id is the
+file's name as a number if it is one (000000000139.jpg: 139), otherwise the name. An image that cannot be read
+is skipped and makes the exit status 1. Images are turned according to their EXIF orientation; boxes are those
+of the turned image. (COCO's evaluation ignores EXIF, and so does eval_coco.py.)
 For a video (needs PyAV), --out receives an .mp4 with the boxes and no sound, and detections by frame, from 0,
 and time in seconds, instead of image_id.
 
@@ -49,7 +49,8 @@ class DetectOptions:
     device: str
     engine: str
     threads: int | None
-    batch_size: int
+    workers: int | None
+    batch_size: int | None
     json: bool
 
 
@@ -68,12 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SCORE",
         help="leave out detections with this score or less, 0 to 1 (default: 0.3)",
     )
-    add_detection_options(parser, batch_size=4)
+    add_detection_options(parser)
     parser.add_argument("--json", action="store_true", help=f"{JSON_HELP}: summary.json")
 
 
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> DetectOptions:
     if not 0 <= arguments.score_threshold <= 1:
         parser.error(f"--score-threshold is {arguments.score_threshold}, must be from 0 to 1")
-    check_at_least_one(parser, arguments, "batch_size", "threads")
+    check_detection_options(parser, arguments)
     return DetectOptions(**vars(arguments))

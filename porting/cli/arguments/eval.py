@@ -16,7 +16,7 @@ from porting.cli.arguments.shared import (
     add_detection_options,
     add_reference_options,
     add_values_options,
-    check_at_least_one,
+    check_detection_options,
     read_checkpoint_options,
     read_reference_options,
     read_values_options,
@@ -41,10 +41,11 @@ examples:
       --test-dev efficientdet-d7
 
 The folder --out receives detections.json and, with --reference, reference_detections.json (COCO results),
-metrics.json, which --json prints too, and shards/, from which an interrupted run resumes: start it again with
-the same options. A reference gets the same decoded and resized images, and its outputs go through the same
-postprocessing. An image that cannot be read is skipped and makes the exit status 1. So do detections that
-differ from the reference's, except those of a quantised TFLite file, which differ by nature.
+metrics.json, which --json prints too, with the speed of this run, and shards/, from which an interrupted run
+resumes: start it again with the same options. A reference gets the same decoded and resized images, and its
+outputs go through the same postprocessing. An image that cannot be read is skipped and makes the exit status
+1. So do detections that differ from the reference's, except those of a quantised TFLite file, which differ by
+nature.
 
 {EXIT_CODES}
 """
@@ -70,7 +71,8 @@ class EvalOptions:
     device: str
     engine: str
     threads: int | None
-    batch_size: int
+    workers: int | None
+    batch_size: int | None
     out: Path
     restart: bool
     per_class: bool
@@ -92,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_options(reference, required=False)
     add_values_options(reference)
     detection = parser.add_argument_group("detection")
-    add_detection_options(detection, batch_size=8)
+    add_detection_options(detection)
     detection.add_argument(
         "--tta", choices=TTA, default="none", help="flip: fuse with the detections in the mirror image"
     )
@@ -108,11 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output.add_argument("--per-class", action="store_true", help="also the AP of each class")
     output.add_argument("--test-dev", metavar="ALG", help="write detections_test-dev2017_ALG_results.json")
-    output.add_argument("--json", action="store_true", help=f"{JSON_HELP}: metrics.json")
+    output.add_argument("--json", action="store_true", help=f"{JSON_HELP}: metrics.json and the speed")
 
 
 def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> EvalOptions:
-    check_at_least_one(parser, arguments, "limit", "batch_size", "threads")
+    check_detection_options(parser, arguments, "limit")
     if not arguments.coco and not arguments.annotations:
         parser.error("give --coco or --annotations")
     if bool(arguments.reference) != bool(arguments.ckpt):
@@ -134,6 +136,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         device=arguments.device,
         engine=arguments.engine,
         threads=arguments.threads,
+        workers=arguments.workers,
         batch_size=arguments.batch_size,
         out=arguments.out or Path(f"eval_{arguments.weights.stem}"),
         restart=arguments.restart,

@@ -11,8 +11,8 @@ from porting.hparams import Hparams, read_hparams
 from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
-from pytorch_model.detection.settings import DECODERS, SCOPES
-from pytorch_model.engines import AUTO, ENGINES, NAMES
+from pytorch_model.detection.settings import DECODERS, MOST_WORKERS, SCOPES
+from pytorch_model.engines import AUTO, ENGINES, GPU_BATCH, NAMES
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = (
@@ -38,6 +38,10 @@ ENGINE_HELP = (
     "what computes the network: "
     + "; ".join(f"{engine.name}, {engine.summary}" for engine in ENGINES.values())
     + " (default: auto, the fastest one that is installed, but never compile, which takes minutes to begin)"
+)
+BATCH_SIZE_HELP = "images per batch (default: the fastest per image; on a CPU " + (
+    ", ".join(f"{engine.cpu_batch} for {engine.name}" for engine in ENGINES.values())
+    + f"; on a GPU {GPU_BATCH})"
 )
 JSON_HELP = "print a machine-readable summary on stdout"
 
@@ -183,7 +187,7 @@ def read_reference_options(arguments: argparse.Namespace) -> ReferenceOptions:
     return ReferenceOptions(arguments.reference, arguments.graph)
 
 
-def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -> None:
+def add_detection_options(parser: argparse._ActionsContainer) -> None:
     """The options of :class:`DetectionOptions`, ``--labels``, ``--decoder``, ``--nms`` and others."""
     parser.add_argument("--labels", type=Path, metavar="FILE", help=LABELS_HELP)
     parser.add_argument("--decoder", choices=DECODERS, default="pillow", help=DECODER_HELP)
@@ -195,15 +199,25 @@ def add_detection_options(parser: argparse._ActionsContainer, batch_size: int) -
         "--threads",
         type=int,
         metavar="N",
-        help="of the processor (default: PyTorch's choice)",
+        help="of the processor, for the network (default: PyTorch's choice)",
     )
     parser.add_argument(
-        "--batch-size",
+        "--workers",
         type=int,
-        default=batch_size,
         metavar="N",
-        help=f"images per batch (default: {batch_size})",
+        help="threads that read and resize images ahead of the network (default: half of the cores, at most "
+        "16); 0: read, compute and write in turn; the results are the same",
     )
+    parser.add_argument("--batch-size", type=int, metavar="N", help=BATCH_SIZE_HELP)
+
+
+def check_detection_options(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str
+) -> None:
+    """Reject impossible numbers of :func:`add_detection_options`, and of ``names`` those less than 1."""
+    check_at_least_one(parser, arguments, "batch_size", "threads", *names)
+    if arguments.workers is not None and not 0 <= arguments.workers <= MOST_WORKERS:
+        parser.error(f"--workers is {arguments.workers}, must be from 0 to {MOST_WORKERS}")
 
 
 def check_at_least_one(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:

@@ -45,6 +45,7 @@ def run(options: DetectOptions) -> int:
             classes,
             weights=str(options.weights),
             batch_size=options.batch_size,
+            workers=options.workers,
             listener=bar,
         )
     _draw(console, result, classes, bar.seconds, options.out)
@@ -59,7 +60,8 @@ def _draw(console: Console, result: DetectionResult, names: ClassNames, seconds:
     classes = Counter(names.shown[row["category_id"]] for row in result.rows)
     decoders = Counter(image["decoder"] for image in images)
     table = Table(title=f"{summary['model']} on {summary['device']}, {summary['engine']}", show_header=False)
-    table.add_row("frames" if images and "frame" in images[0] else "images", str(len(images)))
+    unit = "frames" if images and "frame" in images[0] else "images"
+    table.add_row(unit, str(len(images)))
     turned = sum(image.get("exif_orientation", 1) != 1 for image in images)
     if turned:
         table.add_row("turned upright, by EXIF", str(turned))
@@ -70,7 +72,7 @@ def _draw(console: Console, result: DetectionResult, names: ClassNames, seconds:
     if len(classes) > 8:
         table.add_row("  others", str(sum(classes.values()) - sum(n for _, n in classes.most_common(8))))
     table.add_row("class names", escape(names.source))
-    table.add_row("time", f"{seconds:.1f} s, {1000 * seconds / max(len(images), 1):.0f} ms per image")
+    table.add_row("time", f"{seconds:.1f} s, {summary['speed']['images_per_second']:.1f} {unit}/s")
     table.add_row("wrote", str(out))
     console.print(table)
     for path, reason in unreadable.items():

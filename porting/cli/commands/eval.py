@@ -8,7 +8,13 @@ from rich.console import Console
 
 from porting.cli.arguments.eval import EvalOptions
 from porting.cli.commands.source import open_checkpoint
-from porting.cli.drawing.evaluation import figures_table, per_class_table, print_notes, print_parity
+from porting.cli.drawing.evaluation import (
+    figures_table,
+    per_class_table,
+    print_notes,
+    print_parity,
+    speed_note,
+)
 from porting.cli.drawing.progress import ImageBar
 from porting.cli.process import EXIT_FAILED, end_at_once_on_signals, print_json
 from porting.convert import convert
@@ -38,6 +44,7 @@ def run(options: EvalOptions) -> int:
         options.restart,
         options.per_class,
         options.test_dev,
+        options.workers,
     )
     if has_others():
         end_at_once_on_signals()
@@ -65,12 +72,12 @@ def run(options: EvalOptions) -> int:
         return 0
     _draw(options, console, detector, dataset, result, left_out(dataset, categories))
     console.print(
-        f"{result.metrics.images} images, {bar.seconds:.1f} s; wrote {options.out}",
+        f"{result.metrics.images} images, {bar.seconds:.1f} s{speed_note(result.speed)}; wrote {options.out}",
         markup=False,
         soft_wrap=True,
     )
     if options.json:
-        print_json(result.metrics.content())
+        print_json({**result.metrics.content(), "speed": result.speed.content()})
     return 0 if result.passed else EXIT_FAILED
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pytorch_model.detection.pipeline import Speed
 from pytorch_model.evaluation.detection_parity import DetectionParity
 from pytorch_model.evaluation.figures import FIGURES, Evaluation
 
@@ -87,6 +88,11 @@ def print_notes(
             f"{len(unreadable)} images skipped: no figure counts them; --restart tries again",
             style="yellow",
         )
+
+
+def speed_note(speed: Speed) -> str:
+    """How fast this run was; nothing if it only resumed a complete one."""
+    return f", {speed.images_per_second:.1f} images/s" if speed.images else ""
 
 
 def _cells(ours: float, reference: float | None) -> list[str]:
