@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from porting.bench.measure import PACKAGES
@@ -64,7 +65,8 @@ class Worker:
         self._process.kill()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
-            stream.close()
+            with suppress(BrokenPipeError):  # a question that a dead process did not read
+                stream.close()
         self._process.wait()
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
