@@ -64,7 +64,7 @@ class EfficientDet(nn.Module):
         return draws.to(next(self.parameters()).device)
 
     def forward(self, images: Tensor, draws: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
-        """``draws``: [Σ draw_counts, N], for stochastic depth, also in evaluation mode; None: there is none."""
+        """``draws``: [Σ draw_counts, N], for stochastic depth, in either mode; None: there is none."""
         backbone, classes, boxes = (None,) * 3 if draws is None else draws.split_with_sizes(self.draw_counts)
         features = self.backbone(images, backbone)
         for resample in self.resample.values():

@@ -28,8 +28,8 @@ class MBConv(nn.Module):
     """Inverted bottleneck: expand 1×1 → depthwise → squeeze-excite → project 1×1, plus a residual.
 
     [N, in_filters, H, W] → [N, out_filters, ⌈H/stride⌉, ⌈W/stride⌉]. There is no
-    ``expand`` at expand ratio 1, and no ``se`` in Lite models. ``survival_prob``: for stochastic depth; None if
-    the block always counts, as one without residual does.
+    ``expand`` at expand ratio 1, and no ``se`` in Lite models. ``survival_prob``: for stochastic depth; None
+    if the block always counts, as one without residual does.
     """
 
     def __init__(self, block: Block, act_type: str, survival_prob: float | None = None) -> None:

@@ -11,6 +11,7 @@ from pytorch_model.config import EfficientDetConfig
 from pytorch_model.layers import SeparableConv, activation, batch_norm, drop_connect
 
 PRIOR_PROBABILITY = 0.01  # the initial score of every anchor, for the focal loss
+PRIOR_LOGIT = -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY)
 
 
 class Head(nn.Module):
@@ -58,7 +59,7 @@ def class_net(config: EfficientDetConfig) -> Head:
     bias = head.predict.pointwise.bias
     assert bias is not None
     with torch.no_grad():
-        bias.fill_(-math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+        bias.fill_(PRIOR_LOGIT)
     return head
 
 

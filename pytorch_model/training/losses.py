@@ -54,8 +54,8 @@ def detection_loss(
 ) -> DetectionLoss:
     """The loss of a batch, in the type of the outputs: give float32, also under autocast.
 
-    ``class_outputs``, ``box_outputs``: as ``EfficientDet`` returns them. ``normaliser``: AutoML's is the number
-    of positive anchors in the batch, plus 1; in a batch over several processes, that of the whole batch.
+    ``class_outputs``, ``box_outputs``: as ``EfficientDet`` returns them. ``normaliser``: AutoML's is the
+    number of positive anchors in the batch, plus 1; in a batch over several processes, that of all of it.
     ``anchors_yxyx``: [A, 4], which only an IoU loss reads.
     """
     anchors = [x.shape[1] // 4 for x in box_outputs]  # at a location
@@ -86,9 +86,7 @@ def _like_outputs(targets: Tensor, outputs: Tensor) -> Tensor:
     return targets.reshape(images, height, width, -1, *targets.shape[2:]).movedim((1, 2), (-2, -1))
 
 
-def focal_loss(
-    logits: Tensor, classes: Tensor, alpha: float, gamma: float, label_smoothing: float
-) -> Tensor:
+def focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float, label_smoothing: float) -> Tensor:
     """One level's sum over images, anchors and classes. ``classes``: [N, H · W · anchors], see Targets.
 
     ``logits``: [N, anchors · num_classes, H, W]. Each (anchor, class) is a yes-or-no question. A class
