@@ -71,7 +71,7 @@ class Conv2dSame(nn.Conv2d):
 
 
 def drop_connect(x: Tensor, survival_prob: float, draws: Tensor) -> Tensor:
-    """Stochastic depth: ``x`` without some images, the others scaled up to make up for it. [N, C, H, W] → same.
+    """Stochastic depth: ``x`` without some images, the others scaled up for that. [N, C, H, W] → same.
 
     ``draws``: float [N], uniform in [0, 1); an image is kept where ``survival_prob + draw`` reaches 1 (AutoML
     ``utils.drop_connect``; Huang et al., Deep Networks with Stochastic Depth, ECCV 2016).

@@ -1,7 +1,7 @@
 """Weights to start training from: a whole fresh model, or a fresh class predictor on trained features.
 
-Sources: AutoML ``backbone/efficientnet_model.py`` (``conv_kernel_initializer``), ``tf2/efficientdet_keras.py``;
-Keras' ``VarianceScaling``.
+Sources: AutoML ``backbone/efficientnet_model.py`` (``conv_kernel_initializer``) and
+``tf2/efficientdet_keras.py``; Keras' ``VarianceScaling``.
 """
 
 from __future__ import annotations
