@@ -39,7 +39,7 @@ def split_batch_norms_again(model: EfficientDet, batches: Iterable[Tensor]) -> N
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor]) -> None:
-            x = inputs[0].double()
+            x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
             variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
             sums[name] += torch.stack((mean, variance)).cpu()
             counts[name] += 1
@@ -64,12 +64,12 @@ def split_batch_norms_again(model: EfficientDet, batches: Iterable[Tensor]) -> N
 
 def _split(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     """In float64, so that rounding to the model's type is the only error."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    old = {key: tensor.detach().cpu().double() for key, tensor in norm.state_dict().items()}
+    old = {key: tensor.cpu().double() for key, tensor in norm.state_dict().items()}
     slope = old["weight"] / (old["running_var"] + norm.eps).sqrt()
-    with torch.no_grad():
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(variance)
-        norm.weight.copy_(slope * (variance + norm.eps).sqrt())
-        norm.bias.copy_(old["bias"] + slope * (mean - old["running_mean"]))
+    new = {
+        "running_mean": mean,
+        "running_var": variance,
+        "weight": slope * (variance + norm.eps).sqrt(),
+        "bias": old["bias"] + slope * (mean - old["running_mean"]),
+    }
+    norm.load_state_dict({**norm.state_dict(), **new})
