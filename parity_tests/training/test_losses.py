@@ -16,6 +16,7 @@ from porting.rules import rules
 from pytorch_model.anchors import generate_anchors
 from pytorch_model.config import MODELS, model_config
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.errors import ConfigError
 from pytorch_model.training.losses import (
     IOU_LOSSES,
     DetectionLoss,
@@ -185,6 +186,11 @@ def test_ignored_anchors_are_ignored_and_zero_targets_too() -> None:
     assert run(moved, torch.float64)[0].boxes > run(exact, torch.float64)[0].boxes
 
 
+def test_another_iou_loss_is_refused() -> None:
+    with pytest.raises(ConfigError, match="iou_loss_type: 'eiou' is none of iou, giou, diou, ciou"):
+        LossSettings(iou_loss_type="eiou")
+
+
 # --- where no recording looks ---------------------------------------------------------------------------
 
 
@@ -223,7 +229,7 @@ def test_iou_of_boxes_that_are_equal_apart_or_empty(kind: str) -> None:
     assert bool(gradient.isfinite().all())
 
 
-def test_giou_by_its_gradient() -> None:
+def test_the_gradient_is_that_of_the_value() -> None:
     random = torch.Generator().manual_seed(1)
     boxes, truth = torch.rand(2, 5, 2, 2, generator=random, dtype=torch.float64).cumsum(dim=2).flatten(2)
     for kind in IOU_LOSSES:

@@ -96,6 +96,8 @@ def test_iou_by_hand() -> None:
     anchors = torch.tensor([[0.0, 0, 2, 2], [1, 0, 3, 2], [2, 2, 3, 3]])
     expected = torch.tensor([[[1, 1 / 3, 0], [1 / 3, 1 / 3, 0], [0, 0, 0]]])
     torch.testing.assert_close(pairwise_iou(boxes, anchors), expected)
+    inverted = torch.tensor([[[0.0, 2, 2, 0]]])  # its area is -4, so that the union is 0
+    assert pairwise_iou(inverted, torch.tensor([[5.0, 5, 7, 7]])).tolist() == [[[0]]]
 
 
 def test_regressions_decode_to_the_box() -> None:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytorch_model.anchors import decode_boxes
+from pytorch_model.config import shown
+from pytorch_model.errors import ConfigError
 from pytorch_model.training.targets import IGNORED, Targets
 
 IOU_LOSSES = ("iou", "giou", "diou", "ciou")
@@ -24,7 +26,10 @@ IOU_LOSSES = ("iou", "giou", "diou", "ciou")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """AutoML's hyper-parameters of the losses, by its names. ``iou_loss_type``: of :data:`IOU_LOSSES`."""
+    """AutoML's hyper-parameters of the losses, by its names.
+
+    Raises :class:`ConfigError` if ``iou_loss_type`` is neither None nor one of :data:`IOU_LOSSES`.
+    """
 
     alpha: float = 0.25
     gamma: float = 1.5
@@ -33,6 +38,12 @@ class LossSettings:
     box_loss_weight: float = 50.0
     iou_loss_type: str | None = None
     iou_loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.iou_loss_type is not None and self.iou_loss_type not in IOU_LOSSES:
+            raise ConfigError(
+                f"iou_loss_type: {shown(self.iou_loss_type)} is none of {', '.join(IOU_LOSSES)}; or give None"
+            )
 
 
 class DetectionLoss(NamedTuple):
