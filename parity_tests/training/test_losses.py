@@ -204,6 +204,19 @@ def test_saturated_logits_have_a_finite_gradient(gamma: float, dtype: torch.dtyp
     assert bool(gradient.isfinite().all())
 
 
+def test_focal_loss_by_its_formula() -> None:
+    """With a balance that float32 does not hold exactly."""
+    x = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    truth, alpha, gamma, smoothing = np.array([0, 1, 0, 0]), 0.4, 1.7, 0.1
+    p = 1 / (1 + np.exp(-x.numpy()))
+    hit, smooth = np.where(truth, p, 1 - p), truth * (1 - smoothing) + smoothing / 2
+    entropy = -smooth * np.log(p) - (1 - smooth) * np.log(1 - p)
+    expected = (np.where(truth, alpha, 1 - alpha) * (1 - hit) ** gamma * entropy).sum()
+    logits, classes = x.reshape(1, 4, 1, 1).requires_grad_(), torch.tensor([[1]])
+    assert focal_loss(logits, classes, alpha, gamma, smoothing).item() == pytest.approx(expected, rel=1e-13)
+    assert torch.autograd.gradcheck(lambda y: focal_loss(y, classes, alpha, gamma, smoothing), logits)
+
+
 def test_a_class_beyond_the_last_is_background() -> None:
     logits = torch.randn(1, 6, 1, 1, generator=torch.Generator().manual_seed(0))
     beyond, background = (focal_loss(logits, torch.tensor([[a, 0]]), 0.25, 1.5, 0.0) for a in (3, BACKGROUND))

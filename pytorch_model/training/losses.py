@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +94,8 @@ def by_anchor(outputs: Tensor, size: int) -> Tensor:
 def _like_outputs(targets: Tensor, outputs: Tensor) -> Tensor:
     """One level's targets [N, H · W · anchors, …] → [N, anchors, …, H, W], as the outputs lie in memory."""
     images, _, height, width = outputs.shape
-    return targets.reshape(images, height, width, -1, *targets.shape[2:]).movedim((1, 2), (-2, -1))
+    by_place = targets.reshape(images, height, width, -1, *targets.shape[2:])
+    return by_place.movedim((1, 2), (-2, -1)).contiguous()  # small; mixed strides would slow every operation
 
 
 def focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float, label_smoothing: float) -> Tensor:
@@ -103,19 +104,44 @@ def focal_loss(logits: Tensor, classes: Tensor, alpha: float, gamma: float, labe
     ``logits``: [N, anchors · num_classes, H, W]. Each (anchor, class) is a yes-or-no question. A class
     beyond the last is background in all of them. Smoothing touches the cross entropy alone.
 
-    Written in s, the logit of the *right* answer's opposite, so that no step cancels or divides by zero:
-    1 − p_t = σ(s), and the cross entropy with a label smoothed by ε is softplus(s) − ε/2 · s. AutoML's
-    gradient is NaN where γ < 1 and 1 − p_t rounds to 0; this one is finite.
+    AutoML's gradient is NaN where γ < 1 and 1 − p_t rounds to 0; this one is finite.
     """
     classes = _like_outputs(classes, logits)[:, :, None]  # [N, anchors, 1, H, W]
     x = logits.reshape(*classes.shape[:2], -1, *logits.shape[2:])  # [N, anchors, num_classes, H, W]
     truth = classes == torch.arange(x.shape[2], device=x.device)[:, None, None]
-    s = torch.where(truth, -x, x)
-    entropy = -F.logsigmoid(-s)
-    if label_smoothing:
-        entropy = entropy - 0.5 * label_smoothing * s
-    loss = torch.exp(gamma * F.logsigmoid(s)) * entropy * torch.where(truth, alpha, 1 - alpha)
-    return loss.masked_fill(classes == IGNORED, 0.0).sum()
+    ignored = classes == IGNORED
+    loss: Tensor = _FocalSum.apply(x, truth, ignored, alpha, gamma, label_smoothing)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _FocalSum(torch.autograd.Function):
+    """The formula of the focal loss, summed, and its derivative.
+
+    Written in s, the logit of the wrong answer, so that no step cancels or divides by zero: 1 − p_t = σ(s),
+    and the cross entropy with a label smoothed by ε is softplus(s) − ε/2 · s. Because the derivative is
+    written out, a single tensor is kept until the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, truth: Tensor, ignored: Tensor, alpha: float, gamma: float, smoothing: float
+    ) -> Tensor:
+        s = torch.where(truth, -x, x)
+        log_miss, log_hit = F.logsigmoid(s), F.logsigmoid(-s)
+        balance = torch.where(truth, x.new_full((), alpha), 1 - alpha)  # two numbers would make it float32
+        weight = (gamma * log_miss).exp_().mul_(balance).masked_fill_(ignored, 0.0)
+        entropy = s.mul_(-0.5 * smoothing).sub_(log_hit)
+        if ctx.needs_input_grad[0]:
+            slope = log_hit.exp_().mul_(entropy).mul_(gamma).add_(log_miss.exp_()).sub_(0.5 * smoothing)
+            slope = slope.mul_(weight)  # d/ds
+            ctx.save_for_backward(torch.where(truth, -slope, slope))
+        return weight.mul_(entropy).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return gradient * slope, None, None, None, None, None
 
 
 def box_loss(regressions: Tensor, targets: Tensor, delta: float) -> Tensor:
