@@ -21,6 +21,7 @@ from porting.scopes import EMA_SUFFIX, SEGMENTATION_SCOPES, SLOT_SUFFIXES, TRAIN
 from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import replacing
+from pytorch_model.weights import BATCH_NORM_STATISTICS, MADE_UP
 from pytorch_model.weights.catalogue import tensor_specs
 from pytorch_model.weights.files import write_weights
 from pytorch_model.weights.tensors import AnyTensor, as_tensors, dtype_name, is_finite
@@ -331,8 +332,13 @@ def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
 
 
 def metadata(conversion: Conversion, checkpoint: Checkpoint, assumed: Iterable[str]) -> dict[str, Any]:
-    """The origin of the weights, which is stored with them. JSON-serialisable."""
+    """The origin of the weights, which is stored with them. JSON-serialisable.
+
+    It says so if the batch-norm statistics are made up: training needs to know.
+    """
+    made_up = {BATCH_NORM_STATISTICS: MADE_UP} if checkpoint.made_up_statistics else {}
     return {
+        **made_up,
         "source_format": checkpoint.format,
         "model": conversion.config.name,
         "weights": conversion.values_kind,

@@ -31,6 +31,7 @@ ANCHOR_STRIDES = ("size_ratio", "power_of_two")
 
 BN_EPSILON = 1e-3
 BN_MOMENTUM = 0.01  # PyTorch's convention; TensorFlow writes the same number as 0.99
+LAST_SURVIVAL_PROB = 0.8  # towards which stochastic depth in a backbone falls
 MAX_BACKBONE_LEVEL = 5  # P3…P5 come from the backbone, P6 and up are resampled from P5
 ENDPOINT_LEVELS = (3, 4, 5)
 
@@ -173,6 +174,18 @@ class BackboneConfig:
         """Level → index of its block: the last one of stride 2**level, unless ``endpoints`` names another."""
         last = {level: index for index, level in enumerate(self.block_levels)}
         return {**last, **dict(zip(ENDPOINT_LEVELS, self.endpoints or (), strict=False))}
+
+    @cached_property
+    def survival_probs(self) -> tuple[float, ...] | None:
+        """Block → the probability that it counts in training, if it has a residual (stochastic depth).
+
+        It falls linearly from 1, as AutoML lays down for its b1…b7 and lite0…lite4. None: every block always
+        counts, in b0 and in a backbone that AutoML does not know.
+        """
+        if self.name not in _BACKBONES or self.name == "efficientnet-b0":
+            return None
+        fall = 1 - LAST_SURVIVAL_PROB
+        return tuple(1 - fall * index / len(self.blocks) for index in range(len(self.blocks)))
 
     def ending_at(self, endpoints: tuple[int, int, int]) -> BackboneConfig:
         """This network with P3, P4 and P5 taken from the given blocks, and cut after the last of them."""

@@ -27,6 +27,10 @@ class EfficientDet(nn.Module):
     ``model(images)``: images float [N, 3, H, W], normalised → ``(class_outputs, box_outputs)``, two lists
     with one tensor per level min_level…max_level: logits [N, anchors · num_classes, H_l, W_l] and
     regressions [N, anchors · 4, H_l, W_l]. H and W are free; ``config.image_size`` is only the default.
+
+    ``model(images, model.draw(N, generator))`` is for training: stochastic depth as AutoML has it in the
+    backbones b1…b7 and lite0…lite4, and in the heads if ``survival_prob`` is set. It depends on the draws
+    alone, so a pass that is repeated, as activation checkpointing does, leaves out the same blocks.
     """
 
     def __init__(self, config: EfficientDetConfig) -> None:
@@ -45,13 +49,29 @@ class EfficientDet(nn.Module):
         self.class_net = class_net(config)
         self.box_net = box_net(config)
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        features = self.backbone(images)
+    @property
+    def draw_counts(self) -> tuple[int, int, int]:
+        """How many draws an image needs in the backbone, the class net and the box net."""
+        return self.backbone.draw_count, self.class_net.draw_count, self.box_net.draw_count
+
+    def draw(self, images: int, generator: torch.Generator | None = None) -> Tensor:
+        """What stochastic depth decides by: float32 [Σ draw_counts, images], uniform in [0, 1).
+
+        They are drawn where ``generator`` is, and returned on the model's device.
+        """
+        where = generator.device if generator is not None else None
+        draws = torch.rand(sum(self.draw_counts), images, generator=generator, device=where)
+        return draws.to(next(self.parameters()).device)
+
+    def forward(self, images: Tensor, draws: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
+        """``draws``: [Σ draw_counts, N], for stochastic depth, in either mode; None: there is none."""
+        backbone, classes, boxes = (None,) * 3 if draws is None else draws.split_with_sizes(self.draw_counts)
+        features = self.backbone(images, backbone)
         for resample in self.resample.values():
             height, width = features[-1].shape[-2:]
             features.append(resample(features[-1], ((height - 1) // 2 + 1, (width - 1) // 2 + 1)))
         features = self.bifpn(features)
-        return self.class_net(features), self.box_net(features)
+        return self.class_net(features, classes), self.box_net(features, boxes)
 
     @classmethod
     def from_state_dict(

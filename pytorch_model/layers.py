@@ -70,6 +70,16 @@ class Conv2dSame(nn.Conv2d):
         return super().forward(x)
 
 
+def drop_connect(x: Tensor, survival_prob: float, draws: Tensor) -> Tensor:
+    """Stochastic depth: ``x`` without some images, the others scaled up for that. [N, C, H, W] → same.
+
+    ``draws``: float [N], uniform in [0, 1); an image is kept where ``survival_prob + draw`` reaches 1 (AutoML
+    ``utils.drop_connect``; Huang et al., Deep Networks with Stochastic Depth, ECCV 2016).
+    """
+    kept = torch.floor(survival_prob + draws).to(x.dtype)
+    return x / survival_prob * kept[:, None, None, None]
+
+
 def batch_norm(filters: int) -> nn.BatchNorm2d:
     """AutoML's batch norm: epsilon 1e-3, momentum 0.99 (0.01 as PyTorch counts it)."""
     return nn.BatchNorm2d(filters, eps=BN_EPSILON, momentum=BN_MOMENTUM)

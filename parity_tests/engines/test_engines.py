@@ -199,7 +199,7 @@ def test_auto_takes_the_fastest_that_is_installed(monkeypatch: pytest.MonkeyPatc
 
 def test_auto_leaves_a_model_of_another_class_alone() -> None:
     class Mine(EfficientDet):
-        def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        def forward(self, images: Tensor, draws: Tensor | None = None) -> tuple[list[Tensor], list[Tensor]]:
             return [images], [images]
 
     model = Mine(small())

@@ -1,8 +1,8 @@
 """The parts of AutoML's training that one step needs: losses, clipping, momentum, averages; and Google's
 step.
 
-The losses are in PyTorch, float64, on arrays with the layout of TensorFlow's outputs. Sources: AutoML
-``det_model_fn.py`` (``focal_loss``, ``_box_loss``, ``detection_loss``, ``model_fn``).
+The losses are the trainer's, on arrays with the layout of TensorFlow's outputs. Source of the rest: AutoML
+``det_model_fn.py`` (``model_fn``).
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from parity_tests.helpers.paths import GOLDENS, SHARED
 from parity_tests.helpers.recordings import golden_recording, normalise, shared_recording
 from porting.parity.backward import Outputs
 from porting.scopes import EMA_SUFFIX, MOMENTUM_SUFFIX
 from pytorch_model.config import EfficientDetConfig
+from pytorch_model.training import losses
+from pytorch_model.training.losses import LossSettings
+from pytorch_model.training.targets import Targets
 from tf_reference.variables import variables as catalogue
 
 WEIGHT_DECAY = 4e-5
-BOX_WEIGHT = 50.0
 VARIABLE_CLIP, GLOBAL_CLIP = 10.0, 10.0
 MOMENTUM = 0.9
+DEFAULTS = LossSettings()
 EMA_DECAY = 0.9998
 
 STEP = 100  # global_step before the recorded step
@@ -60,56 +62,25 @@ class DetectionLoss:
     gradient: Outputs
 
 
-def detection_loss(
-    outputs: Outputs,
-    labels: Labels,
-    alpha: float = 0.25,
-    gamma: float = 1.5,
-    delta: float = 0.1,
-    label_smoothing: float = 0.0,
-    box_weight: float = BOX_WEIGHT,
-) -> DetectionLoss:
-    """Focal loss plus Huber loss over all levels, and the gradient with respect to every output."""
+def detection_loss(outputs: Outputs, labels: Labels, settings: LossSettings = DEFAULTS) -> DetectionLoss:
+    """The trainer's loss in float64, and its gradient with respect to every output."""
     logits, regressions = (
-        [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in kind] for kind in outputs
+        [torch.tensor(x, dtype=torch.float64).permute(0, 3, 1, 2).requires_grad_() for x in kind]
+        for kind in outputs
     )
-    class_losses = [
-        focal_loss(x, torch.from_numpy(targets), alpha, gamma, label_smoothing)
-        for x, targets in zip(logits, labels.classes, strict=True)
-    ]
-    box_losses = [
-        huber_loss(x, torch.from_numpy(targets).double(), delta)
-        for x, targets in zip(regressions, labels.boxes, strict=True)
-    ]
-    normaliser = labels.positives + 1  # of both: a batch without objects must not divide by zero
-    class_loss = torch.stack(class_losses).sum() / normaliser
-    box_loss = torch.stack(box_losses).sum() / (4 * normaliser)
-    total = class_loss + box_weight * box_loss
-    found = [gradient.numpy() for gradient in torch.autograd.grad(total, logits + regressions)]
-    gradient = found[: len(logits)], found[len(logits) :]
-    return DetectionLoss(total.item(), class_loss.item(), box_loss.item(), gradient)
-
-
-def focal_loss(
-    logits: torch.Tensor, classes: torch.Tensor, alpha: float, gamma: float, label_smoothing: float
-) -> torch.Tensor:
-    """Summed. Each (anchor, class) is a yes-or-no question; smoothing touches the cross entropy alone."""
-    num_classes = logits.shape[-1] // classes.shape[-1]
-    truth = F.one_hot(classes.long().clamp(min=0), num_classes) * (classes >= 0)[..., None]
-    truth = truth.reshape(logits.shape).to(logits)
-    probability = torch.sigmoid(logits)
-    miss = truth * (1 - probability) + (1 - truth) * probability
-    balance = truth * alpha + (1 - truth) * (1 - alpha)
-    smooth = truth * (1 - label_smoothing) + 0.5 * label_smoothing
-    entropy = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
-    counted = (classes != -2).repeat_interleave(num_classes, dim=-1)
-    return (balance * miss**gamma * entropy * counted).sum()
-
-
-def huber_loss(regressions: torch.Tensor, targets: torch.Tensor, delta: float) -> torch.Tensor:
-    """Quadratic up to ``delta``, linear beyond; summed over the coordinates that have a target."""
-    loss = F.huber_loss(regressions, targets, reduction="none", delta=delta)
-    return (loss * (targets != 0)).sum()
+    images = len(outputs[0][0])
+    targets = Targets(
+        torch.cat([torch.from_numpy(x).long().reshape(images, -1) for x in labels.classes], dim=1),
+        torch.cat([torch.from_numpy(x).reshape(images, -1, 4) for x in labels.boxes], dim=1),
+        torch.tensor(labels.positives / images).expand(images),
+    )
+    no_anchors = torch.empty(0, 4)  # only an IoU loss needs them
+    normaliser = labels.positives + 1  # a batch without objects must not divide by zero
+    loss = losses.detection_loss(logits, regressions, targets, normaliser, settings, no_anchors)
+    found = torch.autograd.grad(loss.total, logits + regressions)
+    arrays = [gradient.permute(0, 2, 3, 1).numpy() for gradient in found]
+    gradient = arrays[: len(logits)], arrays[len(logits) :]
+    return DetectionLoss(loss.total.item(), loss.classes.item(), loss.boxes.item(), gradient)
 
 
 def is_decayed(name: str) -> bool:

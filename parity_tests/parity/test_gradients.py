@@ -20,7 +20,6 @@ from parity_tests.helpers.configs import configs
 from parity_tests.helpers.recordings import golden_recording, normalise, shared_recording
 from parity_tests.helpers.small_models import one_of_each_layer as tiny
 from parity_tests.helpers.training import (
-    BOX_WEIGHT,
     LEVELS,
     MOMENTUM,
     STEP,
@@ -59,6 +58,7 @@ from porting.transforms import FOLD_BIAS_INTO_MEAN
 from pytorch_model.bifpn import Fuse
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.training.losses import LossSettings
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -502,29 +502,28 @@ def recorded_losses(folder: Path) -> dict[str, np.ndarray]:
         return {key.removesuffix("@strided"): stored[key] for key in stored.files}
 
 
-LOSS_OPTIONS: dict[str, dict[str, float]] = {
-    "default": {},
-    "label_smoothing0_1": {"label_smoothing": 0.1},
-    "alpha0_4_gamma2_delta1": {"alpha": 0.4, "gamma": 2.0, "delta": 1.0, "box_weight": 10.0},
-    "ignore-2": {},
+LOSS_SETTINGS = {
+    "default": LossSettings(),
+    "label_smoothing0_1": LossSettings(label_smoothing=0.1),
+    "alpha0_4_gamma2_delta1": LossSettings(alpha=0.4, gamma=2.0, delta=1.0, box_loss_weight=10.0),
+    "ignore-2": LossSettings(),
 }
 
 
-@pytest.mark.parametrize("which", LOSS_OPTIONS)
+@pytest.mark.parametrize("which", LOSS_SETTINGS)
 def test_losses_are_googles(which: str, shared: Path) -> None:
     arrays = recorded_losses(shared)
     labels = read_labels(arrays)
     if which == "ignore-2":
         classes = [arrays[f"ignore/cls_targets_{level}"] for level in LEVELS]
         labels = dataclasses.replace(labels, classes=classes)
-    options = LOSS_OPTIONS[which]
-    loss = detection_loss(evaluated(), labels, **options)
+    loss = detection_loss(evaluated(), labels, LOSS_SETTINGS[which])
     # What independent errors of that L2 in the outputs make of the loss, root mean square, to first order.
     by_class, by_box = (
         math.hypot(*(norm(g) * error / math.sqrt(g.size) for g, error in zip(gradients, errors, strict=True)))
         for gradients, errors in zip(loss.gradient, google_output_errors(), strict=True)
     )
-    doubts = math.hypot(by_class, by_box), by_class, by_box / options.get("box_weight", BOX_WEIGHT)
+    doubts = math.hypot(by_class, by_box), by_class, by_box / LOSS_SETTINGS[which].box_loss_weight
     found = loss.total, loss.classes, loss.boxes
     rows = zip(("total", "class", "box"), found, arrays[f"loss/{which}"].tolist(), doubts, strict=True)
     for name, ours, google, doubt in rows:

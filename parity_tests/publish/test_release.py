@@ -273,6 +273,7 @@ def test_every_number_on_the_card_comes_from_its_file(release: Path) -> None:
         (CONFIG_FILE, lambda c: c["metadata"].update(automl_parameters=987_655), "987,655, 1 of them"),
         (CONFIG_FILE, lambda c: c["metadata"].update(step=123_456), "123,456"),
         (CONFIG_FILE, lambda c: c["metadata"].update(published_ap_val=12.34), "12.34 on val2017"),
+        (CONFIG_FILE, lambda c: c["metadata"].update(batch_norm_statistics="made up"), "statistics: made up"),
         (CONFIG_FILE, lambda c: c["config"].update(num_classes=77), "77 classes"),
         (CONFIG_FILE, lambda c: c["config"].update(resizer={"rule": "fixed_shape"}), "images stretched to"),
         (PARITY, lambda c: c["runs"][1]["worst"]["isolated"].update(relative=1.5e-9), "1.5e-09"),

@@ -72,6 +72,7 @@ class _ArchivedCheckpoint(Checkpoint):
             field: _spoken(witness, archive, folder) for field, witness in inner.stated_by.items()
         }
         self.location = inner.location
+        self.made_up_statistics = inner.made_up_statistics
         self._inner, self._archive, self._folder = inner, archive, folder
         self._remove = weakref.finalize(self, _close_and_remove, inner, folder.parent)
 

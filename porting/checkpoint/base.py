@@ -63,6 +63,9 @@ class Checkpoint(Mapping[str, np.ndarray], ABC):
         self.shapes = MappingProxyType(dict(shapes))
         self.dtypes = MappingProxyType(dict(dtypes))
         self.notes = tuple(notes)  # sentences for the user about the variables
+        #: Whether gamma and the moving statistics mean nothing, because batch norms were folded. The function
+        #: in evaluation mode is right all the same.
+        self.made_up_statistics = False
         #: Fields of ``EfficientDetConfig`` that the source holds in addition to the variables, ``endpoints``
         #: of its backbone, and ``model``, the variant that it names.
         self.settings: Mapping[str, Any] = MappingProxyType(dict(settings or {}))

@@ -53,6 +53,7 @@ class Renamed(Checkpoint):
         )
         self._inner = inner
         self.location = inner.location
+        self.made_up_statistics = inner.made_up_statistics
         self._sources = dict(sources)
 
     def close(self) -> None:

@@ -15,8 +15,8 @@ rounding, so the measure is the sum of the magnitudes of the terms:
   only one is positive, w′ = w/(w + 1e-4) hardly depends on w at all. With h = d/dw′, the gradient is the
   difference of hⱼ/(Σw + ε) and Σᵢ w′ᵢhᵢ/(Σw + ε); the measure is the sum of their magnitudes.
 
-Stochastic depth (AutoML's ``drop_connect``) is switched off in training mode, because it is random and cannot
-be the same in both frameworks.
+Stochastic depth (AutoML's ``drop_connect``) is off in training mode: our network is given no draws, and the
+reference does not know it.
 """
 
 from __future__ import annotations

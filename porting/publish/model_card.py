@@ -14,6 +14,7 @@ from pytorch_model.detection.labels import find_names
 from pytorch_model.engines import EAGER
 from pytorch_model.evaluation.figures import FIGURES
 from pytorch_model.evaluation.metrics import Metrics
+from pytorch_model.weights import BATCH_NORM_STATISTICS, MADE_UP
 
 _SHOWN = FIGURES[:6]  # average precision; average recall is left out
 
@@ -85,6 +86,11 @@ def _introduction(name: str, about: Mapping[str, Any]) -> Iterator[str]:
     yield f"- written by {origin['tool']} {origin['tool_version']}"
     yield f"- licence of the weights: {origin['license']}"
     yield f"- classes: {_class_names(config)}"
+    if origin.get(BATCH_NORM_STATISTICS) == MADE_UP:
+        yield (
+            "- batch-norm statistics: made up, because the source had folded them away; evaluation is not "
+            "affected, but freeze or calibrate the batch norms before training"
+        )
     if origin["assumed"]:
         yield f"- assumed, because the weights do not show it: {'; '.join(origin['assumed'])}"
 

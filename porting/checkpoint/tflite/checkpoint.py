@@ -40,7 +40,7 @@ _ANCHOR_TOLERANCE = {False: 1e-5, True: 1e-3}
 
 _FOLDED = (
     "batch norms are folded into the convolutions: evaluation computes the same function, but gamma and the "
-    "moving statistics are placeholders, so freeze the batch norms before training"
+    "moving statistics are placeholders, so freeze the batch norms before training or calibrate them"
 )
 _UNUSED = (
     "the file holds {} bytes of constants that no operator reads, which converters do not leave: it may be "
@@ -100,6 +100,7 @@ class TFLiteCheckpoint(Checkpoint):
             notes=[*notes, _FOLDED],
             settings=settings,
         )
+        self.made_up_statistics = True
         self.pixels = structure.pixels
         self.outputs: Mapping[str, int] = MappingProxyType(dict(_outputs(structure)))
         self._variables: dict[str, Variable] | None = found
