@@ -33,6 +33,7 @@ from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.results import server_file_name, server_results, to_results
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.engines import ENGINES
 from pytorch_model.errors import ConfigError
 from pytorch_model.evaluation import dataset as dataset_module
 from pytorch_model.evaluation.classes import class_to_category, left_out
@@ -254,6 +255,21 @@ def test_trained_lite0_on_158_images(
     assert status == 0
     assert metrics["detection_parity"]["passed"]
     assert metrics["decoders"] == {decoder: 158}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "compile"])
+def test_every_engine_has_the_same_figures(
+    shared: Path, trained_lite0: Path, tmp_path: Path, engine: str
+) -> None:
+    if ENGINES[engine].missing:
+        pytest.skip(
+            f"needs {', '.join(ENGINES[engine].missing)}: pip install -e '.[{ENGINES[engine].extra}]'"
+        )
+    assert run(trained_lite0, shared / "coco", tmp_path / "out", "--engine", engine) == 0
+    metrics = read(tmp_path / "out/metrics.json")
+    assert metrics["settings"]["ours"]["engine"] == engine
+    assert tuple(round(metrics["ours"][figure], 4) for figure in FIGURES) == GOOGLE["pillow"][1]
 
 
 # --- data sets ----------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from torch import Tensor
 from parity_tests.helpers.configs import configs
 from parity_tests.helpers.small_models import small
 from porting.convert import apply_rules
+from porting.parity.engines.proof import EngineComparison
+from porting.parity.inputs import seeded_images
 from porting.rules import rules
 from porting.synthetic import synthetic_variables
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
@@ -74,9 +76,13 @@ def installed(name: str) -> str:
 def test_every_engine_on_every_model(name: str, model: str) -> None:
     side = 256 if model == "efficientdet-d7x" else 128
     net = network(model_config(model))
-    x = images(net.config, 1, (side, side))
-    found = check_rounding(make_engine(installed(name), net, (side, side))(x), net, x)
-    print(f"{model} {name}: {found:.1e}")
+    comparison = EngineComparison(net, seeded_images(net.config, (side, side)))
+    comparison.run(installed(name))
+    (result,) = comparison.results({})
+    worst, found = result.worst, result.detections
+    print(f"{model} {name}: {worst.eager.relative:.1e} to eager in {worst.tap}, {found}")
+    assert len(result.outputs) == 2 * len(net.config.levels)
+    assert result.passed
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -52,6 +52,10 @@ def image_file(config: EfficientDetConfig, size: tuple[int, int], path: Path) ->
 
     Raises :class:`pytorch_model.detection.preprocess.ImageError` if it cannot be read.
     """
-    always_padded = dataclasses.replace(config.resizer, pad=True, pad_to_multiple=1)
-    images = preprocess([path], config.replace(resizer=always_padded), size).images
+    images = preprocess([path], unresized(config), size).images
     return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+
+
+def unresized(config: EfficientDetConfig) -> EfficientDetConfig:
+    """``config`` with a network's input of exactly the size that is asked for, whatever its resizer."""
+    return config.replace(resizer=dataclasses.replace(config.resizer, pad=True, pad_to_multiple=1))

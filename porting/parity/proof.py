@@ -13,11 +13,12 @@ import torch
 from porting.convert import Conversion, apply_rules
 from porting.parity.detections import DetectionCheck, compare_detections
 from porting.parity.diagnosis.diagnose import Diagnosis, diagnose
+from porting.parity.engines.proof import EngineResult
 from porting.parity.inputs import at_most, seeded_images
 from porting.parity.lockstep import Observer, ParityResult, TapResult, compare, tensorflow_reference
 from porting.parity.precision import PrecisionCost
 from porting.parity.reference.choose import FileReference, require_tensorflow
-from porting.parity.report.content import precision_rows
+from porting.parity.report.content import engine_rows, precision_rows
 from porting.rules import rules, taps
 from pytorch_model.efficientdet import EfficientDet
 
@@ -61,8 +62,9 @@ class Proof:
     latter if the reference is a file. ``diagnosis``: the cause of the first divergence, None without one or
     if a small image does not show it. ``reference``: what the port was compared with, in words.
     ``image_size``: (height, width). ``detections``: of a reference that is a file with detections, compared
-    with ours. ``precisions``: see :func:`porting.parity.precision.measure_precisions`. ``assumed``: settings
-    of the network that nobody states. ``is_original``: the reference is a file that holds the network.
+    with ours. ``precisions``: see :func:`porting.parity.precision.measure_precisions`. ``engines``: see
+    :class:`porting.parity.engines.proof.EngineComparison`. ``assumed``: settings of the network that nobody
+    states. ``is_original``: the reference is a file that holds the network.
     """
 
     results: tuple[ParityResult, ...]
@@ -71,11 +73,17 @@ class Proof:
     image_size: tuple[int, int]
     detections: DetectionCheck | None = None
     precisions: tuple[PrecisionCost, ...] = ()
+    engines: tuple[EngineResult, ...] = ()
     assumed: tuple[str, ...] = ()
     is_original: bool = False
 
     @property
     def passed(self) -> bool | None:
+        """As :attr:`port_passed`, and False if an engine failed."""
+        return self.port_passed if all(engine.passed for engine in self.engines) else False
+
+    @property
+    def port_passed(self) -> bool | None:
         """Whether every judged run passed; None if the reference was too coarse to judge by."""
         judged = [result.passed for result in self.results if result.judged]
         if self.detections is not None:
@@ -85,11 +93,11 @@ class Proof:
     @property
     def about_assumed(self) -> str | None:
         """One sentence on ``assumed``; None if there is nothing to say."""
-        return about_assumed(self.assumed, self.passed, self.reference if self.is_original else None)
+        return about_assumed(self.assumed, self.port_passed, self.reference if self.is_original else None)
 
     def figures(self) -> dict[str, Any]:
         """A summary that JSON can hold."""
-        figures = {
+        figures: dict[str, Any] = {
             "reference": self.reference,
             **{result.dtype: _figures(result) for result in self.results},
             "assumed": list(self.assumed),
@@ -97,7 +105,11 @@ class Proof:
         }
         if self.detections is not None:
             figures["detections"] = {"passed": self.detections.passed, **vars(self.detections)}
-        return {**figures, "variants": precision_rows(self.precisions)} if self.precisions else figures
+        if self.precisions:
+            figures["variants"] = precision_rows(self.precisions)
+        if self.engines:
+            figures["engines"] = engine_rows(self.engines)
+        return figures
 
 
 def about_assumed(assumed: Sequence[str], passed: bool | None, original: str | None) -> str | None:

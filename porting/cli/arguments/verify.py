@@ -23,6 +23,7 @@ from porting.cli.arguments.shared import (
 )
 from porting.cli.process import EXIT_CODES
 from porting.parity.reference import OPS
+from pytorch_model.engines import NAMES
 
 EPILOG = f"""
 examples:
@@ -33,6 +34,8 @@ examples:
   python tools/verify.py --ckpt path/to/efficientdet-d4 --reference savedmodel --graph export/
   # the port itself, without a weight file, at the model's own resolution, on a photograph
   python tools/verify.py --ckpt path/to/efficientdet-d4 --size native --image photo.jpg
+  # does ONNX Runtime compute the same function, down to the detections?
+  python tools/verify.py --ckpt path/to/efficientdet-d4 --engine onnxruntime --image photo.jpg
   # are two weight files the same function? no network is run
   python tools/verify.py --weights a.safetensors --against b.pth
 
@@ -54,7 +57,10 @@ class CompareOptions:
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """Run both networks. ``weights``: None for the port itself. ``precision``: ``QUICK``, ``ALL`` or None."""
+    """Run both networks. ``weights``: None for the port itself. ``precision``: ``QUICK``, ``ALL`` or None.
+
+    ``engines``: names of :data:`pytorch_model.engines.NAMES`.
+    """
 
     source: SourceOptions
     model: ModelOptions
@@ -66,6 +72,7 @@ class VerifyOptions:
     device: str
     gradients: bool
     precision: str | None
+    engines: tuple[str, ...]
     report: Path | None
     json: bool
 
@@ -96,6 +103,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and print the accuracy that each costs; all: torch.compile too, which takes minutes "
         "(--variants is the former name)",
     )
+    parser.add_argument(
+        "--engine",
+        dest="engines",
+        action="append",
+        default=[],
+        choices=NAMES,
+        help="also prove this engine: its head outputs and detections against the eager network's and the "
+        "reference's (repeatable; auto: the one that detect.py takes; compile takes minutes)",
+    )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
@@ -111,6 +127,7 @@ def read_options(
             "--gradients": arguments.gradients,
             "--reference": reference.kind != OPS or reference.graph,
             "--precision": arguments.precision,
+            "--engine": arguments.engines,
         }
         for option, given in needs_a_network.items():
             if given:
@@ -130,6 +147,7 @@ def read_options(
         device=arguments.device,
         gradients=arguments.gradients,
         precision=arguments.precision,
+        engines=tuple(arguments.engines),
         report=arguments.report,
         json=arguments.json,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from porting.parity.weight_comparison import (
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.devices import choose_device
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.engines.choose import chosen_engine
 from pytorch_model.files import make_folder
 from pytorch_model.weights import SUFFIXES
 from pytorch_model.weights.files import read_weights
@@ -46,6 +48,8 @@ def run(options: VerifyOptions | CompareOptions) -> int:
 
 def _verify(options: VerifyOptions, console: Console) -> int:
     device = choose_device(options.device)
+    engines = dict.fromkeys(chosen_engine(name, device) for name in options.engines)
+    options = dataclasses.replace(options, engines=tuple(engines))
     if options.report:
         make_folder(options.report)
     with open_checkpoint(options.source, console, Path()) as checkpoint:
@@ -97,8 +101,10 @@ def _prove(
     same: WeightComparison | None,
 ) -> tuple[bool | None, dict[str, object]]:
     """Whether the layers agree (None: not judged), and the figures."""
+    from porting.cli.drawing.engines import print_engines
     from porting.cli.drawing.proof import ProofLines, print_precisions, print_verdict
     from porting.parity import prove
+    from porting.parity.engines.proof import EngineComparison, ReferenceHeads
     from porting.parity.inputs import verification_size
     from porting.parity.precision import PRECISIONS, QUICK_PRECISIONS, measure_precisions
     from porting.parity.reference.choose import choose_reference
@@ -109,7 +115,12 @@ def _prove(
     state_dict = conversion.state_dict if weights is None else weights.state_dict
     reference = choose_reference(options.reference.kind, options.reference.graph, checkpoint, conversion)
     images = _images(config, verification_size(config, options.size, reference), options.image)
+    comparison = EngineComparison(EfficientDet.from_state_dict(state_dict, config).to(device), images)
+    for name in options.engines:  # before the proof: one that cannot compute here ends the command at once
+        with console.status(f"running the engine {name} …"):
+            comparison.run(name)
     thumbnails = Thumbnails() if options.report else None
+    heads = ReferenceHeads(thumbnails)
     with ProofLines(console) as lines:
         proof = prove(
             conversion,
@@ -119,10 +130,14 @@ def _prove(
             state_dict=state_dict,
             raw_variables=read_raw_variables(checkpoint, conversion),
             device=device,
-            observe=thumbnails,
+            observe=heads,
             assumed=assumed,
         )
     print_verdict(console, proof)
+    if options.engines:
+        judged = all(result.judged for result in proof.results)
+        proof = dataclasses.replace(proof, engines=comparison.results(heads.outputs, judged))
+        print_engines(console, proof.engines)
     if options.precision:
         names = PRECISIONS if options.precision == ALL else QUICK_PRECISIONS
         costs = measure_precisions(config, state_dict, images, str(device), names)

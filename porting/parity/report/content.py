@@ -31,6 +31,18 @@ JavaScript's ``Number`` and Python's ``float`` both read back. ::
         classes, boxes             {"relative", "maximum"} of the head's outputs, all levels together, or null
         score                      largest change of a class score, 0…1, or null
         skipped                    why it was not run, or null
+    engines     each against the eager network and the TensorFlow reference, on the same image:
+        name         "onnxruntime"
+        passed       bool
+        failure      why it computed nothing, or null
+        tolerances   {"eager", "times_eager_rounding", "reference"}: of relative L2
+        outputs      one object per head output and level:
+            tap                  "class_outputs/3"
+            passed               bool
+            eager, reference     {"relative", "maximum"}; the latter null if the reference does not show it
+            exact, eager_exact   differences of the engine and the eager network to float64, or null
+        detections, reference_detections
+                     null, or the fields of Agreement and "passed"; only the former is judged
     histograms  null, or of one run's output taps:
         dtype        "float32"
         log10_edges  edges of the bins, log10 of |ours − reference|; one more than there are counts
@@ -44,14 +56,16 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from porting.parity.engines.agreement import Agreement
+from porting.parity.engines.proof import ENGINE_TOLERANCE, ROUNDING_TIMES, EngineResult
 from porting.parity.lockstep import ParityResult, TapResult
-from porting.parity.measure import Difference, tolerances
+from porting.parity.measure import FLOAT32_ACCUMULATED_TOLERANCE, Difference, tolerances
 from porting.parity.precision import PrecisionCost
 from porting.parity.report.thumbnails import Thumbnails, bin_edges
 from pytorch_model.config import EfficientDetConfig
@@ -67,8 +81,9 @@ class Report:
     ``results``: one or more runs of the same network on the same image, each in a different float type.
     ``metadata``: str → anything JSON can hold, also NumPy scalars and paths; shown in this order.
     ``diagnosis``: the cause of a failure, in words. ``thumbnails``: the observer of one run. ``precisions``:
-    the same weights run in other ways. ``not_the_port``: compared tensor by tensor, the weights of the runs
-    are not the port, even if all layers passed. ``about_assumed``: a sentence on assumed settings.
+    the same weights run in other ways. ``engines``: what else computes them, compared with the eager network.
+    ``not_the_port``: compared tensor by tensor, the weights of the runs are not the port, even if all layers
+    passed. ``about_assumed``: a sentence on assumed settings.
 
     Raises ``ValueError`` if the runs do not belong together.
     """
@@ -79,6 +94,7 @@ class Report:
     diagnosis: str | None = None
     thumbnails: Thumbnails | None = None
     precisions: tuple[PrecisionCost, ...] = ()
+    engines: tuple[EngineResult, ...] = ()
     not_the_port: bool = False
     about_assumed: str | None = None
 
@@ -93,8 +109,8 @@ class Report:
 
     @property
     def passed(self) -> bool | None:
-        """Whether every judged run passed, with the right weights; None if none was judged."""
-        if self.not_the_port:
+        """Whether every judged run and engine passed, with the right weights; None if no run was judged."""
+        if self.not_the_port or not all(engine.passed for engine in self.engines):
             return False
         judged = [result.passed for result in self.results if result.judged]
         return all(judged) if judged else None
@@ -119,6 +135,7 @@ def report_dict(report: Report) -> dict[str, Any]:
             for taps in zip(*(result.taps for result in report.results), strict=True)
         ],
         "variants": precision_rows(report.precisions),
+        "engines": engine_rows(report.engines),
         "histograms": _histograms(report.thumbnails),
     }
     plain: dict[str, Any] = _plain(document)
@@ -190,6 +207,42 @@ def precision_rows(costs: Iterable[PrecisionCost]) -> list[dict[str, Any]]:
     ]
     plain: list[dict[str, Any]] = _plain(rows)
     return plain
+
+
+def engine_rows(engines: Iterable[EngineResult]) -> list[dict[str, Any]]:
+    """``engines`` of the document, infinities as strings."""
+    rows = [
+        {
+            "name": engine.name,
+            "passed": engine.passed,
+            "failure": engine.failure,
+            "tolerances": {
+                "eager": ENGINE_TOLERANCE,
+                "times_eager_rounding": ROUNDING_TIMES,
+                "reference": FLOAT32_ACCUMULATED_TOLERANCE,
+            },
+            "outputs": [
+                {
+                    "tap": output.tap,
+                    "passed": output.passed,
+                    "eager": _difference(output.eager),
+                    "reference": output.reference and _difference(output.reference),
+                    "exact": output.exact and _difference(output.exact),
+                    "eager_exact": output.eager_exact and _difference(output.eager_exact),
+                }
+                for output in engine.outputs
+            ],
+            "detections": _agreement(engine.detections),
+            "reference_detections": _agreement(engine.reference_detections),
+        }
+        for engine in engines
+    ]
+    plain: list[dict[str, Any]] = _plain(rows)
+    return plain
+
+
+def _agreement(found: Agreement | None) -> dict[str, Any] | None:
+    return None if found is None else {**asdict(found), "passed": found.passed}
 
 
 def _difference(difference: Difference) -> dict[str, float]:

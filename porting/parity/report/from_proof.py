@@ -51,6 +51,7 @@ def build_report(
         diagnosis=diagnosis,
         thumbnails=thumbnails,
         precisions=proof.precisions,
+        engines=proof.engines,
         not_the_port=not_the_port,
         about_assumed=proof.about_assumed,
     )
