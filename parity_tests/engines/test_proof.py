@@ -158,7 +158,9 @@ def test_a_reference_without_outputs() -> None:
 def test_weights_that_are_not_finite_fail() -> None:
     net = network(small())
     with torch.no_grad():
-        net.box_net.predict.pointwise.bias.fill_(float("nan"))
+        bias = net.box_net.predict.pointwise.bias
+        assert bias is not None
+        bias.fill_(float("nan"))
     result = compared(net=net)
     assert not result.passed
     assert "box_net.predict.pointwise is not finite" in printed(result)
@@ -170,7 +172,7 @@ def test_weights_that_are_not_finite_fail() -> None:
 def test_an_output_as_exact_as_the_eager_one_is_rounding() -> None:
     def output(eager: float, exact: float, eager_exact: float) -> OutputResult:
         figures = [Difference(value, 1.0) for value in (eager, exact, eager_exact)]
-        return OutputResult("class_outputs/3", figures[0], None, *figures[1:])
+        return OutputResult("class_outputs/3", figures[0], exact=figures[1], eager_exact=figures[2])
 
     right = output(4e-5, 3e-5, 2e-5)
     assert right.passed

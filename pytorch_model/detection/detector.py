@@ -157,7 +157,7 @@ class Detector:
         through suppression too; its boxes are mirrored back; :func:`weighted_boxes_fusion` makes one list of
         both, of at most 2 · ``max_output_size`` detections.
         """
-        runs = [_found(outputs, heads, self.nms) for heads in outputs.runs]
+        runs = [detections_in(heads, outputs, self.nms) for heads in outputs.runs]
         if self.tta == "none":
             return runs[0]
         widths = (outputs.image_scales[:, 1] * outputs.size[1]).tolist()
@@ -186,11 +186,11 @@ class Detector:
         return class_outputs, box_outputs
 
 
-def _found(
-    outputs: HeadOutputs, heads: tuple[Sequence[Tensor], Sequence[Tensor]], nms: NMSConfig
+def detections_in(
+    heads: tuple[Sequence[Tensor], Sequence[Tensor]], about: HeadOutputs, nms: NMSConfig
 ) -> list[dict[str, Tensor]]:
-    """The detections in one of ``outputs.runs``, without padding."""
-    found = postprocess(*heads, outputs.anchors_yxyx, outputs.size, nms, outputs.image_scales)
+    """The detections of each image in ``heads``, one of ``about.runs``, without padding."""
+    found = postprocess(*heads, about.anchors_yxyx, about.size, nms, about.image_scales)
     boxes_xyxy = found.boxes_yxyx[..., [1, 0, 3, 2]]
     # Scores descend and padding has score 0, so the detections come first.
     counts = (found.scores > 0).sum(dim=1).tolist()

@@ -50,7 +50,7 @@ def agreement(
     nms: NMSConfig,
     score_tolerance: float,
 ) -> Agreement:
-    """Compare the detections of the same images, one dict per image as :func:`detect` returns them.
+    """Compare the detections of the same images, one dict per image as :meth:`Detector.detect` returns.
 
     Two detections are equal if they have one label, and scores and boxes within the tolerances. Their order
     plays no part. ``size``: (height, width) of the network's input, in whose pixels the boxes are.

@@ -23,8 +23,7 @@ from porting.parity.lockstep import Observer, tf32
 from porting.parity.measure import FLOAT32_ACCUMULATED_TOLERANCE, Difference, difference
 from porting.rules import TapPair
 from pytorch_model.anchors import generate_anchors
-from pytorch_model.detection.detector import detect
-from pytorch_model.detection.preprocess import NetworkInput
+from pytorch_model.detection.detector import HeadOutputs, detections_in
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.engines import EAGER
@@ -86,7 +85,8 @@ class EngineResult:
 
     ``reference_detections``: against the reference's, measured and not judged, because scores that are almost
     equal may swap. Both are None if an output is not finite or has another shape, the latter also if the
-    reference does not show all of them. ``failure``: why the engine could not compute; then there are no outputs.
+    reference does not show all of them. ``failure``: why the engine could not compute; then there are no
+    outputs.
     """
 
     name: str
@@ -207,14 +207,14 @@ class EngineComparison:
 
     def _detections(self, heads: Heads) -> list[dict[str, Tensor]]:
         """By AutoML's evaluation, boxes in pixels of the network's input."""
-        outputs = [
+        class_outputs, box_outputs = (
             [output.float() for tap, output in heads.items() if tap.startswith(kind)]
             for kind in ("class", "box")
-        ]
-        count = len(self._x)
-        batch = NetworkInput(self._x.cpu(), torch.ones(count, 2), ("",) * count)
+        )
         anchors_yxyx = generate_anchors(unresized(self._model.config), self._size)
-        return detect(lambda images: (outputs[0], outputs[1]), batch, anchors_yxyx, _NMS)
+        run = (class_outputs, box_outputs)
+        about = HeadOutputs([run], self._size, torch.ones(len(self._x), 2), anchors_yxyx)
+        return detections_in(run, about, _NMS)
 
 
 def _difference(ours: Tensor, expected: Tensor) -> Difference:
