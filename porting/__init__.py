@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from porting.parity import prove
     from porting.sources.open import open_source
 
-__version__ = "0.3.0"  # the only place of the version: pyproject.toml reads it here
+__version__ = "0.4.0"  # the only place of the version: pyproject.toml reads it here
 
 _HOMES = {
     "CheckFailedError": "errors",

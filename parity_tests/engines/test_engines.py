@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,60 +12,19 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from parity_tests.engines.computed import FAST, check_rounding, error, images, installed, network
 from parity_tests.helpers.configs import configs
 from parity_tests.helpers.small_models import small
-from porting.convert import apply_rules
 from porting.parity.engines.proof import EngineComparison
 from porting.parity.inputs import seeded_images
-from porting.rules import rules
-from porting.synthetic import synthetic_variables
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.engines import ENGINES, compiled, onnx_runtime, open_vino
 from pytorch_model.engines.choose import EngineOf, chosen_engine, make_engine
 from pytorch_model.errors import ConfigError, WeightsError
 
-#: Another order of summation changes the rounding error by a factor; a wrong layer is off by percents.
-TIMES, EPSILON = 3.0, 1e-6
 #: The folded network in float64: only the order of the arithmetic differs.
 FLOAT64 = 1e-12
-
-#: `compile` needs a compiler and minutes; test_compile has it.
-FAST = [name for name in ENGINES if name != "compile"]
-
-
-def network(config: EfficientDetConfig) -> EfficientDet:
-    """With seeded weights, whose activations are of order 1 on every level."""
-    variables = synthetic_variables(config)
-    state_dict = apply_rules(rules(config), variables)
-    return EfficientDet.from_state_dict(state_dict, config).requires_grad_(False)
-
-
-def images(config: EfficientDetConfig, count: int, size: tuple[int, int]) -> Tensor:
-    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(count))
-
-
-def error(found: tuple[Sequence[Tensor], Sequence[Tensor]], model: EfficientDet, x: Tensor) -> float:
-    """The largest relative L2 of a head output to the eager model in float64."""
-    with torch.no_grad():
-        expected = copy.deepcopy(model).double()(x.double())
-    pairs = zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True)
-    return max(float((a.double() - b).norm() / b.norm()) for a, b in pairs)
-
-
-def check_rounding(found: tuple[Sequence[Tensor], Sequence[Tensor]], model: EfficientDet, x: Tensor) -> float:
-    """The error of ``found`` to float64, at most :data:`TIMES` that of the eager model."""
-    with torch.no_grad():
-        own = error(model(x.to(next(model.parameters()).dtype)), model, x)
-    measured = error(found, model, x)
-    assert measured <= TIMES * own + EPSILON, (measured, own)
-    return measured
-
-
-def installed(name: str) -> str:
-    for package in ENGINES[name].packages:
-        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[{ENGINES[name].extra}]'")
-    return name
 
 
 @pytest.mark.slow

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parity_tests.helpers.recordings import golden_recording, tap_of
-from parity_tests.publish.test_export import images_of, weights_of
+from parity_tests.helpers.recordings import golden_recording, images_of, tap_of, weights_of
 from porting.export import TARGETS, network
 from porting.parity.lockstep import tapped
 from porting.rules import TapPair, taps

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from parity_tests.engines.test_engines import check_rounding, images, network
+from parity_tests.engines.computed import check_rounding, images, network
 from pytorch_model.config import model_config
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.postprocess import postprocess_per_class

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from parity_tests.helpers.paths import GOLDENS, SHARED
+from porting.convert import apply_rules
+from porting.export import Weights
+from porting.rules import rules
 from pytorch_model.config import EfficientDetConfig, model_config
 from tf_reference.variables import variable_shapes
 
@@ -233,3 +237,15 @@ def tensorflow_preprocess(
     scaled = tf.image.resize(image, size, method="bilinear")
     padded: np.ndarray = tf.image.pad_to_bounding_box(scaled, 0, 0, *target).numpy()
     return padded
+
+
+def weights_of(recording: Recording, dtype: str = "float32") -> Weights:
+    """The ported weights of a recording, with the size of its images."""
+    height, width = recording.images.shape[1:3]
+    config = recording.config.replace(image_size=(height, width))
+    return Weights(apply_rules(rules(config), recording.variables(), dtype), config)
+
+
+def images_of(recording: Recording) -> torch.Tensor:
+    """The recording's images in PyTorch's layout, [N, 3, H, W]."""
+    return torch.from_numpy(recording.images).permute(0, 3, 1, 2).contiguous()

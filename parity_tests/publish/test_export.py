@@ -19,17 +19,21 @@ import torch
 import yaml
 
 from parity_tests.helpers.paths import ROOT, SHARED
-from parity_tests.helpers.recordings import Recording, golden_recording, shared_recording
+from parity_tests.helpers.recordings import (
+    Recording,
+    golden_recording,
+    images_of,
+    shared_recording,
+    weights_of,
+)
 from parity_tests.helpers.small_models import small
 from porting.checkpoint import open_checkpoint
-from porting.convert import apply_rules
 from porting.errors import CheckFailedError, ConversionError, EfficientDetError, OutputError
 from porting.export import TARGETS, Weights, effdet, network, onnx_detector, onnx_file, tf_checkpoint
 from porting.hparams import read_hparams
 from porting.hparams.meaning import FIELDS
 from porting.hparams.written import hparams_yaml
 from porting.infer import named_config
-from porting.rules import rules
 from pytorch_model.config import MODELS, EfficientDetConfig, Resizer, model_config
 from pytorch_model.detection.settings import NMSConfig
 from pytorch_model.efficientdet import EfficientDet
@@ -56,16 +60,6 @@ def recording_of(model: str) -> Recording:
     if not SHARED.is_dir():
         pytest.skip(f"the recording of {model} is not in this clone")
     return shared_recording(model, 128)
-
-
-def weights_of(recording: Recording, dtype: str = "float32") -> Weights:
-    height, width = recording.images.shape[1:3]
-    config = recording.config.replace(image_size=(height, width))
-    return Weights(apply_rules(rules(config), recording.variables(), dtype), config)
-
-
-def images_of(recording: Recording) -> torch.Tensor:
-    return torch.from_numpy(recording.images).permute(0, 3, 1, 2).contiguous()
 
 
 def outputs_of(weights: Weights, images: torch.Tensor) -> list[np.ndarray]:
