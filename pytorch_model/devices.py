@@ -33,6 +33,12 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of one of :data:`pytorch_model.engines.PRECISIONS`."""
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
 def use_threads(count: int | None) -> None:
     """Let PyTorch, and the engines made from now on, compute with ``count`` threads; None: as they are."""
     if count is not None:

@@ -199,6 +199,16 @@ def test_the_files_are_those_of_the_safetensors_library(tmp_path: Path) -> None:
     assert bodies[0] == bodies[1]
 
 
+def test_a_file_can_be_written_from_its_own_tensors(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    """PyTorch's tensors of a safetensors file are views of it. Writing over them ends the process."""
+    path = tmp_path / "w.safetensors"
+    write_weights(path, state, CONFIG, {})
+    again, config, _ = read_weights(path)
+    write_weights(path, again, config, {})
+    for key, tensor in read_weights(path)[0].items():
+        assert torch.equal(tensor, state[key])
+
+
 def test_what_is_shared_cannot_be_written_to(checkpoint: Path) -> None:
     """Else a network in training would change the variables that it is compared with."""
     with open_checkpoint(checkpoint) as opened:

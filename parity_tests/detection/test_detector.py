@@ -520,6 +520,22 @@ def test_detect_notes_the_decoder_of_each_image(weights: Path, album: Path, tmp_
     assert [image["decoder"] for image in summary["images"]] == ["fast-dct", "pillow", "pillow"]
 
 
+@pytest.mark.parametrize("engine", ["eager", "folded", "auto"])
+def test_detect_in_lower_precision(weights: Path, album: Path, tmp_path: Path, engine: str) -> None:
+    assert run_detect(weights, album, tmp_path, "--precision", "bfloat16", "--engine", engine) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["precision"] == "bfloat16"
+    assert summary["engine"] == ("folded" if engine == "auto" else engine)
+
+
+def test_engines_that_have_one_precision(
+    weights: Path, album: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--precision", "float16", "--engine", "onnxruntime")
+    assert run_detect(weights, album, tmp_path, *more) == 2
+    assert "onnxruntime computes in float32 only; for float16 take" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -333,9 +333,13 @@ def test_figures_of_sizes_that_are_not_annotated_are_left_out(release: Path) -> 
 
 def test_the_card_names_the_engine_of_the_figures(release: Path) -> None:
     metrics = metrics_of(release / MODEL_FILE)
-    words = {"eager": "images (`coco", "onnxruntime": "images, computed by onnxruntime (`coco"}
-    for engine, said in words.items():
-        metrics["settings"]["ours"]["engine"] = engine
+    words = {
+        ("eager", "float32"): "images (`coco",
+        ("onnxruntime", "float32"): "images, computed by onnxruntime (`coco",
+        ("folded", "bfloat16"): "images, computed by folded in bfloat16 (`coco",
+    }
+    for (engine, precision), said in words.items():
+        metrics["settings"]["ours"] |= {"engine": engine, "precision": precision}
         (release / METRICS).write_text(json.dumps(metrics))
         reseal(release)
         assert problems(release) == []
@@ -710,8 +714,9 @@ def test_metrics_are_a_bounded_file(tmp_path: Path, pipe: Path, monkeypatch: pyt
 
 def test_a_release_that_fails_its_own_check_is_not_left(checkpoint: Path, tmp_path: Path) -> None:
     before = (
-        "import porting.publish.release_folder as r; write = r.write_weights; "
-        "r.write_weights = lambda path, tensors, *x: write(path, {k: -t for k, t in tensors.items()}, *x)"
+        "import numpy, porting.publish.release_folder as r; write = r.write_weights; "
+        "wrong = lambda arrays: {key: numpy.asarray(-array) for key, array in arrays.items()}; "
+        "r.write_weights = lambda path, arrays, *more: write(path, wrong(arrays), *more)"
     )
     done = run("--ckpt", checkpoint, "--out", "out", "--name", "x", "--size", 64, cwd=tmp_path, before=before)
     assert done.returncode == 1, done.stderr

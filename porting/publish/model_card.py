@@ -11,7 +11,7 @@ import yaml
 from porting.convert import values_sentence
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.detection.labels import find_names
-from pytorch_model.engines import EAGER
+from pytorch_model.engines import EAGER, computed_by
 from pytorch_model.evaluation.figures import FIGURES
 from pytorch_model.evaluation.metrics import Metrics
 from pytorch_model.weights import BATCH_NORM_STATISTICS, MADE_UP
@@ -152,7 +152,7 @@ def _figures(origin: Mapping[str, Any], metrics: Metrics | None) -> Iterator[str
         yield "These weights were not evaluated here."
         return
     ours = _measured(metrics)
-    engine = metrics.settings["ours"].get("engine", EAGER)
+    engine = computed_by(metrics.settings["ours"])
     how = "" if engine == EAGER else f", computed by {engine}"
     yield f"Measured with these weights, on {metrics.images} images{how} (`coco_metrics.json`):\n"
     yield f"| {' | '.join(ours)} |"

@@ -26,9 +26,10 @@ from pytorch_model.detection.preprocess import (
 )
 from pytorch_model.detection.settings import TTA, NMSConfig
 from pytorch_model.efficientdet import EfficientDet
-from pytorch_model.engines import AUTO
+from pytorch_model.engines import AUTO, ENGINES, FLOAT32
 from pytorch_model.engines.choose import EngineOf, Network
 from pytorch_model.errors import ConfigError, WeightsError
+from pytorch_model.weights.tensors import dtype_name
 
 
 class HeadOutputs(NamedTuple):
@@ -174,6 +175,12 @@ class Detector:
             return self.anchors_yxyx
         size = batch.images.shape[2], batch.images.shape[3]
         return generate_anchors(config, size).to(batch.images.device)
+
+    @property
+    def precision(self) -> str:
+        """What the network computes with: ``float32``, ``bfloat16``, …"""
+        engine = ENGINES[self.engine]
+        return FLOAT32 if engine.only_float32 else dtype_name(next(self.model.parameters()))
 
     @property
     def engine(self) -> str:

@@ -101,6 +101,7 @@ def detect_into(
         "image_size": list(detector.image_size),
         "device": str(next(detector.model.parameters()).device),
         "engine": detector.engine,
+        "precision": detector.precision,
         "class_names": classes.source,
         "score_threshold": detector.score_threshold,
         "nms_configs": asdict(detector.nms),

@@ -67,6 +67,7 @@ def settings(
         "decoder": detector.decoder,
         "tta": detector.tta,
         "engine": detector.engine,
+        "precision": detector.precision,
         "nms_configs": asdict(detector.nms),
         "batch_size": batch_size,
         "device": next(detector.model.parameters()).device.type,

@@ -48,6 +48,7 @@ class DetectOptions:
     hparams: Hparams
     device: str
     engine: str
+    precision: str
     threads: int | None
     workers: int | None
     batch_size: int | None

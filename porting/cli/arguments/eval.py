@@ -70,6 +70,7 @@ class EvalOptions:
     tta: str
     device: str
     engine: str
+    precision: str
     threads: int | None
     workers: int | None
     batch_size: int | None
@@ -135,6 +136,7 @@ def read_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace)
         tta=arguments.tta,
         device=arguments.device,
         engine=arguments.engine,
+        precision=arguments.precision,
         threads=arguments.threads,
         workers=arguments.workers,
         batch_size=arguments.batch_size,

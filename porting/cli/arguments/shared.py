@@ -12,7 +12,7 @@ from porting.parity.reference import KINDS, OPS
 from porting.sources import SYNTHETIC
 from pytorch_model.config import MODELS
 from pytorch_model.detection.settings import DECODERS, MOST_WORKERS, SCOPES
-from pytorch_model.engines import AUTO, ENGINES, GPU_BATCH, NAMES
+from pytorch_model.engines import AUTO, ENGINES, FLOAT32, GPU_BATCH, NAMES, PRECISIONS
 
 SIZE_HELP = "N, HxW or native: the image size to verify at (default: the model's own, at most 512)"
 HPARAMS_HELP = (
@@ -196,6 +196,12 @@ def add_detection_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--engine", choices=NAMES, default=AUTO, help=ENGINE_HELP)
     parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=FLOAT32,
+        help="what the network computes with (default: float32); lower ones suit a GPU and change results",
+    )
+    parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
@@ -218,6 +224,11 @@ def check_detection_options(
     check_at_least_one(parser, arguments, "batch_size", "threads", *names)
     if arguments.workers is not None and not 0 <= arguments.workers <= MOST_WORKERS:
         parser.error(f"--workers is {arguments.workers}, must be from 0 to {MOST_WORKERS}")
+    engine = ENGINES.get(arguments.engine)
+    if engine and engine.only_float32 and arguments.precision != FLOAT32:
+        parser.error(
+            f"--engine {engine.name} computes in float32 only; for {arguments.precision} take --engine folded"
+        )
 
 
 def check_at_least_one(parser: argparse.ArgumentParser, arguments: argparse.Namespace, *names: str) -> None:

@@ -17,14 +17,15 @@ from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
 from pytorch_model.detection.labels import ClassNames, find_names
 from pytorch_model.detection.run import DetectionResult, detect_into, list_images, prepare_folder
-from pytorch_model.devices import choose_device, use_threads
+from pytorch_model.devices import choose_device, dtype_of, use_threads
+from pytorch_model.engines import computed_by
 
 
 def run(options: DetectOptions) -> int:
     console = Console(stderr=options.json, highlight=False)
     files = list_images(options.images)
     use_threads(options.threads)
-    model = load_model(options.weights).to(choose_device(options.device))
+    model = load_model(options.weights).to(choose_device(options.device), dtype_of(options.precision))
     count, own = model.config.num_classes, model.config.class_names
     classes = find_names(options.labels, count, own, given_names(options.hparams, count))
     nms, image_size = nms_and_size(options.hparams, model.config, options.nms)
@@ -59,7 +60,9 @@ def _draw(console: Console, result: DetectionResult, names: ClassNames, seconds:
     images, unreadable = summary["images"], summary["unreadable"]
     classes = Counter(names.shown[row["category_id"]] for row in result.rows)
     decoders = Counter(image["decoder"] for image in images)
-    table = Table(title=f"{summary['model']} on {summary['device']}, {summary['engine']}", show_header=False)
+    table = Table(
+        title=f"{summary['model']} on {summary['device']}, {computed_by(summary)}", show_header=False
+    )
     unit = "frames" if images and "frame" in images[0] else "images"
     table.add_row(unit, str(len(images)))
     turned = sum(image.get("exif_orientation", 1) != 1 for image in images)

@@ -23,8 +23,8 @@ from porting.parity.reference.choose import choose_reference, require_tensorflow
 from porting.parity.reference.evaluation import reference_network
 from pytorch_model import load_model
 from pytorch_model.detection.detector import Detector
-from pytorch_model.devices import choose_device, use_threads
-from pytorch_model.engines import EAGER
+from pytorch_model.devices import choose_device, dtype_of, use_threads
+from pytorch_model.engines import EAGER, computed_by
 from pytorch_model.evaluation.classes import class_to_category, left_out
 from pytorch_model.evaluation.dataset import Dataset, read_dataset
 from pytorch_model.evaluation.processes import Processes, has_others, joined
@@ -84,7 +84,7 @@ def run(options: EvalOptions) -> int:
 def _detector(options: EvalOptions, processes: Processes) -> Detector:
     use_threads(options.threads)
     device = choose_device(options.device, processes.local_rank)
-    model = load_model(options.weights).to(device)
+    model = load_model(options.weights).to(device, dtype_of(options.precision))
     nms, image_size = nms_and_size(options.hparams, model.config, options.nms)
     return Detector(
         model,
@@ -120,8 +120,9 @@ def _draw(
     decoders = ", ".join(f"{name} ({count})" for name, count in metrics.decoders.items())
     height, width = detector.image_size
     title = f"{detector.model.config.name} at {height}×{width}, {metrics.images} images, read by {decoders}"
-    if detector.engine != EAGER:
-        title += f", computed by {detector.engine}"
+    how = computed_by(metrics.settings["ours"])
+    if how != EAGER:
+        title += f", computed by {how}"
     if detector.nms.scope == "global":
         title += ", suppressed across classes"
     if detector.tta != "none":
