@@ -251,15 +251,23 @@ def resize_bilinear(images: Tensor, size: tuple[int, int], half_pixel_centres: b
     bits. TensorFlow interpolates from the left neighbour to the right one, then from top to bottom.
     Without ``half_pixel_centres``, TensorFlow 1's resizing: the top left corners of pixels are matched.
     """
-    left, right, step_x = _neighbours(images.shape[-1], size[1], half_pixel_centres, images.device)
-    top, bottom, step_y = _neighbours(images.shape[-2], size[0], half_pixel_centres, images.device)
+    left, right, step_x = (
+        torch.from_numpy(array).to(images.device)
+        for array in neighbours(images.shape[-1], size[1], half_pixel_centres)
+    )
+    top, bottom, step_y = (
+        torch.from_numpy(array).to(images.device)
+        for array in neighbours(images.shape[-2], size[0], half_pixel_centres)
+    )
     left_columns = images.index_select(-1, left)
     rows = left_columns + (images.index_select(-1, right) - left_columns) * step_x
     top_rows = rows.index_select(-2, top)
     return top_rows + (rows.index_select(-2, bottom) - top_rows) * step_y[:, None]
 
 
-def _neighbours(size: int, new_size: int, half_pixel_centres: bool, device: torch.device) -> list[Tensor]:
+def neighbours(
+    size: int, new_size: int, half_pixel_centres: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per output position: the two input positions around it, and its distance from the first."""
     ratio = np.float32(size) / np.float32(new_size)
     centre = np.float32(0.5 if half_pixel_centres else 0)
@@ -268,8 +276,7 @@ def _neighbours(size: int, new_size: int, half_pixel_centres: bool, device: torc
     first = np.maximum(below, 0).astype(np.int64)
     second = np.minimum(np.ceil(places), size - 1).astype(np.int64)
     # The step uses the unclamped position. At an edge both neighbours are the same, so it has no effect.
-    step = places - below
-    return [torch.from_numpy(array).to(device) for array in (first, second, step)]
+    return first, second, places - below
 
 
 # ---------------------------------------------------------------------------------------------------

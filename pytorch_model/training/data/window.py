@@ -1,0 +1,69 @@
+"""A window of a resized image, without resizing the rest of it.
+
+Every value of a resized image depends on at most four pixels. So only the pixels that the window needs are
+normalised and interpolated; the result equals the same window of ``resize_bilinear`` bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pytorch_model.detection.preprocess import neighbours
+
+
+class _Axis(NamedTuple):
+    """``needed``: positions of the image, ascending. ``first``, ``second``: per output, indices of these."""
+
+    needed: np.ndarray | slice
+    first: np.ndarray
+    second: np.ndarray
+    step: np.ndarray
+
+
+def resize_window(
+    pixels: np.ndarray,
+    size: tuple[int, int],
+    offset: tuple[int, int],
+    mean_rgb: tuple[float, float, float],
+    stddev_rgb: tuple[float, float, float],
+    out: np.ndarray,
+) -> None:
+    """Normalise uint8 [H, W, 3], resize it to ``size``, and write what is at ``offset`` into ``out``.
+
+    ``size``, ``offset``: (height, width). ``out``: float32 [3, h, w]; where the resized image ends earlier,
+    it is left as it is.
+    """
+    rows = _axis(pixels.shape[0], size[0], offset[0], out.shape[1])
+    columns = _axis(pixels.shape[1], size[1], offset[1], out.shape[2])
+    needed = pixels[rows.needed][:, columns.needed]
+    for channel, (mean, stddev) in enumerate(zip(mean_rgb, stddev_rgb, strict=True)):
+        # Transposed, because whole rows are copied much faster than single pixels of each row.
+        plane = needed[..., channel].T.astype(np.float32, order="C")
+        plane -= np.float32(mean)
+        plane /= np.float32(stddev)
+        resized = _interpolated(_interpolated(plane, columns).T.copy(), rows)
+        out[channel, : len(rows.first), : len(columns.first)] = resized
+
+
+def _axis(size: int, new_size: int, offset: int, length: int) -> _Axis:
+    window = slice(offset, offset + length)
+    first, second, step = (array[window] for array in neighbours(size, new_size, half_pixel_centres=True))
+    needed, places = np.unique(np.concatenate([first, second]), return_inverse=True)
+    whole = needed[-1] - needed[0] == len(needed) - 1
+    return _Axis(
+        slice(needed[0], needed[-1] + 1) if whole else needed,
+        places[: len(first)],
+        places[len(first) :],
+        step,
+    )
+
+
+def _interpolated(values: np.ndarray, axis: _Axis) -> np.ndarray:
+    """float32 [n, m] → [outputs, m]: first + (second - first) · step."""
+    first, result = values.take(axis.first, axis=0), values.take(axis.second, axis=0)
+    result -= first
+    result *= axis.step[:, None]
+    result += first
+    return result
