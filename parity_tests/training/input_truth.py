@@ -50,6 +50,11 @@ class Recorded(NamedTuple):
     stats: Mapping[str, Any]
 
 
+def drawn(height: int, width: int) -> np.ndarray:
+    """A picture of any size, uint8 [H, W, 3]."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
 def as_draws(numbers: list[float]) -> Draws:
     """Recorded draws; where there is no flip, there are three."""
     return Draws(*np.array(numbers if len(numbers) == 4 else [0, *numbers], np.float32))

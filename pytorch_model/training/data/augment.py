@@ -135,6 +135,32 @@ def flip(picture: Picture) -> Picture:
     return Picture(picture.pixels[:, ::-1], np.stack([top, _F(1) - right, bottom, _F(1) - left], axis=1))
 
 
+class Placement(NamedTuple):
+    """``size``: (height, width) of the whole scaled image; ``offset``: where in it the input begins.
+
+    ``scale``: pixels of the input per original pixel. ``too_thin``: a side was raised to one pixel.
+    """
+
+    size: tuple[int, int]
+    offset: tuple[int, int]
+    scale: np.float32
+    too_thin: bool
+
+
+def place(
+    size: tuple[int, ...], draws: Draws, target: tuple[int, int], image_size: tuple[int, int]
+) -> Placement:
+    """Where an image of ``size`` goes in the input. All sizes are (height, width)."""
+    height, width = _F(size[0]), _F(size[1])
+    asked = [_F(max(1, int(draws.scale * _F(side)))) for side in target]
+    scale = np.minimum(asked[1] / width, asked[0] / height)
+    scaled = int(height * scale), int(width * scale)
+    raised = max(1, scaled[0]), max(1, scaled[1])
+    spare = [_F(max(0, side - given)) for side, given in zip(raised, image_size, strict=True)]
+    offset = int(spare[0] * draws.crop_y), int(spare[1] * draws.crop_x)
+    return Placement(raised, offset, scale, raised != scaled)
+
+
 def _fitted(
     picture: Picture,
     classes: np.ndarray,
@@ -143,43 +169,29 @@ def _fitted(
     settings: InputSettings,
     counts: Counts,
 ) -> NetworkExample:
-    """Normalise, scale, crop and pad the image; place the boxes in it."""
-    height, width = settings.image_size
-    size, scale, too_thin = _scaled(picture.pixels.shape[:2], target, draws.scale)
-    offset = (
-        int(_F(max(0, size[0] - height)) * draws.crop_y),
-        int(_F(max(0, size[1] - width)) * draws.crop_x),
+    """Normalise, scale, crop and pad the image; move the boxes with it."""
+    placement = place(picture.pixels.shape, draws, target, settings.image_size)
+    image = np.zeros((3, *settings.image_size), np.float32)
+    resize_window(
+        picture.pixels, placement.size, placement.offset, settings.mean_rgb, settings.stddev_rgb, image
     )
-    image = np.zeros((3, height, width), np.float32)
-    resize_window(picture.pixels, size, offset, settings.mean_rgb, settings.stddev_rgb, image)
     if settings.scale_range:
         image = image * _F(2) / _F(255) - _F(1)
-    boxes, kept = _placed(picture.boxes_yxyx, size, offset, (height, width))
+    boxes, kept = _placed(picture.boxes_yxyx, placement, settings.image_size)
     return NetworkExample(
         torch.from_numpy(image),
         torch.from_numpy(boxes[kept]),
         torch.from_numpy(classes[kept].astype(np.int64)),
-        float(_F(1) / scale),
-        counts._replace(vanished=counts.vanished + int((~kept).sum()), too_thin=int(too_thin)),
+        float(_F(1) / placement.scale),
+        counts._replace(vanished=counts.vanished + int((~kept).sum()), too_thin=int(placement.too_thin)),
     )
 
 
-def _scaled(
-    size: tuple[int, ...], target: tuple[int, int], factor: np.float32
-) -> tuple[tuple[int, int], np.float32, bool]:
-    """(Height, width) of the scaled image, the scale, and whether a side had to be raised to one pixel."""
-    height, width = map(_F, size)
-    asked = [_F(max(1, int(factor * _F(side)))) for side in target]
-    scale = np.minimum(asked[1] / width, asked[0] / height)
-    scaled = int(height * scale), int(width * scale)
-    return (max(1, scaled[0]), max(1, scaled[1])), scale, min(scaled) < 1
-
-
 def _placed(
-    boxes_yxyx: np.ndarray, size: tuple[int, int], offset: tuple[int, int], image_size: tuple[int, int]
+    boxes_yxyx: np.ndarray, placement: Placement, image_size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Relative boxes → boxes in pixels of the input, clipped to its last row and column; which have area."""
     last = np.array([side - 1 for side in image_size] * 2, np.float32)
-    boxes = boxes_yxyx * np.array([*size, *size], np.float32) - np.array([*offset, *offset], np.float32)
-    boxes = boxes.clip(0, last)
+    scaled = boxes_yxyx * np.array(placement.size * 2, np.float32)
+    boxes = (scaled - np.array(placement.offset * 2, np.float32)).clip(0, last)
     return boxes, (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) != 0
