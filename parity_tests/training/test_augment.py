@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_every_recorded_input_without_the_recordings() -> None:
 
 
 # --- where AutoML's code fails -------------------------------------------------------------------------
+
+
+def test_the_recorded_limit(shared: Path) -> None:
+    """AutoML stops at the images that are counted here, and at no others."""
+    for text, outcome in input_truth.document()["max_instances"].items():
+        boxes, crowds, limit = map(int, re.findall(r"[0-9]+", text))
+        rows = np.tile(boxes_of((0.1, 0.2, 0.5, 0.6)), (boxes, 1))
+        limited = replace(SMALL, max_instances_per_image=limit)
+        found = augmented(drawn(20, 30), rows, NO_DRAWS, limited, np.arange(boxes) < crowds)
+        assert found.counts.above_limit == (not outcome.startswith("ok")), text
+        assert len(found.boxes_yxyx) == boxes - crowds
 
 
 @pytest.mark.parametrize(("boxes", "above"), [(99, 0), (100, 1), (150, 1)])
@@ -405,6 +417,8 @@ def test_the_defaults_are_those_of_automl() -> None:
         ({"jitter_max": 1e9}, "jitter_max is 1000000000.0"),
         ({"jitter_max": "2"}, "jitter_max is '2'"),
         ({"target_size": (640, 0)}, r"target_size is \(640, 0\), must be None or \(height, width\)"),
+        ({"target_size": 640}, "target_size is 640"),
+        ({"target_size": (640, 10**6)}, "target_size is "),
         ({"grid_mask": True}, "grid_mask is not supported: no recording proves it"),
         (
             {"autoaugment_policy": "v9"},

@@ -97,10 +97,14 @@ def operations() -> dict[str, Any]:
         "cases": document["cases"],
         "policies": document["policies"],
         "photograph": photograph.shape[:2],
-        "picture": PICTURE,
         "checksums": checksums,
     }
-    return {**arrays, "boxes": boxes, "about": np.frombuffer(json.dumps(about).encode(), np.uint8)}
+    return {
+        **arrays,
+        "boxes": boxes,
+        "picture": drawn,
+        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
+    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pytorch_model.config import EfficientDetConfig, Resizer, shown
+from pytorch_model.config import BOUNDS, EfficientDetConfig, Resizer, shown
 from pytorch_model.errors import ConfigError
 from pytorch_model.training.data.auto_augment.policies import POLICIES
 
@@ -54,7 +54,7 @@ class InputSettings:
                 f"{MOST_JITTER:g}"
             )
         target = self.target_size
-        if target is not None and not (len(target) == 2 and all(type(s) is int and s >= 1 for s in target)):
+        if target is not None and not _is_size(target):
             raise ConfigError(
                 f"target_size is {shown(target)}, must be None or (height, width) in whole pixels"
             )
@@ -95,6 +95,15 @@ class InputSettings:
                 )
             values |= {"mean_rgb": (0.0,) * 3, "stddev_rgb": (1.0,) * 3}
         return cls(**{**values, **hparams})
+
+
+def _is_size(value: Any) -> bool:
+    least, most = BOUNDS["image_size"]
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(type(side) is int and least <= side <= most for side in value)
+    )
 
 
 def _is_real(value: Any) -> bool:

@@ -12,6 +12,9 @@ import numpy as np
 
 from pytorch_model.detection.preprocess import neighbours
 
+#: Rows at a time: temporary arrays stay in the processor's cache, and need no fresh memory from the system.
+_BLOCK = 64
+
 
 class _Axis(NamedTuple):
     """``needed``: positions of the image, ascending. ``first``, ``second``: per output, indices of these."""
@@ -38,13 +41,14 @@ def resize_window(
     rows = _axis(pixels.shape[0], size[0], offset[0], out.shape[1])
     columns = _axis(pixels.shape[1], size[1], offset[1], out.shape[2])
     needed = pixels[rows.needed][:, columns.needed]
+    across = np.empty((len(columns.first), needed.shape[0]), np.float32)
     for channel, (mean, stddev) in enumerate(zip(mean_rgb, stddev_rgb, strict=True)):
         # Transposed, because whole rows are copied much faster than single pixels of each row.
         plane = needed[..., channel].T.astype(np.float32, order="C")
         plane -= np.float32(mean)
         plane /= np.float32(stddev)
-        resized = _interpolated(_interpolated(plane, columns).T.copy(), rows)
-        out[channel, : len(rows.first), : len(columns.first)] = resized
+        _interpolate(plane, columns, across)
+        _interpolate(across.T.copy(), rows, out[channel, : len(rows.first), : len(columns.first)])
 
 
 def _axis(size: int, new_size: int, offset: int, length: int) -> _Axis:
@@ -60,10 +64,12 @@ def _axis(size: int, new_size: int, offset: int, length: int) -> _Axis:
     )
 
 
-def _interpolated(values: np.ndarray, axis: _Axis) -> np.ndarray:
-    """float32 [n, m] → [outputs, m]: first + (second - first) · step."""
-    first, result = values.take(axis.first, axis=0), values.take(axis.second, axis=0)
-    result -= first
-    result *= axis.step[:, None]
-    result += first
-    return result
+def _interpolate(values: np.ndarray, axis: _Axis, out: np.ndarray) -> None:
+    """float32 [n, m] → ``out`` [outputs, m]: first + (second - first) · step."""
+    for start in range(0, len(axis.step), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        first, result = values.take(axis.first[block], axis=0), values.take(axis.second[block], axis=0)
+        result -= first
+        result *= axis.step[block, None]
+        result += first
+        out[block] = result
