@@ -23,9 +23,9 @@ class InputSettings:
 
     ``image_size``: (height, width) of the input. ``mean_rgb``, ``stddev_rgb``: in grey levels.
     ``scale_range``: the normalised and padded image · 2 / 255 - 1, for AdvProp's models.
-    The others are for training: ``input_rand_hflip``: flip every second image, left to right. ``jitter_min``,
-    ``jitter_max``: the image is fitted into ``target_size`` (None: ``image_size``) times a factor between
-    them. ``autoaugment_policy``: None or one of ``auto_augment.POLICIES``.
+    The others are for training. ``input_rand_hflip``: flip left to right with probability one half.
+    ``jitter_min``, ``jitter_max``: the image is fitted into ``target_size`` (None: ``image_size``) times a
+    factor between them. ``autoaugment_policy``: None or one of ``POLICIES``. ``grid_mask``: must be off.
     ``skip_crowd_during_training``: leave out crowd boxes. ``max_instances_per_image``: from so many boxes on,
     crowds included, AutoML stops; here all boxes are used, and the image is counted.
 

@@ -1,6 +1,8 @@
 """AutoAugment's policies v0…v3 and RandAugment: which operations an image gets.
 
 A policy is a list of sub-policies. One of them is drawn for each image, all equally probable.
+The operations and the tables v0…v3 are proven by recordings. How draws choose among them, and RandAugment's
+list, follow AutoML's code; its random stream cannot be repeated here.
 
 Source: AutoML ``aug/autoaugment.py`` (``policy_v0`` … ``policy_v3``, ``distort_image_with_randaugment`` with
 one layer of magnitude 15); Zoph et al., Learning Data Augmentation Strategies for Object Detection, ECCV
