@@ -1,0 +1,1 @@
+"""Training data: what goes from annotated images into a batch."""

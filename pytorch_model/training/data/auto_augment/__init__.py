@@ -1,0 +1,1 @@
+"""AutoAugment and RandAugment as AutoML has them: pixels, boxes, operations, policies."""
