@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pytorch_model.anchors import decode_boxes
 from pytorch_model.detection.suppression.host import on_host
+from pytorch_model.detection.suppression.host_pairs import top_pairs_on_host
 
 
 class Candidates(NamedTuple):
@@ -103,12 +103,15 @@ def _top_pairs(
     are chosen. Every pair of any other anchor is lower than the best pair of each of these, so two small
     selections find the same pairs as one large one.
     """
+    if on_host(class_outputs[0]):
+        found = top_pairs_on_host(class_outputs, num_anchors, num_classes, count)
+        if found is not None:
+            return found
     best_by_level = [_split_channels(level, num_anchors).amax(dim=2) for level in class_outputs]
     best = torch.cat([_flatten_anchors(level) for level in best_by_level], dim=1)
     # Sorted, so that pairs of equal logits keep their order below.
     anchors = _top_indices(best.float(), min(count, best.shape[1])).sort(dim=1).values
-    of_anchors = _logits_on_host if on_host(anchors) else _logits_of_anchors
-    logits = of_anchors(class_outputs, anchors, num_anchors).flatten(1)
+    logits = _logits_of_anchors(class_outputs, anchors, num_anchors).flatten(1)
     pairs = _top_indices(logits, min(count, logits.shape[1]))
     return pick(anchors, pairs // num_classes), pairs % num_classes, pick(logits, pairs)
 
@@ -119,9 +122,6 @@ def _top_indices(values: Tensor, count: int) -> Tensor:
     ``torch.topk`` does not define the order of equal values. An integer key holds the value in its high bits
     and the index in its low bits, so no two keys are equal.
     """
-    found = _top_on_host(values, count) if on_host(values) else None
-    if found is not None:
-        return found
     if torch.onnx.is_in_onnx_export():
         return values.topk(count, dim=1).indices  # ONNX defines that TopK takes the lower of equal indices
     bits = (values + 0.0).contiguous().view(torch.int32).long()  # + 0.0 makes -0.0 equal 0.0
@@ -129,36 +129,6 @@ def _top_indices(values: Tensor, count: int) -> Tensor:
     last = 0xFFFFFFFF
     keys = (ordered << 32) | (last - torch.arange(values.shape[1], device=values.device))
     return last - (keys.topk(count, dim=1).values & last)
-
-
-def _top_on_host(values: Tensor, count: int) -> Tensor | None:
-    """:func:`_top_indices` by NumPy's partition, many times faster; None if NaN is among the values."""
-    indices = np.empty((len(values), count), np.int64)
-    for image, row in enumerate(values.numpy()):
-        edge = np.partition(row, len(row) - count)[len(row) - count]
-        chosen = np.flatnonzero(row >= edge)
-        if len(chosen) < count:
-            return None
-        at_edge = np.flatnonzero(row[chosen] == edge)
-        chosen = np.delete(chosen, at_edge[len(at_edge) - (len(chosen) - count) :])  # the first ones stay
-        indices[image] = chosen[np.argsort(-row[chosen], kind="stable")]
-    return torch.from_numpy(indices)
-
-
-def _logits_on_host(class_outputs: Sequence[Tensor], anchors: Tensor, num_anchors: int) -> Tensor:
-    """:func:`_logits_of_anchors` for ascending ``anchors``: each is read from its own level only."""
-    num_classes = class_outputs[0].shape[1] // num_anchors
-    logits = class_outputs[0].new_empty((*anchors.shape, num_classes))
-    for image, of_image in enumerate(anchors):
-        start = first = 0
-        for level in class_outputs:
-            end = start + level.shape[2] * level.shape[3] * num_anchors
-            last = int(torch.searchsorted(of_image, end))
-            places = of_image[first:last] - start
-            by_location = _split_channels(level, num_anchors).flatten(3)[image]
-            logits[image, first:last] = by_location[places % num_anchors, :, places // num_anchors]
-            start, first = end, last
-    return logits.float()
 
 
 def _logits_of_anchors(class_outputs: Sequence[Tensor], anchors: Tensor, num_anchors: int) -> Tensor:
