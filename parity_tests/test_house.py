@@ -40,6 +40,7 @@ LAYERS: Sequence[tuple[str, ...]] = (
     ("pytorch_model.engines",),
     ("pytorch_model.detection",),
     ("pytorch_model.evaluation",),
+    ("pytorch_model.training",),
     ("tf_reference",),
     ("porting", "porting.errors", "porting.scopes", "porting.transforms", "porting.synthetic"),
     ("porting.hparams",),
