@@ -26,8 +26,8 @@ class Sampler:
     As in AutoML (``dataloader.py``: ``batch(drop_remainder=True)`` before ``repeat``), each epoch drops the
     examples that do not fill its last batch. AutoML shuffles within 64 records; this shuffles all.
     ``batch_size`` is that of all ``processes`` together: process ``rank`` takes its part of each batch, so
-    the batches do not depend on how many processes there are. Raises :class:`ConfigError` for a value that is not
-    possible, and :class:`DatasetError` if there are fewer examples than a batch has.
+    the batches do not depend on how many processes there are. Raises :class:`ConfigError` for a value that is
+    not possible, and :class:`DatasetError` if there are fewer examples than a batch has.
     """
 
     examples: int
@@ -47,8 +47,8 @@ class Sampler:
             )
         if self.examples < self.batch_size:
             raise DatasetError(
-                f"the data has {self.examples} images, fewer than a batch of {self.batch_size}; choose a smaller "
-                "batch size"
+                f"the data has {self.examples} images, fewer than a batch of {self.batch_size}; choose a "
+                "smaller batch size"
             )
 
     @property

@@ -61,8 +61,7 @@ def detection_example(features: Mapping[str, Values], place: str) -> tuple[Examp
     """
     image = b"".join(_column(features, IMAGE, bytes)[:1])
     if not image:
-        names = ", ".join(sorted(features)[:6]) or "none"
-        raise Reason(f"it has no {IMAGE}, so it is no detection example (of its features are known: {names})")
+        raise Reason(f"it has no {IMAGE}, so it is no detection example")
     sides = [_column(features, key, np.dtype(np.float32)) for key in SIDES]
     classes = _column(features, LABEL, np.dtype(np.int64))
     crowd = _column(features, CROWD, np.dtype(np.int64))
