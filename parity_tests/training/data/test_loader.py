@@ -194,7 +194,8 @@ def test_crowds_are_skipped_or_not(tmp_path: Path) -> None:
 
 def test_a_hook_sees_and_changes_an_example_with_draws_of_its_own(data: TrainingData) -> None:
     def hook(image: np.ndarray, boxes: np.ndarray, classes: np.ndarray) -> Any:
-        assert (image.dtype, image.shape) == (np.uint8, (24, 32, 3))
+        assert image.shape == (24, 32, 3)
+        assert image.dtype == np.uint8
         drawn = random.random(), np.random.rand(), float(torch.rand(1))
         assert len(set(drawn)) == 3
         return np.full_like(image, int(255 * sum(drawn) / 3)), boxes[:1].tolist(), [2]

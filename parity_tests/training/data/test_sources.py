@@ -137,9 +137,10 @@ def test_facts_of_records(tmp_path: Path) -> None:
 
 
 def test_the_digest_tells_data_sets_apart(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [{}, {}, {"label": [1, 2]}, {"image": [picture(5, (5, 5))]}]
     digests = [
-        open_data(detection_records(tmp_path / f"{number}.tfrecord", 2, **changes)).digest
-        for number, changes in enumerate(({}, {}, {"label": [1, 2]}, {"image": [picture(5, (5, 5))]}))
+        open_data(detection_records(tmp_path / f"{number}.tfrecord", 2, **change)).digest
+        for number, change in enumerate(changes)
     ]
     assert len(set(digests)) == 3
     assert digests[0] == digests[1]
@@ -207,7 +208,7 @@ def test_a_record_of_another_schema_is_named(tmp_path: Path) -> None:
 # --- facts and classes of COCO -------------------------------------------------------------------------
 
 
-def annotations(*boxes: list[float], **fields: Any) -> list[dict[str, Any]]:
+def objects_at(*boxes: list[float], **fields: Any) -> list[dict[str, Any]]:
     return [
         {"id": number + 1, "image_id": 0, "category_id": 1, "bbox": box, **fields}
         for number, box in enumerate(boxes)
@@ -216,7 +217,7 @@ def annotations(*boxes: list[float], **fields: Any) -> list[dict[str, Any]]:
 
 def test_boxes_that_create_coco_tfrecord_skips(tmp_path: Path) -> None:
     """The five cases that were recorded: right edge, past it, zero width, negative height, negative x."""
-    boxes = annotations([22, 4, 10, 8], [22.01, 4, 10, 8], [4, 4, 0, 8], [4, 4, 8, -1], [-3, 4, 8, 8])
+    boxes = objects_at([22, 4, 10, 8], [22.01, 4, 10, 8], [4, 4, 0, 8], [4, 4, 8, -1], [-3, 4, 8, 8])
     data = open_data(coco_folder(tmp_path / "x", 1, annotations=boxes))
     assert data.facts.left_out == {OUTSIDE: 1, NO_AREA: 2}
     boxes_yxyx = data.examples[0].boxes_yxyx
@@ -229,7 +230,7 @@ def test_create_coco_tfrecord_skips_as_recorded(shared: Path, tmp_path: Path) ->
     if not path.is_file():
         pytest.skip("needs the recordings of training in ../shared/train_truth")
     skipped = json.loads(path.read_text())["create_coco_tfrecord_skips"]
-    boxes = {
+    boxes: dict[str, list[float]] = {
         "touches the right edge exactly": [22, 4, 10, 8],
         "one hundredth past it": [22.01, 4, 10, 8],
         "zero width": [4, 4, 0, 8],
@@ -237,7 +238,7 @@ def test_create_coco_tfrecord_skips_as_recorded(shared: Path, tmp_path: Path) ->
         "negative x": [-3, 4, 8, 8],
     }
     for number, (name, box) in enumerate(boxes.items()):
-        data = open_data(coco_folder(tmp_path / str(number), 1, annotations=annotations(box, [1, 1, 2, 2])))
+        data = open_data(coco_folder(tmp_path / str(number), 1, annotations=objects_at(box, [1, 1, 2, 2])))
         assert sum(data.facts.left_out.values()) == skipped[name], name
     assert set(skipped) == set(boxes)
 
@@ -260,7 +261,7 @@ def test_category_0(tmp_path: Path) -> None:
     assert data.classes.names == ("ant", "bee")
     assert any("category 'ants' is no class" in note for note in data.notes)
     data = open_data(
-        coco_folder(tmp_path / "y", categories=three, annotations=annotations([4, 4, 8, 8], category_id=0))
+        coco_folder(tmp_path / "y", categories=three, annotations=objects_at([4, 4, 8, 8], category_id=0))
     )
     assert data.classes.names == ("ants", "ant", "bee")
     assert data.examples[0].classes.tolist() == [1]
@@ -272,11 +273,11 @@ def test_category_0(tmp_path: Path) -> None:
     [
         ({"annotations": []}, "6 images, but no boxes"),
         ({"annotations": None}, "lists images without annotations"),
-        ({"annotations": annotations([4, 4, float("nan"), 8])}, "the bbox of annotation 1 is"),
+        ({"annotations": objects_at([4, 4, float("nan"), 8])}, "the bbox of annotation 1 is"),
         (
             {
                 "categories": [{"id": -1, "name": "ant"}],
-                "annotations": annotations([4, 4, 8, 8], category_id=-1),
+                "annotations": objects_at([4, 4, 8, 8], category_id=-1),
             },
             "has objects of category -1",
         ),
