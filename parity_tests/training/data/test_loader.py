@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,12 +24,20 @@ from pytorch_model.training.data.sampler import Sampler
 from pytorch_model.training.data.sources import open_data
 
 
+class Augmented(NamedTuple):
+    image: Tensor
+    boxes_yxyx: Tensor
+    classes: Tensor
+    counts: tuple[int, ...]
+
+
 def augment(
-    image: np.ndarray, boxes: np.ndarray, classes: np.ndarray, draws: np.random.Generator
-) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """Brightness by chance, a fixed size, boxes in pixels."""
+    image: np.ndarray, boxes: np.ndarray, classes: np.ndarray, crowd: np.ndarray, draws: np.random.Generator
+) -> Augmented:
+    """Brightness by chance, a fixed size, boxes in pixels; crowds are counted."""
     bright = torch.from_numpy(image[:24, :32].astype(np.float32)).permute(2, 0, 1) * draws.random()
-    return bright, boxes * np.array([24, 32, 24, 32], np.float32), classes
+    in_pixels = torch.from_numpy(boxes * np.array([24, 32, 24, 32], np.float32))
+    return Augmented(bright, in_pixels, torch.from_numpy(classes), (int(crowd.sum()),))
 
 
 def batches(loader: Loader, epochs: Sequence[int] = (0,), start: int = 0) -> list[Batch]:
@@ -181,12 +189,12 @@ def test_boxes_are_padded_to_the_largest_count(tmp_path: Path) -> None:
         assert one.boxes_yxyx.shape == (1, max(1, int((one.classes > 0).sum())), 4)
 
 
-def test_crowds_are_skipped_or_not(tmp_path: Path) -> None:
+def test_crowds_go_to_the_augmentation_and_not_to_a_hook(tmp_path: Path) -> None:
     data = open_data(detection_records(tmp_path / "x.tfrecord", 2, is_crowd=[1, 0]))
     (batch,) = batches(Loader(data, Sampler(2, 2), augment))
-    assert batch.classes.tolist() == [[3], [3]]
-    (batch,) = batches(Loader(data, Sampler(2, 2), augment, skip_crowds=False))
-    assert batch.classes.tolist() == [[1, 3], [1, 3]]
+    assert (batch.classes.tolist(), batch.counts) == ([[1, 3], [1, 3]], ((1,), (1,)))
+    (batch,) = batches(Loader(data, Sampler(2, 2), augment, hook=lambda *objects: objects))
+    assert (batch.classes.tolist(), batch.counts) == ([[3], [3]], ((0,), (0,)))
 
 
 # --- a user's augmentation ----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,22 +21,44 @@ from pytorch_model.training.data.sampler import Place, Sampler
 
 #: uint8 image [H, W, 3], RGB, boxes_yxyx float32 [M, 4] relative to it, classes int64 [M] from 1.
 Objects: TypeAlias = tuple[np.ndarray, np.ndarray, np.ndarray]
-#: (image, boxes, classes as above, draws) → (float32 image [3, h, w] normalised, boxes_yxyx float32 [M', 4]
-#: in its pixels, classes int64 [M']). The images of all examples have one size.
-Augment: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, np.random.Generator], tuple[Any, Any, Any]]
-#: A user's own augmentation, before AutoML's: (image, boxes, classes) → the same, changed as it likes.
-#: Python's, NumPy's and PyTorch's global random numbers are seeded for each call.
+#: (image, boxes, classes as above, crowd bool [M], random numbers) → an input of the network.
+Augment: TypeAlias = Callable[
+    [np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.random.Generator], "NetworkExample"
+]
+#: A user's own augmentation, before AutoML's: (image, boxes, classes) → the same, changed as it likes. Crowds
+#: are left out before. Python's, NumPy's and PyTorch's global random numbers are seeded for each call.
 Hook: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray], Objects]
 
 _MOST_TRIES = 10  # examples tried in place of one whose image cannot be read
 _ASPECT = 0.02  # relative; rounding the sides of a resized image changes less
 
 
+class NetworkExample(Protocol):
+    """What an augmentation returns.
+
+    ``image``: float32 [3, h, w], normalised, of one size for all examples. ``boxes_yxyx``: float32 [M', 4] in
+    its pixels. ``classes``: int64 [M']. ``counts``: what happened on the way, handed on as it is.
+    """
+
+    @property
+    def image(self) -> Tensor: ...
+
+    @property
+    def boxes_yxyx(self) -> Tensor: ...
+
+    @property
+    def classes(self) -> Tensor: ...
+
+    @property
+    def counts(self) -> tuple[int, ...]: ...
+
+
 class Batch(NamedTuple):
     """``images``: float32 [N, 3, H, W]. ``boxes_yxyx``: float32 [N, M, 4], pixels. ``classes``: int64 [N, M].
 
     M is the largest count of the batch, at least 1; the rest is padded with boxes of 0 and class -1.
-    ``unreadable``: example → its image, and why another one is in its place.
+    ``counts``: of each image, as the augmentation gives them. ``unreadable``: example → its image, and why
+    another one is in its place.
     """
 
     images: Tensor
@@ -44,13 +66,12 @@ class Batch(NamedTuple):
     classes: Tensor
     image_ids: tuple[ImageId, ...]
     names: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
     unreadable: dict[int, str]
 
 
 class _Sample(NamedTuple):
-    image: Tensor
-    boxes_yxyx: Tensor
-    classes: Tensor
+    augmented: NetworkExample
     image_id: ImageId
     name: str
     unreadable: dict[int, str]
@@ -60,7 +81,7 @@ class Loader:
     """Batches of ``data``, in the order of ``sampler``.
 
     ``augment`` makes the network's input; functools.partial binds its settings. ``hook``: a user's own
-    augmentation. ``skip_crowds``: AutoML's ``skip_crowd_during_training``. ``decoder``: see
+    augmentation. ``decoder``: see
     :func:`~pytorch_model.detection.preprocess.load_image`. ``workers``: processes; 0: this one.
     ``pin_memory``: for copies to a GPU.
 
@@ -76,7 +97,6 @@ class Loader:
         augment: Augment,
         *,
         hook: Hook | None = None,
-        skip_crowds: bool = True,
         decoder: str = "pillow",
         workers: int = 0,
         pin_memory: bool = False,
@@ -86,7 +106,7 @@ class Loader:
         self._images = len(data.examples)
         self._position = 0, 0  # the epoch to come, and its first batch
         self._loader = DataLoader(
-            _Samples(data, sampler, augment, hook, skip_crowds, decoder),
+            _Samples(data, sampler, augment, hook, decoder),
             batch_sampler=_Batches(self),
             num_workers=workers,
             collate_fn=_collate,
@@ -154,14 +174,12 @@ class _Samples(Dataset[Any]):
         sampler: Sampler,
         augment: Augment,
         hook: Hook | None,
-        skip_crowds: bool,
         decoder: str,
     ) -> None:
         self._examples = data.examples
         self._sampler = sampler
         self._augment = augment
         self._hook = hook
-        self._skip_crowds = skip_crowds
         self._decoder = decoder
 
     def __getitem__(self, place: Place) -> _Sample | EfficientDetError:
@@ -192,21 +210,16 @@ class _Samples(Dataset[Any]):
     def _sample(
         self, place: Place, example: Example, pixels: np.ndarray, unreadable: dict[int, str]
     ) -> _Sample:
-        kept = ~example.crowd if self._skip_crowds else slice(None)
-        objects: Objects = pixels, example.boxes_yxyx[kept], example.classes[kept]
         draws = self._sampler.draws(place)
+        objects: Objects = pixels, example.boxes_yxyx, example.classes
+        crowd = example.crowd
         if self._hook is not None:
+            kept = ~crowd
             with _seeded(int(draws.integers(1 << 32))):
-                objects = _checked(self._hook(*objects), example.name)
-        image, boxes, classes = self._augment(*objects, draws)
-        return _Sample(
-            torch.as_tensor(image),
-            torch.as_tensor(boxes),
-            torch.as_tensor(classes),
-            example.image_id,
-            example.name,
-            unreadable,
-        )
+                returned = self._hook(pixels, example.boxes_yxyx[kept], example.classes[kept])
+            objects = _checked(returned, example.name)
+            crowd = np.zeros(len(objects[2]), bool)
+        return _Sample(self._augment(*objects, crowd, draws), example.image_id, example.name, unreadable)
 
 
 def decode(example: Example, decoder: str = "pillow") -> np.ndarray:
@@ -266,18 +279,18 @@ def _collate(samples: Sequence[_Sample | EfficientDetError]) -> Batch | Efficien
         if isinstance(sample, EfficientDetError):
             return sample
         good.append(sample)
-    most = max(1, *(len(sample.classes) for sample in good))
-    boxes, classes = torch.zeros(len(good), most, 4), torch.full((len(good), most), -1)
-    unreadable: dict[int, str] = {}
-    for row, sample in enumerate(good):
-        boxes[row, : len(sample.classes)] = sample.boxes_yxyx
-        classes[row, : len(sample.classes)] = sample.classes
-        unreadable.update(sample.unreadable)
+    inputs = [sample.augmented for sample in good]
+    most = max(1, *(len(each.classes) for each in inputs))
+    boxes, classes = torch.zeros(len(inputs), most, 4), torch.full((len(inputs), most), -1)
+    for row, each in enumerate(inputs):
+        boxes[row, : len(each.classes)] = each.boxes_yxyx
+        classes[row, : len(each.classes)] = each.classes
     return Batch(
-        torch.stack([sample.image for sample in good]),
+        torch.stack([each.image for each in inputs]),
         boxes,
         classes,
         tuple(sample.image_id for sample in good),
         tuple(sample.name for sample in good),
-        unreadable,
+        tuple(each.counts for each in inputs),
+        {index: reason for sample in good for index, reason in sample.unreadable.items()},
     )
