@@ -70,8 +70,24 @@ def test_training_records_are_chosen(tmp_path: Path) -> None:
     assert len(open_data(tmp_path, split="val").examples) == 3
     detection_records(tmp_path / "pretrain.tfrecord", 1)
     with pytest.raises(
-        DatasetError, match=r"holds several kinds of TFRecords \(pretrain.tfrecord, train.tfrecord"
+        DatasetError, match=r"holds several kinds of TFRecords \(pretrain.tfrecord, train-\*-of-00001"
     ):
+        open_data(tmp_path)
+
+
+def test_two_series_of_the_same_records_are_not_mixed(tmp_path: Path) -> None:
+    for count in (1, 2):
+        for number in range(count):
+            detection_records(tmp_path / f"train.record-{number:05}-of-{count:05}", 2)
+    with pytest.raises(DatasetError, match=r"several kinds of TFRecords \(train.record-\*-of-00001, train"):
+        open_data(tmp_path)
+
+
+def test_a_damaged_file_is_not_passed_over(tmp_path: Path) -> None:
+    detection_records(tmp_path / "x.record-00000-of-00002", 2)
+    (tmp_path / "x.record-00001-of-00002").write_text("something else, and of some length")
+    (tmp_path / "model.data-00000-of-00001").write_text("a checkpoint that was kept here")
+    with pytest.raises(DatasetError, match=r"x.record-00001-of-00002, record 1 at byte 0, is damaged"):
         open_data(tmp_path)
 
 
@@ -130,9 +146,9 @@ def test_facts_of_records(tmp_path: Path) -> None:
     assert facts.lines(data.classes) == [
         "4 images, 5 boxes of 2 classes, at most 2 in one image",
         "3 classes in all, names from nowhere",
-        "1 images without boxes",
-        "1 boxes of crowds",
-        "left out: 1 boxes without width or height",
+        "images without boxes: 1",
+        "boxes of crowds: 1",
+        "boxes left out, without width or height: 1",
     ]
 
 
@@ -303,7 +319,7 @@ def test_images_that_are_missing(tmp_path: Path) -> None:
         (folder / "train" / f"{number}.png").unlink()
     data = open_data(folder)
     assert (len(data.examples), data.facts.boxes) == (18, 18)
-    assert "left out: 2 images that cannot be read" in data.facts.lines(data.classes)[-1]
+    assert "images left out, not readable: 2 (the first is " in data.facts.lines(data.classes)[-1]
     (folder / "train" / "5.png").unlink()
     with pytest.raises(DatasetError, match=r"3 of the 20 images of .* cannot be read, too many to leave out"):
         open_data(folder)

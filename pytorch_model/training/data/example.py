@@ -65,12 +65,13 @@ class Facts:
             f"at most {self.most_boxes} in one image",
             f"{len(classes.names)} classes in all, names from {classes.source}",
         ]
-        found += [f"{self.without_boxes:,} images without boxes"] if self.without_boxes else []
-        found += [f"{self.crowds:,} boxes of crowds"] if self.crowds else []
-        found += [f"left out: {count:,} boxes {reason}" for reason, count in self.left_out.items()]
+        found += [f"images without boxes: {self.without_boxes:,}"] if self.without_boxes else []
+        found += [f"boxes of crowds: {self.crowds:,}"] if self.crowds else []
+        found += [f"boxes left out, {reason}: {count:,}" for reason, count in self.left_out.items()]
         if self.missing:
             first, reason = next(iter(self.missing.items()))
-            found.append(f"left out: {len(self.missing):,} images that cannot be read ({first}: {reason})")
+            count = len(self.missing)
+            found.append(f"images left out, not readable: {count:,} (the first is {first}: {reason})")
         if unseen:
             shown = ", ".join(unseen[:5]) + (", …" if len(unseen) > 5 else "")
             found.append(f"{len(unseen)} classes have a name but no box: {shown}")

@@ -81,9 +81,8 @@ class Loader:
     """Batches of ``data``, in the order of ``sampler``.
 
     ``augment`` makes the network's input; functools.partial binds its settings. ``hook``: a user's own
-    augmentation. ``decoder``: see
-    :func:`~pytorch_model.detection.preprocess.load_image`. ``workers``: processes; 0: this one.
-    ``pin_memory``: for copies to a GPU.
+    augmentation. ``decoder``: see :func:`~pytorch_model.detection.preprocess.load_image`. ``workers``:
+    processes; 0: this one. ``pin_memory``: for copies to a GPU.
 
     The batches depend on the data, the sampler and these settings, not on ``workers``, nor on where an epoch
     was resumed. An image that cannot be read, or that has other proportions than its annotations say, is

@@ -19,7 +19,9 @@ _FORMS = (
     "give a folder in COCO's format (images, and annotations/instances_*.json), its annotation file, or "
     "TFRecords: a folder, a file, or a pattern such as 'train-*.tfrecord'"
 )
-_RECORD_NAME = re.compile(r"tfrec|record|-[0-9]{5}-of-[0-9]{5}", re.I)
+#: Names that only TFRecords have: what else is in such a file is damage. Other files are looked into.
+_RECORD_NAME = re.compile(r"\.(tfrec|tfrecords?|records?)(-[0-9]{5}-of-[0-9]{5})?(\.gz)?$", re.I)
+_MAYBE_RECORD_NAME = re.compile(r"rec|-[0-9]{5}-of-[0-9]{5}", re.I)
 _SHARD = re.compile(r"-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})")
 
 
@@ -74,8 +76,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     """The TFRecords in ``folder``; of several kinds, those whose name contains ``split``."""
     kinds: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()):
-        if _RECORD_NAME.search(file.name) and (holds_records(file) or _is_empty(file)):
-            kinds.setdefault(_SHARD.sub("", file.name), []).append(file)
+        if _RECORD_NAME.search(file.name) or (_MAYBE_RECORD_NAME.search(file.name) and holds_records(file)):
+            kinds.setdefault(_kind(file.name), []).append(file)
     of_split = [kind for kind in kinds if split in kind.lower()]
     if len(kinds) > 1 and len(of_split) == 1:
         return kinds[of_split[0]]
@@ -86,9 +88,9 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return next(iter(kinds.values()), [])
 
 
-def _is_empty(file: Path) -> bool:
-    """A shard may hold no record."""
-    return os.path.isfile(file) and os.path.getsize(file) == 0
+def _kind(name: str) -> str:
+    """The same for all shards of one series."""
+    return _SHARD.sub(r"-*-of-\g<count>", name)
 
 
 def _missing_shards(files: Iterable[Path]) -> list[str]:
@@ -96,8 +98,7 @@ def _missing_shards(files: Iterable[Path]) -> list[str]:
     series: dict[tuple[str, int], set[int]] = {}
     for file in files:
         if match := _SHARD.search(file.name):
-            kind = _SHARD.sub(f"-*-of-{match['count']}", str(file))
-            series.setdefault((kind, int(match["count"])), set()).add(int(match["number"]))
+            series.setdefault((_kind(str(file)), int(match["count"])), set()).add(int(match["number"]))
     return [
         f"only {len(numbers)} of the {count} shards {kind} are used: the others are not here"
         for (kind, count), numbers in series.items()
