@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from parity_tests.helpers.paths import GOLDENS, ROOT, SHARED
-from porting.checkpoint import open_checkpoint, wire
+from porting.checkpoint import open_checkpoint
 from porting.checkpoint.v2 import snappy, table
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
@@ -26,6 +26,7 @@ from porting.errors import CheckpointError, ConversionError
 from porting.infer import infer_config
 from porting.synthetic import synthetic_checkpoint
 from pytorch_model.config import model_config
+from pytorch_model.formats import wire
 
 BUNDLES = GOLDENS / "bundle"
 REAL = [SHARED / "oracle/checkpoints/efficientdet-d0", SHARED / "lite0/efficientdet-lite0"]

@@ -10,19 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from porting.checkpoint import Checkpoint, open_checkpoint, wire
+from porting.checkpoint import Checkpoint, open_checkpoint
 from porting.checkpoint.v2 import index, snappy, table
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.locate import locate
 from porting.checkpoint.v2.writer import _Replacement, write_bundle
 from porting.errors import CheckpointError, OutputError
+from pytorch_model.formats import wire
+from pytorch_model.formats.crc32c import masked_crc32c
 
 
 def sample() -> dict[str, np.ndarray]:
@@ -122,7 +123,7 @@ def test_bool_that_is_neither_0_nor_1(folder: Path) -> None:
     entry = index.entries["flag"]
     flip(folder / "model.data-00000-of-00001", entry.offset, 2)
     raw = (folder / "model.data-00000-of-00001").read_bytes()[entry.offset : entry.offset + entry.size]
-    forged = entry._replace(crc32c=table.mask_crc(google_crc32c.value(raw)))
+    forged = entry._replace(crc32c=masked_crc32c(raw))
     checkpoint = TensorBundle(type(index)(index.path, 1, {"flag": forged}))
     assert "it is a bool but holds the byte 3" in message(lambda: checkpoint["flag"])
 
@@ -260,7 +261,7 @@ def test_string_of_another_length(tmp_path: Path, claimed: int) -> None:
     fixed = claimed.to_bytes(4 if claimed < 1 << 32 else 8, "little")
     rest = bytes(4) + b"text"
     raw = wire.write_varint(claimed) + rest
-    crc = table.mask_crc(google_crc32c.value(fixed + rest))
+    crc = masked_crc32c(fixed + rest)
     string = entry(dtype=7, shape=(), size=len(raw)) + wire.fixed32_field(6, crc)
     (tmp_path / "model.index").write_bytes(table.write_table([(b"", HEADER), (b"s", string)]))
     (tmp_path / "model.data-00000-of-00001").write_bytes(raw)
@@ -272,8 +273,8 @@ def test_string_of_another_length(tmp_path: Path, claimed: int) -> None:
 def test_every_flipped_bit_of_a_string_is_detected(tmp_path: Path) -> None:
     text = b"an object graph, say" * 10
     length = len(text).to_bytes(4, "little")
-    length_crc = table.mask_crc(google_crc32c.value(length)).to_bytes(4, "little")
-    crc = table.mask_crc(google_crc32c.value(length + length_crc + text))
+    length_crc = masked_crc32c(length).to_bytes(4, "little")
+    crc = masked_crc32c(length + length_crc + text)
     raw = wire.write_varint(len(text)) + length_crc + text
     string = entry(dtype=7, shape=(), size=len(raw)) + wire.fixed32_field(6, crc)
     (tmp_path / "model.index").write_bytes(table.write_table([(b"", HEADER), (b"s", string)]))
@@ -294,13 +295,13 @@ def blocks(data: bytes) -> Iterator[tuple[int, int]]:
     start = 0
     for stop in range(len(data) - 4):
         crc = int.from_bytes(data[stop + 1 : stop + 5], "little")
-        if crc == table.mask_crc(google_crc32c.value(data[start : stop + 1])):
+        if crc == masked_crc32c(data[start : stop + 1]):
             yield start, stop - start
             start = stop + 5
 
 
 def reseal(data: bytearray, offset: int, size: int) -> None:
-    crc = table.mask_crc(google_crc32c.value(bytes(data[offset : offset + size + 1])))
+    crc = masked_crc32c(bytes(data[offset : offset + size + 1]))
     data[offset + size + 1 : offset + size + 5] = crc.to_bytes(4, "little")
 
 
@@ -409,7 +410,7 @@ def raw_table(
     def append(contents: bytes, kind: int = 0) -> bytes:
         handle = wire.write_varint(len(output)) + wire.write_varint(len(contents))
         checked = contents + bytes([kind])
-        output.extend(checked + table.mask_crc(google_crc32c.value(checked)).to_bytes(4, "little"))
+        output.extend(checked + masked_crc32c(checked).to_bytes(4, "little"))
         return handle
 
     index = [(0, separator, append(block, kind) + handle_tail) for separator, block in data_blocks]

@@ -31,8 +31,8 @@ from porting.checkpoint.tflite.heads import End, _check_predictions, _head
 from porting.checkpoint.tflite.match import match
 from porting.checkpoint.tflite.structure import Convolution, Head, Structure
 from porting.checkpoint.tflite.weights import Layer, _without_bn, check_layers, shared_kernel
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError, ConfigError
+from pytorch_model.formats.wire import Malformed
 
 INT8, FLOAT32 = golden("int8").read_bytes(), golden("float32").read_bytes()
 

@@ -236,6 +236,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
     sources: list[ImageSource] = [
         file,
         str(file),
+        file.read_bytes(),
         Image.open(file),
         Image.fromarray(pixels),
         pixels,
@@ -247,7 +248,7 @@ def test_every_kind_of_source_gives_the_same(tmp_path: Path) -> None:
     found = preprocess(sources, D0, (64, 64))
     for image in found.images[1:]:
         assert torch.equal(image, found.images[0])
-    assert found.decoders == ("pillow",) * 4 + ("none",) * 5
+    assert found.decoders == ("pillow",) * 5 + ("none",) * 5
     batch = preprocess(torch.stack([tensor] * 3), D0, (64, 64))
     assert torch.equal(batch.images, found.images[:3])
     assert torch.equal(batch.image_scales, found.image_scales[:3])

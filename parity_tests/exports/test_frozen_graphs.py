@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from parity_tests.helpers.exported.models import keras_model, network
 from parity_tests.helpers.recordings import normalise
 from parity_tests.helpers.small_models import assert_same, seeded, shallow
-from porting.checkpoint import open_checkpoint, wire
+from porting.checkpoint import open_checkpoint
 from porting.checkpoint.frozen_graph import FrozenGraph
 from porting.checkpoint.v2.writer import write_bundle
 from porting.convert import apply_rules
@@ -28,6 +28,7 @@ from porting.rules import rules
 from porting.synthetic import synthetic_image, synthetic_variables
 from pytorch_model.config import EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.formats import wire
 from tf_reference.variables import variable_shapes
 
 

@@ -28,7 +28,6 @@ from porting.checkpoint.tflite import flatbuffer
 from porting.checkpoint.v2.bundle import TensorBundle
 from porting.checkpoint.v2.index import read_index
 from porting.checkpoint.v2.table import MAGIC, read_table
-from porting.checkpoint.wire import Malformed
 from porting.convert import check_targets
 from porting.errors import CheckFailedError, CheckpointError, ConversionError, EfficientDetError, OutputError
 from porting.export import Weights, h5, onnx_detector
@@ -38,6 +37,7 @@ from pytorch_model import ConfigError, WeightsError
 from pytorch_model.config import backbone_config, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.files import check_new_folder, check_writable, new_folder, replacing
+from pytorch_model.formats.wire import Malformed
 from pytorch_model.hub import load_variant
 from pytorch_model.weights.files import read_weights, write_weights
 from tf_reference.variables import variable_shapes

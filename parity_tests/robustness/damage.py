@@ -14,7 +14,6 @@ from pathlib import Path
 
 from parity_tests.helpers.object_trees import automl_graph
 from parity_tests.robustness.samples import CONFIG, with_graph
-from porting.checkpoint import wire
 from porting.checkpoint.v2.table import (
     FOOTER_SIZE,
     MAGIC,
@@ -27,6 +26,7 @@ from porting.checkpoint.v2.table import (
     read_table,
     write_table,
 )
+from pytorch_model.formats import wire
 
 # --- stray damage ---------------------------------------------------------------------------------------
 

@@ -54,18 +54,17 @@ def object_based(folder: Path) -> Path:
 
 def with_graph(folder: Path, graph: bytes) -> Path:
     """A checkpoint with an object graph. The project never writes strings: the entry is made by hand."""
-    import google_crc32c
-
-    from porting.checkpoint import wire
     from porting.checkpoint.objects.graph import GRAPH_KEY
-    from porting.checkpoint.v2.table import mask_crc, write_table
+    from porting.checkpoint.v2.table import write_table
     from porting.checkpoint.v2.writer import _entry, _header
+    from pytorch_model.formats import wire
+    from pytorch_model.formats.crc32c import masked_crc32c
 
     paths = automl_paths(CONFIG)
     length = len(graph).to_bytes(4, "little")
-    length_crc = mask_crc(google_crc32c.value(length)).to_bytes(4, "little")
+    length_crc = masked_crc32c(length).to_bytes(4, "little")
     raw = wire.write_varint(len(graph)) + length_crc + graph
-    crc = mask_crc(google_crc32c.value(length + length_crc + graph))
+    crc = masked_crc32c(length + length_crc + graph)
     shape = wire.bytes_field(2, b"")
     entries = {
         GRAPH_KEY.encode(): wire.int_field(1, 7)
@@ -113,7 +112,7 @@ def saved_model(folder: Path) -> Path:
 
 
 def frozen_graph(folder: Path) -> Path:
-    from porting.checkpoint import wire
+    from pytorch_model.formats import wire
 
     graph = b""
     for name, array in values().items():

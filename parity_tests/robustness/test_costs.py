@@ -16,7 +16,7 @@ from parity_tests.robustness.samples import with_graph
 from parity_tests.robustness.targets import convert_checkpoint, read_yaml
 from porting.checkpoint.v2.table import MAGIC, _append_block, _BlockBuilder, write_table
 from porting.checkpoint.v2.writer import _entry, _header
-from porting.checkpoint.wire import bytes_field, int_field, write_varint
+from pytorch_model.formats.wire import bytes_field, int_field, write_varint
 
 #: Memory allowed for the longest lists that are read (variables, objects), whatever the size of the file.
 LISTS = 32 << 20

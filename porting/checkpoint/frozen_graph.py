@@ -22,9 +22,9 @@ from porting.checkpoint.graph.by_use import names_by_use
 from porting.checkpoint.graph.nodes import Constant, GraphNode, read_graph_def
 from porting.checkpoint.graph.settings import read_settings
 from porting.checkpoint.messages import shortened, unreadable
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.files import read_bounded
+from pytorch_model.formats.wire import Malformed
 
 FORMAT = "frozen TensorFlow graph"
 SUFFIX = ".pb"

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from porting.checkpoint import wire
-from porting.checkpoint.wire import Data, Malformed
 from porting.errors import CheckpointError
+from pytorch_model.formats import wire
+from pytorch_model.formats.wire import Data, Malformed
 
 _MOST_DIMENSIONS = 32  # NumPy 1's limit
 _LONGEST_SHOWN = 200  # characters of a name. AutoML's reach about 100; those of damaged files have no limit

@@ -11,10 +11,10 @@ from porting.checkpoint.graph.nodes import graph_of_meta, graphs_of_saved_model,
 from porting.checkpoint.graph.settings import GraphSettings, read_settings
 from porting.checkpoint.messages import unreadable
 from porting.checkpoint.renamed import Renamed, Source
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from porting.scopes import EMA_SUFFIX
 from pytorch_model.files import check_regular, read_bounded
+from pytorch_model.formats.wire import Malformed
 
 FORMAT = "TensorFlow SavedModel"
 

@@ -37,7 +37,7 @@ from pytorch_model.files import check_regular
 if TYPE_CHECKING:
     from PIL import Image
 
-ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
+ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor"
 
 # Of an image in a file. Reading and normalising take about 27 bytes per pixel: 3.6 GB. Panoramas of 20,000 x
 # 2,000 and the 108 million pixels of a phone's camera are below; more pixels add nothing after resizing.
@@ -71,9 +71,9 @@ def preprocess(
 ) -> NetworkInput:
     """Read images into one batch, ready for ``EfficientDet``.
 
-    ``images``: any mix of files, PIL images, uint8 RGB arrays [h, w, 3] and uint8 RGB tensors [3, h, w], of
-    any sizes; or one uint8 tensor [N, 3, h, w]. ``image_size`` (height, width) defaults to
-    ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is the device of the
+    ``images``: any mix of files, encoded images (bytes), PIL images, uint8 RGB arrays [h, w, 3] and uint8 RGB
+    tensors [3, h, w], of any sizes; or one uint8 tensor [N, 3, h, w]. ``image_size`` (height, width) defaults
+    to ``config.image_size``. ``decoder`` is described at :func:`load_image`. ``device`` is the device of the
     work and of the result; by default the device of the first image: the CPU unless it is a tensor. Nothing
     forces a GPU synchronisation (tested with PyTorch's fake tensors). Raises :class:`ImageError` with the
     image's name or number, and if ``config.resizer`` does not pad and the inputs would have several sizes.
@@ -259,17 +259,19 @@ def load_image(image: ImageSource, decoder: str = "pillow", upright: bool = Fals
     ``upright`` applies the EXIF orientation of a file or a PIL image. The orientation of a TIFF file is part
     of the format: Pillow always applies it, and 1 remains.
 
-    A file must be in one of :data:`FORMATS`, whatever its name; of several images in it the first is used.
-    ``decoder="pillow"`` reads all of them with Pillow, whose JPEG arithmetic is accurate and equals
-    TensorFlow's ``dct_method="INTEGER_ACCURATE"``. ``decoder="fast-dct"`` reads JPEG files with the fast DCT
-    of libjpeg-turbo (package ``simplejpeg``), which equals the default of ``tf.io.decode_jpeg`` and so
-    AutoML's evaluation; other formats go to Pillow. Greyscale becomes three equal channels.
-    Raises :class:`ImageError` if the file is missing, damaged or not an image, or the pixels are not uint8
-    RGB.
+    A file, or its content as bytes, must be in one of :data:`FORMATS`, whatever its name; of several images
+    in it the first is used. ``decoder="pillow"`` reads all of them with Pillow, whose JPEG arithmetic is
+    accurate and equals TensorFlow's ``dct_method="INTEGER_ACCURATE"``. ``decoder="fast-dct"`` reads JPEG
+    files with the fast DCT of libjpeg-turbo (package ``simplejpeg``), which equals the default of
+    ``tf.io.decode_jpeg`` and so AutoML's evaluation; other formats go to Pillow. Greyscale becomes three
+    equal channels. Raises :class:`ImageError` if the file is missing, damaged or not an image, or the pixels
+    are not uint8 RGB.
     """
     _check_decoder(decoder)
     if isinstance(image, (str, os.PathLike)):
-        return _load_file(Path(image), decoder, upright)
+        return _decoded(read_image_file(Path(image)), decoder, upright)
+    if isinstance(image, bytes):
+        return _decoded(image, decoder, upright)
     if isinstance(image, Tensor):
         return DecodedImage(_check_tensor(image), "none")
     if isinstance(image, np.ndarray):
@@ -301,8 +303,7 @@ def _check_tensor(pixels: Tensor) -> Tensor:
     return pixels
 
 
-def _load_file(path: Path, decoder: str, upright: bool) -> DecodedImage:
-    data = _read_file(path)
+def _decoded(data: bytes, decoder: str, upright: bool) -> DecodedImage:
     if decoder == "fast-dct" and data.startswith(b"\xff\xd8\xff"):
         pixels = _fast_dct_pixels(data)
         if not upright:
@@ -415,7 +416,8 @@ def _unreadable(what: str, error: Exception) -> ImageError:
     )
 
 
-def _read_file(path: Path) -> bytes:
+def read_image_file(path: Path) -> bytes:
+    """The content of an image file. Raises :class:`ImageError` if it is missing or too large for an image."""
     try:
         check_regular(path)  # reading a pipe might never end
         if os.stat(path).st_size > MOST_BYTES:
@@ -435,6 +437,15 @@ def _check_size(width: int, height: int) -> None:
 
 def _too_large(claim: str) -> ImageError:
     return ImageError(f"its header claims {claim} more than {MOST_PIXELS:,} pixels; make it smaller first")
+
+
+def stored_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image, from its header, before any EXIF rotation.
+
+    Raises :class:`ImageError`.
+    """
+    with _opened(data) as image:
+        return image.height, image.width
 
 
 # EXIF orientation → the axes of [3, h, w] to swap, then those to flip.

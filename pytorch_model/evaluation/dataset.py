@@ -61,17 +61,22 @@ class Dataset:
 
 
 def read_dataset(
-    folder: Path | None, annotations: Path | None = None, images: Path | None = None, limit: int | None = None
+    folder: Path | None,
+    annotations: Path | None = None,
+    images: Path | None = None,
+    limit: int | None = None,
+    split: str = "val",
 ) -> Dataset:
     """Read a data set in COCO's format.
 
     ``folder`` holds the images and ``annotations/instances_*.json`` (or a single ``instances_*.json``, or a
     single ``.json``); ``annotations`` and ``images`` override what is found there. ``limit``: how many images
-    to use, the first ones of the annotations. Raises :class:`DatasetError`.
+    to use, the first ones of the annotations. ``split``: what the name of the annotation file contains, if
+    there are several. Raises :class:`DatasetError`.
     """
     if folder is not None and not os.path.isdir(folder):  # Path.is_dir raises on a name that is too long
         raise DatasetError(f"--coco {folder} is not a folder; give the one with the annotations and images")
-    file = annotations or _find_annotations(folder)
+    file = annotations or _find_annotations(folder, split)
     content = _read_annotations(file)
     folder = images or _find_images(folder or file.parent, content["images"], file)
     if not os.path.isdir(folder):
@@ -86,7 +91,7 @@ def read_dataset(
     return Dataset(file, folder, listed, categories, content, tuple(notes))
 
 
-def _find_annotations(folder: Path | None) -> Path:
+def _find_annotations(folder: Path | None, split: str) -> Path:
     if folder is None:
         raise DatasetError("there are no annotations; give --coco or --annotations")
     for place, pattern in (
@@ -96,9 +101,9 @@ def _find_annotations(folder: Path | None) -> Path:
         ("annotations", "*.json"),
     ):
         found = sorted((folder / place).glob(pattern))
-        validation = [file for file in found if "val" in file.stem]
-        if len(found) > 1 and len(validation) == 1:
-            found = validation
+        of_split = [file for file in found if split in file.stem]
+        if len(found) > 1 and len(of_split) == 1:
+            found = of_split
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:4])
             raise DatasetError(

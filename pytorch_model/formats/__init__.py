@@ -1,1 +1,1 @@
-"""Text formats of other programs, read safely: YAML, and the text format of protocol buffers."""
+"""Formats of other programs, read safely: YAML, and protocol buffers as text and as bytes."""

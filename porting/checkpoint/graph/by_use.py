@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from porting import scopes
 from porting.checkpoint.graph.nodes import GraphNode
-from porting.checkpoint.wire import Malformed
+from pytorch_model.formats.wire import Malformed
 
 #: Operations that pass on their first input unchanged.
 SAME_VALUE = frozenset({"Identity", "ReadVariableOp", "Enter", "StopGradient"})

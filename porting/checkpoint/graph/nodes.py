@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from porting.checkpoint import wire
 from porting.checkpoint.messages import parse_shape
-from porting.checkpoint.wire import Malformed
+from pytorch_model.formats import wire
+from pytorch_model.formats.wire import Malformed
 
 DT_FLOAT = 1
 

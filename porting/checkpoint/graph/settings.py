@@ -16,9 +16,9 @@ import numpy as np
 
 from porting.checkpoint.graph.anchors import anchor_settings
 from porting.checkpoint.graph.nodes import GraphNode
-from porting.checkpoint.wire import Malformed
 from porting.errors import ConfigError
 from pytorch_model.config import BOUNDS, model_config
+from pytorch_model.formats.wire import Malformed
 
 Scope = Mapping[str, GraphNode]  # the nodes of the graph, or of one of its functions, by name
 Found = TypeVar("Found")

@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
-from porting.checkpoint import wire
 from porting.checkpoint.messages import shortened
 from porting.checkpoint.v2.bundle import TensorBundle
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
+from pytorch_model.formats import wire
+from pytorch_model.formats.wire import Malformed
 
 GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"  # the end of the key of every variable's value

@@ -26,10 +26,10 @@ from porting.checkpoint.tflite.graph import IDENTIFIER, Graph, Operator, Tensor,
 from porting.checkpoint.tflite.match import match
 from porting.checkpoint.tflite.structure import BlockMatch, Convolution, Head, Separable, Structure
 from porting.checkpoint.tflite.weights import Layer, Variable, check_layers, fusion_weights, variables
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.config import EfficientDetConfig
 from pytorch_model.files import read_bounded
+from pytorch_model.formats.wire import Malformed
 
 SUFFIX = ".tflite"
 

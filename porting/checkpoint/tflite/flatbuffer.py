@@ -14,7 +14,7 @@ import struct
 
 import numpy as np
 
-from porting.checkpoint.wire import Malformed
+from pytorch_model.formats.wire import Malformed
 
 _LONGEST_TEXT = 200  # bytes of a string that are read; the names that matter are shorter
 
@@ -22,7 +22,7 @@ _LONGEST_TEXT = 200  # bytes of a string that are read; the names that matter ar
 class Table:
     """The table of ``data`` at byte ``at``. Fields are numbered as in the schema, from 0.
 
-    The constructor and every method raise :class:`~porting.checkpoint.wire.Malformed` if a position is
+    The constructor and every method raise :class:`~pytorch_model.formats.wire.Malformed` if a position is
     outside the data.
     """
 
@@ -121,7 +121,7 @@ _LETTERS = {  # (type, width in bytes) → struct letter
 def flexbuffer_map(data: bytes) -> dict[str, float]:
     """The numbers of a FlexBuffer whose root is a map, by key; values of other types are left out.
 
-    Raises :class:`~porting.checkpoint.wire.Malformed`.
+    Raises :class:`~pytorch_model.formats.wire.Malformed`.
     """
     _require(data, 0, 3)
     packed_type, root_width = data[-2], data[-1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from porting.checkpoint.tflite.flatbuffer import Table
-from porting.checkpoint.wire import Malformed
+from pytorch_model.formats.wire import Malformed
 
 IDENTIFIER = b"TFL3"  # bytes 4…7 of every TFLite file
 

@@ -47,7 +47,7 @@ _SE_RATIO = 0.25
 def match(graph: Graph) -> Structure:
     """The layers of the EfficientDet in ``graph``.
 
-    Raises :class:`Mismatch`, and :class:`~porting.checkpoint.wire.Malformed` if a constant is damaged.
+    Raises :class:`Mismatch`, and :class:`~pytorch_model.formats.wire.Malformed` if a constant is damaged.
     """
     try:
         return _Matcher(graph).network()

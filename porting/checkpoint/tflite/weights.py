@@ -22,8 +22,8 @@ import numpy as np
 from porting.checkpoint.tflite.flow import Mismatch
 from porting.checkpoint.tflite.graph import Graph, Tensor
 from porting.checkpoint.tflite.structure import Convolution, NodeMatch
-from porting.checkpoint.wire import Malformed
 from pytorch_model.config import BN_EPSILON
+from pytorch_model.formats.wire import Malformed
 
 # Half a step between float weights, as a fraction of the largest weight of the output channel: the rounding
 # error of folding a batch norm. float32: two products of 2^-24 each, doubled; float16: one rounding.

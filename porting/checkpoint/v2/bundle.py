@@ -13,17 +13,16 @@ import weakref
 from contextlib import ExitStack
 from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
 
-from porting.checkpoint import wire
 from porting.checkpoint.base import Checkpoint
 from porting.checkpoint.messages import rounding_notes, unreadable
 from porting.checkpoint.v2.index import DT_BFLOAT16, DT_STRING, BundleIndex, Entry
-from porting.checkpoint.v2.table import mask_crc
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.files import check_regular
+from pytorch_model.formats import wire
+from pytorch_model.formats.crc32c import masked_crc32c
+from pytorch_model.formats.wire import Malformed
 
 FORMAT = "TensorFlow V2 checkpoint"
 
@@ -89,7 +88,7 @@ class TensorBundle(Checkpoint):
             raise self._damage(name, entry, f"its string of {length} bytes does not fill {len(raw)}")
         # In the checksum, TensorFlow uses the length as a fixed-width number, not the varint that it stores.
         fixed = length.to_bytes(4 if length < 1 << 32 else 8, "little")
-        if mask_crc(google_crc32c.value(fixed + raw[start:])) != entry.crc32c:
+        if masked_crc32c(fixed + raw[start:]) != entry.crc32c:
             raise self._damage(name, entry, "it fails its CRC32C checksum")
         return raw[start + 4 :]
 
@@ -101,7 +100,7 @@ class TensorBundle(Checkpoint):
 
     def _read_array(self, name: str, entry: Entry, dtype: np.dtype) -> np.ndarray:
         array = self._read_bytes(name, entry, entry.shape, dtype)
-        if mask_crc(google_crc32c.value(array)) != entry.crc32c:
+        if masked_crc32c(array) != entry.crc32c:
             raise self._damage(name, entry, "it fails its CRC32C checksum")
         return array
 

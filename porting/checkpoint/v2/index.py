@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from porting.checkpoint import wire
 from porting.checkpoint.base import MOST_VARIABLES
 from porting.checkpoint.messages import parse_shape, shortened, unreadable
 from porting.checkpoint.v2.table import FOOTER_SIZE, is_table, read_table
-from porting.checkpoint.wire import Malformed
 from porting.errors import CheckpointError
 from pytorch_model.files import read_bounded
+from pytorch_model.formats import wire
+from pytorch_model.formats.wire import Malformed
 
 HEADER_KEY = b""
 SLICE_PREFIX = b"\0"  # keys of the slices of partitioned variables; no variable name starts with it

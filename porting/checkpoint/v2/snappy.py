@@ -5,7 +5,7 @@ Source: google/snappy ``format_description.txt``.
 
 from __future__ import annotations
 
-from porting.checkpoint.wire import Malformed, read_varint
+from pytorch_model.formats.wire import Malformed, read_varint
 
 #: Of one block. TensorFlow ends a block after the entry that makes it larger than 256 kB.
 MOST_BYTES = 1 << 20
@@ -14,7 +14,7 @@ MOST_BYTES = 1 << 20
 def decompress(data: bytes) -> bytes:
     """Decompress raw snappy ``data``, to at most :data:`MOST_BYTES` (3 bytes can expand to 64).
 
-    Raises :class:`~porting.checkpoint.wire.Malformed` unless it is a well-formed stream.
+    Raises :class:`~pytorch_model.formats.wire.Malformed` unless it is a well-formed stream.
     """
     length, position = read_varint(data, 0)
     if length > MOST_BYTES:

@@ -13,10 +13,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 
-import google_crc32c
-
 from porting.checkpoint.v2 import snappy
-from porting.checkpoint.wire import Malformed, read_varint, write_varint
+from pytorch_model.formats.crc32c import masked_crc32c
+from pytorch_model.formats.wire import Malformed, read_varint, write_varint
 
 MAGIC = 0xDB4775248B80FB57
 FOOTER_SIZE = 48
@@ -27,11 +26,6 @@ _RESTART_INTERVAL = 16  # in TensorFlow's data blocks; index blocks restart at e
 _BLOCK_SIZE = 262144
 
 
-def mask_crc(crc: int) -> int:
-    """LevelDB's masked CRC32C, for data that itself holds CRCs: rotated by 15 bits, plus a constant."""
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
 def is_table(footer: bytes) -> bool:
     """Whether a file that ends in ``footer`` (its last 48 bytes) is a LevelDB table."""
     return len(footer) == FOOTER_SIZE and int.from_bytes(footer[-8:], "little") == MAGIC
@@ -40,7 +34,7 @@ def is_table(footer: bytes) -> bool:
 def read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield every (key, value) of a table in strictly ascending key order; all checksums are verified.
 
-    Raises :class:`~porting.checkpoint.wire.Malformed` with the byte offset of the damaged block.
+    Raises :class:`~pytorch_model.formats.wire.Malformed` with the byte offset of the damaged block.
     """
     if not is_table(data[-FOOTER_SIZE:]):
         raise Malformed("its last 48 bytes are not the footer of a LevelDB table")
@@ -92,7 +86,7 @@ def _read_block(data: bytes, offset: int, size: int, end: int) -> bytes:
     if stop + _TRAILER_SIZE > end:
         raise Malformed(f"the block at byte {offset} ({size} bytes) runs past the end of the table")
     checksum = int.from_bytes(data[stop + 1 : stop + _TRAILER_SIZE], "little")
-    if checksum != mask_crc(google_crc32c.value(data[offset : stop + 1])):
+    if checksum != masked_crc32c(data[offset : stop + 1]):
         raise Malformed(f"the block at byte {offset} ({size} bytes) fails its CRC32C checksum")
     compression = data[stop]
     contents = data[offset:stop]
@@ -185,7 +179,7 @@ def _append_block(output: bytearray, contents: bytes, compression: int = _UNCOMP
     """Append a block and its trailer to a table; returns the handle of the block (offset and size)."""
     handle = write_varint(len(output)) + write_varint(len(contents))
     checked = contents + bytes([compression])
-    output += checked + mask_crc(google_crc32c.value(checked)).to_bytes(4, "little")
+    output += checked + masked_crc32c(checked).to_bytes(4, "little")
     return handle
 
 

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-import google_crc32c
 import numpy as np
 
-from porting.checkpoint import wire
 from porting.checkpoint.v2.index import DTYPE_NUMBERS, HEADER_KEY, SLICE_PREFIX, shard_path
 from porting.checkpoint.v2.locate import STATE_FILE
-from porting.checkpoint.v2.table import mask_crc, write_table
+from porting.checkpoint.v2.table import write_table
 from porting.errors import OutputError
+from pytorch_model.formats import wire
+from pytorch_model.formats.crc32c import masked_crc32c
 
 
 def write_bundle(
@@ -105,7 +105,7 @@ def _entry(array: np.ndarray, shard: int, offset: int) -> bytes:
         + wire.int_field(3, shard)
         + wire.int_field(4, offset)
         + wire.int_field(5, array.nbytes)
-        + wire.fixed32_field(6, mask_crc(google_crc32c.value(array)))
+        + wire.fixed32_field(6, masked_crc32c(array))
     )
 
 

@@ -1,4 +1,4 @@
-"""The parts of the protocol buffer wire format that the messages of a checkpoint need.
+"""The parts of the protocol buffer wire format that checkpoints and TFRecords need.
 
 Every length is compared with the size of the data before it is used, so a damaged message costs no more than
 its own size. Source: protobuf.dev, "Encoding".
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NoReturn, TypeVar
 
-from porting.errors import Reason
+from pytorch_model.errors import Reason
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; 3 and 4 (groups) are obsolete
 
@@ -19,7 +19,7 @@ Data = TypeVar("Data", bytes, memoryview)
 
 
 class Malformed(Reason):
-    """Internal: bytes that break their format, without the file name; the caller raises a CheckpointError."""
+    """Internal: bytes that break their format; the caller raises an error of its own, with the file name."""
 
 
 def read_varint(data: Data, position: int) -> tuple[int, int]:
