@@ -158,7 +158,7 @@ def test_a_reference_without_outputs() -> None:
 def test_weights_that_are_not_finite_fail() -> None:
     net = network(small())
     with torch.no_grad():
-        net.box_net.predict.pointwise.bias.fill_(float("nan"))
+        net.state_dict()["box_net.predict.pointwise.bias"].fill_(float("nan"))
     result = compared(net=net)
     assert not result.passed
     assert "box_net.predict.pointwise is not finite" in printed(result)
@@ -169,8 +169,8 @@ def test_weights_that_are_not_finite_fail() -> None:
 
 def test_an_output_as_exact_as_the_eager_one_is_rounding() -> None:
     def output(eager: float, exact: float, eager_exact: float) -> OutputResult:
-        figures = [Difference(value, 1.0) for value in (eager, exact, eager_exact)]
-        return OutputResult("class_outputs/3", figures[0], None, *figures[1:])
+        first, second, third = (Difference(value, 1.0) for value in (eager, exact, eager_exact))
+        return OutputResult("class_outputs/3", first, exact=second, eager_exact=third)
 
     right = output(4e-5, 3e-5, 2e-5)
     assert right.passed

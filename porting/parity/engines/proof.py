@@ -86,7 +86,8 @@ class EngineResult:
 
     ``reference_detections``: against the reference's, measured and not judged, because scores that are almost
     equal may swap. Both are None if an output is not finite or has another shape, the latter also if the
-    reference does not show all of them. ``failure``: why the engine could not compute; then there are no outputs.
+    reference does not show all of them. ``failure``: why the engine could not compute; then there are no
+    outputs.
     """
 
     name: str
