@@ -14,13 +14,11 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from parity_tests.engines.models import FAST, installed, network
 from parity_tests.helpers.configs import configs
 from parity_tests.helpers.small_models import small
-from porting.convert import apply_rules
 from porting.parity.engines.proof import EngineComparison
 from porting.parity.inputs import seeded_images
-from porting.rules import rules
-from porting.synthetic import synthetic_variables
 from pytorch_model.config import MODELS, EfficientDetConfig, model_config
 from pytorch_model.efficientdet import EfficientDet
 from pytorch_model.engines import ENGINES, compiled, onnx_runtime, open_vino
@@ -31,16 +29,6 @@ from pytorch_model.errors import ConfigError, WeightsError
 TIMES, EPSILON = 3.0, 1e-6
 #: The folded network in float64: only the order of the arithmetic differs.
 FLOAT64 = 1e-12
-
-#: `compile` needs a compiler and minutes; test_compile has it.
-FAST = [name for name in ENGINES if name != "compile"]
-
-
-def network(config: EfficientDetConfig) -> EfficientDet:
-    """With seeded weights, whose activations are of order 1 on every level."""
-    variables = synthetic_variables(config)
-    state_dict = apply_rules(rules(config), variables)
-    return EfficientDet.from_state_dict(state_dict, config).requires_grad_(False)
 
 
 def images(config: EfficientDetConfig, count: int, size: tuple[int, int]) -> Tensor:
@@ -62,12 +50,6 @@ def check_rounding(found: tuple[Sequence[Tensor], Sequence[Tensor]], model: Effi
     measured = error(found, model, x)
     assert measured <= TIMES * own + EPSILON, (measured, own)
     return measured
-
-
-def installed(name: str) -> str:
-    for package in ENGINES[name].packages:
-        pytest.importorskip(package, reason=f"needs {package}: pip install -e '.[{ENGINES[name].extra}]'")
-    return name
 
 
 @pytest.mark.slow

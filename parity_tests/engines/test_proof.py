@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from parity_tests.engines.test_engines import FAST, installed, network
+from parity_tests.engines.models import FAST, installed, network
 from parity_tests.helpers.small_models import small
 from porting.checkpoint import open_checkpoint
 from porting.cli.drawing.engines import print_engines
