@@ -34,8 +34,8 @@ from pytorch_model.errors import WeightsError
 #: Largest relative L2 of a head output to the eager network's, in float32.
 ENGINE_TOLERANCE = 1e-5
 
-#: In a deep network the eager float32 is itself further than that from the exact values. There an output
-#: passes that is as exact, but for this factor: another order of summation changes rounding by less. Scores
+#: The eager float32 can itself be further than that from the exact values. There an output passes that is
+#: as exact, but for this factor: another order of summation changes rounding by less. Scores
 #: may then differ by more in the same proportion, times this factor: the largest of a hundred is compared.
 ROUNDING_TIMES = 3.0
 
