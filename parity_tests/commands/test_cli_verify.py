@@ -12,10 +12,15 @@ import torch
 from parity_tests.helpers.commands import verify
 from porting.checkpoint import open_checkpoint
 from porting.cli.commands.verify import still_assumed
+from porting.cli.main import execute
 from porting.convert import convert
 from porting.infer import configure
 from porting.sources.open import write_synthetic
 from pytorch_model.config import BN_EPSILON, model_config
+from pytorch_model.efficientdet import EfficientDet
+from pytorch_model.engines import ENGINES, choose, eager, folded
+from pytorch_model.engines.choose import Network
+from pytorch_model.errors import ConfigError
 from pytorch_model.weights.files import read_weights, write_weights
 
 CONFIG = model_config("efficientdet-lite0")
@@ -41,9 +46,8 @@ CKPT = ("--ckpt", "synthetic/efficientdet-lite0", "--size", "128")
 
 @pytest.mark.usefixtures("tensorflow")
 def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
-    done = verify(
-        *CKPT, "--weights", "right.safetensors", "--report", "out", "--json", "--precision", cwd=folder
-    )
+    options = ("--report", "out", "--json", "--precision", "--engine", "folded", "--engine", "eager")
+    done = verify(*CKPT, "--weights", "right.safetensors", *options, "--engine", "folded", cwd=folder)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["passed"]
@@ -57,6 +61,38 @@ def test_the_right_weights_pass_and_are_reported(folder: Path) -> None:
     assert [row["name"] for row in report["variants"]] == [row["name"] for row in summary["variants"]]
     assert "bfloat16" in [row["name"] for row in report["variants"]]
     assert "fpn_cells/cell_2/fnode7" in (folder / "out" / "report.html").read_text()
+    assert [row["name"] for row in report["engines"]] == ["folded", "eager"]
+    assert report["engines"] == summary["engines"]
+    first = report["engines"][0]
+    assert first["passed"]
+    assert all(output["reference"]["relative"] < 1e-4 for output in first["outputs"])
+    assert first["detections"]["expected"] == first["reference_detections"]["expected"] == 100
+
+
+@pytest.mark.usefixtures("tensorflow")
+def test_a_wrong_engine_fails_the_command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(model: EfficientDet, image_size: tuple[int, int]) -> Network:
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        state["bifpn.cells.1.nodes.2.conv.pointwise.weight"][5] *= 1.01
+        return eager.make(EfficientDet.from_state_dict(state, model.config), image_size)
+
+    monkeypatch.setattr(folded, "make", wrong)
+    monkeypatch.chdir(folder)
+    assert execute("verify", [*CKPT, "--engine", "folded"]) == 1
+    said = capsys.readouterr().out
+    assert "passed float32" in said
+    assert "FAILED folded" in said
+
+
+def test_an_engine_that_is_not_installed_ends_it_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    missing = dataclasses.replace(ENGINES["openvino"], packages=("not_installed_here",))
+    monkeypatch.setattr(choose, "ENGINES", {**ENGINES, "openvino": missing})
+    with pytest.raises(ConfigError, match="the engine openvino needs not_installed_here: pip install"):
+        execute("verify", ["--ckpt", "nowhere", "--engine", "openvino"])
 
 
 def test_what_was_given_when_the_weights_were_ported_is_not_assumed(folder: Path) -> None:

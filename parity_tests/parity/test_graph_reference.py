@@ -452,6 +452,7 @@ AGAINST = ("--weights", "a", "--against", "b")
             "so --reference has no effect",
         ),
         ("verify.py", [*AGAINST, "--variants"], "so --precision has no effect"),
+        ("verify.py", [*AGAINST, "--engine", "folded"], "so --engine has no effect"),
         ("verify.py", ["--ckpt", "x", "--against", "b"], "--against is compared with --weights: give both"),
         ("verify.py", [], "give --ckpt, or --weights and --against"),
         ("eval_coco.py", ["--weights", "x", "--out", "y"], "give --coco or --annotations"),

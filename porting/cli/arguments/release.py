@@ -28,6 +28,7 @@ examples:
   # release/efficientdet_d4/: weights in two formats, parity report, model card, checksums
   python tools/release.py --ckpt path/to/efficientdet-d4 --out release/
   # again, with the figures that tools/eval_coco.py measured with release/efficientdet_d4/model.safetensors
+  # and --engine eager; the card names any other engine
   python tools/release.py --ckpt path/to/efficientdet-d4 --out final/ --coco-metrics eval/metrics.json
   # is every byte of a folder as it should be? and does it come from this checkpoint?
   python tools/release.py --verify-release release/efficientdet_d4

@@ -33,9 +33,9 @@ from pytorch_model.errors import WeightsError
 #: Largest relative L2 of a head output to the eager network's, in float32.
 ENGINE_TOLERANCE = 1e-5
 
-#: In a deep network the eager float32 is itself further than that from the exact values. There an output
-#: passes that is as exact, but for this factor: another order of summation changes rounding by less. Scores
-#: may then differ by more in the same proportion.
+#: The eager float32 can itself be further than that from the exact values. There an output passes that is
+#: as exact, but for this factor: another order of summation changes rounding by less. Scores
+#: may then differ by more in the same proportion, times this factor: the largest of a hundred is compared.
 ROUNDING_TIMES = 3.0
 
 #: Largest difference of a score to the reference's, for a detection to count as the same one.
@@ -162,7 +162,8 @@ class EngineComparison:
         if not all(output.eager.finite for output in outputs):
             return EngineResult(name, outputs)
         ours = self._detections(found)
-        larger = max([1.0, *(x.eager.relative / ENGINE_TOLERANCE for x in outputs if x.is_rounding)])
+        rounding = [output.eager.relative for output in outputs if output.is_rounding]
+        larger = ROUNDING_TIMES * max(rounding) / ENGINE_TOLERANCE if rounding else 1.0
         against = None
         if reference.keys() == found.keys():
             theirs = self._detections(reference)
