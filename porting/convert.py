@@ -327,7 +327,7 @@ def variables_digest(variables: Mapping[str, np.ndarray]) -> str:
         with np.errstate(over="ignore"):  # check_targets finds overflows
             value = np.ascontiguousarray(variables[name], np.float32)
         digest.update(json.dumps([name, list(value.shape)]).encode())
-        digest.update(value.tobytes())
+        digest.update(value.data)
     return digest.hexdigest()
 
 

@@ -659,10 +659,17 @@ def test_a_gpu_finds_the_same(path: Any) -> None:
         torch.testing.assert_close(after.cpu(), before, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("error")
 def test_boxes_of_zero_or_infinite_size_give_no_nan() -> None:
-    """exp() of a wild regression gives a box of zero or infinite size: finite scores, no NaN."""
+    """exp() of a wild regression gives a box of zero or infinite size: finite scores, no NaN, no warning."""
     boxes, scores = boxes_and_scores(
-        [(5, 5, 5, 5, 0.9), (5, 5, 5, 5, 0.8), (-np.inf, 0, np.inf, 9, 0.7), (0, 0, 9, 9, 0.6)]
+        [
+            (5, 5, 5, 5, 0.9),
+            (5, 5, 5, 5, 0.8),
+            (-np.inf, 0, np.inf, 9, 0.7),
+            (0, 0, 9, 9, 0.6),
+            (-1e30, -1e30, 1e30, 1e30, 0.5),
+        ]
     )
     for nms in ALL_METHODS:
         _, found, count = suppress_one_class(boxes, scores, nms)

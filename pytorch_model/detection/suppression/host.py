@@ -42,14 +42,15 @@ def _suppress_image(
     order = np.argsort(classes, kind="stable")  # a class is one run
     start_of, end_of = (np.searchsorted(classes[order], classes[order], side) for side in ("left", "right"))
     sides = np.ascontiguousarray(boxes_yxyx[order].T)
-    areas = (sides[2] - sides[0] + nms.pyfunc) * (sides[3] - sides[1] + nms.pyfunc)
+    with np.errstate(all="ignore"):  # boxes of infinite size
+        areas = (sides[2] - sides[0] + nms.pyfunc) * (sides[3] - sides[1] + nms.pyfunc)
     alive = scores[order]
     dead, threshold = alive.dtype.type(-math.inf), alive.dtype.type(nms.effective_score_thresh)
     if not nms.pyfunc:
         alive[~(alive > threshold)] = dead
     selected: list[int] = []
     their_scores: list[Any] = []
-    with np.errstate(all="ignore"):  # dead · 0, and boxes of infinite size
+    with np.errstate(all="ignore"):  # dead · 0, too
         while len(selected) < nms.max_output_size and (score := alive.max(initial=dead)) > dead:
             best = np.flatnonzero(alive == score)
             place = best[order[best].argmin()]  # of equal scores, the lower index
