@@ -52,7 +52,7 @@ class StepResult(NamedTuple):
 
 
 class TrainStep:
-    """``train_step(batch)``, or ``train_step(*parts)``: the gradient of one batch, accumulated over its parts.
+    """``train_step(batch)``, or ``train_step(*parts)``: one batch, its gradient accumulated over parts.
 
     ``anchors_yxyx``: [A, 4], those of the targets. ``variables``: state-dict key → AutoML's names for it,
     which only ``var_freeze_expr`` reads. ``averages``: those of an earlier run, by state-dict key.
