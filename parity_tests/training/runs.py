@@ -153,14 +153,13 @@ class Ours:
         self.recorded, self.recipe = recorded, recipe or recorded.recipe
         self.dtype = getattr(torch, dtype)
         state, averages = (
-            {key: torch.from_numpy(np.array(x)) for key, x in apply_rules(TABLE, values, dtype).items()}
-            for values in (recorded.start, recorded.averages)
+            apply_rules(TABLE, values, dtype) for values in (recorded.start, recorded.averages)
         )
         self.model = EfficientDet(CONFIG).to(self.dtype)
         self.model.load_state_dict(state)
         precision = np.float64 if dtype == "float64" else np.float32
         schedule = Schedule(self.recipe, BATCH, 4 * BATCH, precision)
-        anchors = torch.from_numpy(np.array(generate_anchors(CONFIG)))
+        anchors = generate_anchors(CONFIG)
         self.anchors = len(anchors)
         self.step = TrainStep(self.model, self.recipe, schedule, anchors, VARIABLES, averages)
 
@@ -189,7 +188,7 @@ class Ours:
         averages = dict(self.step.averages.values)
         if averages:
             biases = absorbed_averages(self.recorded, self.recipe, self.step.steps)
-            found.update((n + AVERAGE[trainer], x) for n, x in undone(averages, biases).items())
+            found.update((n + AVERAGE[trainer], x) for n, x in {**biases, **undone(averages, biases)}.items())
         for slot, suffix in SLOTS[trainer, self.recipe.optimizer].items():
             state = {name: self.step.optimizer.state[p][slot] for name, p in self.step.parameters.items()}
             found.update((n + suffix, x) for n, x in undone(state, {}).items())
@@ -223,4 +222,3 @@ def absorbed_averages(recorded: Run, recipe: Recipe, steps: int) -> dict[str, np
                 average = value + min(0.9998, (1 + n) / (10 + n)) * (average - value)
             found[bias] = average
     return found
-

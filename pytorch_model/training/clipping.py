@@ -44,24 +44,25 @@ def clip_gradients(parameters: Sequence[Tensor], stacked: set[Tensor], limit: fl
     norm G of these. Nothing is added to a norm. As in TensorFlow a variable whose norm overflows becomes 0,
     a gradient that is infinite or not a number makes all of them NaN.
     """
-    having = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in having if parameter.grad is not None]
-    norms = [_norms(p.grad, p in stacked) for p in having if p.grad is not None]
+    having = [(p, p.grad) for p in parameters if p.grad is not None]
+    gradients = [gradient for _, gradient in having]
+    norms = list(torch._foreach_norm(gradients))
+    for i, (parameter, gradient) in enumerate(having):
+        if parameter in stacked:
+            norms[i] = _row_norms(gradient)
     flat = torch.cat([norm.reshape(-1) for norm in norms])
     raw = torch.linalg.vector_norm(flat)
     if not limit:
         return Norms(raw, raw, raw, flat.new_zeros((), dtype=torch.int64))
     torch._foreach_mul_(gradients, limit)
     torch._foreach_div_(gradients, [norm.clamp(min=limit) for norm in norms])
-    each = torch.linalg.vector_norm(flat * limit / flat.clamp(min=limit))
+    each = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     scale = limit * torch.minimum(1 / each, each.new_full((), 1 / limit))
     scale = torch.where(each.isfinite(), scale, torch.nan)
     torch._foreach_mul_(gradients, scale)
     return Norms(raw, each, each * scale, (flat > limit).sum())
 
 
-def _norms(gradient: Tensor, stacked: bool) -> Tensor:
-    """One number, or one a row, in a shape that divides ``gradient``."""
-    if not stacked:
-        return torch.linalg.vector_norm(gradient)
+def _row_norms(gradient: Tensor) -> Tensor:
+    """In a shape that divides ``gradient``, [rows] or [rows, channels]."""
     return gradient.abs() if gradient.dim() == 1 else torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
