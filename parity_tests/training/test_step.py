@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 
 from parity_tests.helpers.small_models import tiny
 from parity_tests.training.runs import AVERAGE, CONFIG, VARIABLES, Ours, run
@@ -34,7 +37,7 @@ CANCELLED = {VARIABLES[name][0] for name in shifts(CONFIG, (128, 128))} | {
 SLOTS = ("/Momentum", "/momentum", "/m", "/v")
 #: Of the largest slot: what rounding leaves of fusion weights' gradients, which are differences, see
 #: porting/parity/gradients.py.
-FUSION = 1e-13
+FUSION = 1e-12
 
 SHORT = "keras_float64_s128_b2_tightclip"
 RUNS = [
@@ -100,6 +103,40 @@ def check_variables(ours: Ours, sums: Mapping[str, np.ndarray]) -> None:
         assert abs(np.abs(array).max() - peak) <= allowed, name
         assert abs(array.sum() - total) <= allowed * np.sqrt(array.size), name
     assert found.keys() <= sums.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["legacy", "keras"])
+def test_float32_is_as_near_to_float64_as_googles(trainer: str) -> None:
+    """Within 3 times, over the whole run, whose rounding grows from step to step.
+
+    As in the recordings without oneDNN, whose float32 convolutions are less exact. Of legacy, Google's error
+    is that of two runs; images that differ by 1e-7 make the second.
+    """
+    exact = run("shared", f"{trainer}_float64_s128_b2_plain").steps
+    variants = ("plain", "plain_perturbed") if trainer == "legacy" else ("plain",)
+    google = [run("shared", f"{trainer}_float32_s128_b2_{variant}").steps for variant in variants]
+    errors: dict[str, list[float]] = {key: [] for key in ("total", "cls", "box", "l2", "norm_raw")}
+    with torch.backends.mkldnn.flags(enabled=False):
+        for found, expected in zip(
+            Ours(run("shared", f"{trainer}_float32_s128_b2_plain"), "float32"), exact, strict=True
+        ):
+            values = {
+                "total": found.total,
+                "cls": found.losses.classes,
+                "box": found.losses.boxes,
+                "l2": found.decay,
+                "norm_raw": found.norms.raw,
+            }
+            for key, value in values.items():
+                errors[key].append(abs(value.item() - expected[key]) / expected[key])
+    for key, ours in errors.items():
+        theirs = [
+            abs(found[key] - expected[key]) / expected[key]
+            for steps in google
+            for found, expected in zip(steps, exact, strict=True)
+        ]
+        assert max(ours) <= 3 * max(theirs), (key, ours)
 
 
 # --- one fault each -------------------------------------------------------------------------------------
@@ -255,6 +292,29 @@ def still(step: TrainStep) -> TrainStep:
 
 def state(step: TrainStep) -> torch.Tensor:
     return torch.cat([p.detach().reshape(-1) for p in step.model.parameters()])
+
+
+def one_of_two(rank: int, folder: Path) -> None:
+    """A process with its part of the batch; the first writes its weights."""
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    step = still(small_step(RECIPES["legacy"], seed=rank))  # the first process's weights count
+    batch = small_batch(step)
+    results = [step(list(halves(batch))[rank]) for _ in range(2)]
+    if rank == 0:
+        totals = torch.stack([result.total for result in results])
+        torch.save((totals, state(step), dict(step.averages.values)), folder / "result.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    spawn(one_of_two, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    totals, weights, averages = torch.load(tmp_path / "result.pt")
+    step = still(small_step(RECIPES["legacy"]))
+    batch = small_batch(step)
+    expected = torch.stack([step(batch).total for _ in range(2)])
+    assert torch.allclose(totals, expected, rtol=1e-12)
+    assert torch.linalg.vector_norm(weights - state(step)) <= 1e-12 * torch.linalg.vector_norm(weights)
+    assert all(torch.allclose(averages[k], x, rtol=1e-9) for k, x in step.averages.values.items())
 
 
 @pytest.mark.parametrize("hparams", [{}, {"positives_momentum": 0.5}, {"optimizer": "adam"}], ids=str)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pytorch_model.config import shown
@@ -59,6 +60,10 @@ class TrainStep:
 
     The batch norms use a batch's own statistics, in frozen layers too; with several parts, each part's. The
     losses are normalised by the positive anchors of all parts. ``steps`` counts the updates.
+
+    Where ``torch.distributed`` is initialised, the batch is that of all processes, each with its own parts:
+    the normaliser is theirs together, and so are the result and the gradient, which is clipped after that.
+    The weights begin as the first process has them. Batch norms know their own process only.
     """
 
     def __init__(
@@ -76,6 +81,9 @@ class TrainStep:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters.values(), recipe)
         self.averages = Averages(model, recipe, averages)
+        if dist.is_initialized():
+            for tensor in [*model.parameters(), *model.buffers()]:
+                dist.broadcast(tensor.detach(), src=0)
         self.steps = 0
         self.normaliser: float | Tensor = 0.0  # the moving one of ``positives_momentum``
         self._anchors = anchors_yxyx
@@ -88,10 +96,11 @@ class TrainStep:
             self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         normaliser = self._normaliser(parts)
-        decay = decay_loss(self._decayed, self.recipe.weight_decay)
-        if decay.requires_grad:
-            decay.backward()  # type: ignore[no-untyped-call]
         losses = torch.stack([self._backward(part, normaliser) for part in parts]).sum(dim=0)
+        _sum_over_processes([losses, *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        decay = decay_loss(self._decayed, self.recipe.weight_decay)
+        if decay.requires_grad:  # once, whatever the number of processes
+            decay.backward()  # type: ignore[no-untyped-call]
         norms = clip_gradients(list(self.parameters.values()), self._stacked, self.recipe.clip_norm)
         rate = self.schedule(self.steps)
         set_rate(self.optimizer, rate)
@@ -102,7 +111,9 @@ class TrainStep:
         return StepResult(losses[0] + decay, DetectionLoss(*losses), decay, rate, norms)
 
     def _normaliser(self, parts: Sequence[Batch]) -> float | Tensor:
-        normaliser: float | Tensor = torch.stack([part.targets.positives.sum() for part in parts]).sum() + 1
+        positives = torch.stack([part.targets.positives.sum() for part in parts]).sum()
+        _sum_over_processes([positives])
+        normaliser: float | Tensor = positives + 1
         if self.recipe.positives_momentum:
             momentum = self.recipe.positives_momentum
             normaliser = self.normaliser = average_normaliser(self.normaliser, normaliser, momentum)
@@ -116,6 +127,15 @@ class TrainStep:
         loss = detection_loss(classes, boxes, part.targets, normaliser, self.recipe.losses, self._anchors)
         loss.total.backward()  # type: ignore[no-untyped-call]
         return torch.stack(loss).detach()
+
+
+def _sum_over_processes(tensors: Sequence[Tensor]) -> None:
+    """In place, in one message. With the global normaliser, the sum of losses is that of one whole batch."""
+    if dist.is_initialized():
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split_with_sizes([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def freeze(model: EfficientDet, expression: str, variables: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
