@@ -172,11 +172,13 @@ class TrainStep:
         }
 
 
-def raw_value(name: str, average: np.ndarray) -> np.ndarray:
+def raw_value(name: str, average: np.ndarray, spread: float | None = None) -> np.ndarray:
+    """``spread``: the average's deviation, whose last bit depends on NumPy's version; None: NumPy's."""
     noise = _rng("raw", name).normal(size=average.shape)
     if name.endswith("moving_variance"):
         return np.asarray(average * np.exp(0.1 * noise), np.float32)
-    spread = float(np.std(average)) if average.size > 1 else 0.5
+    if spread is None:
+        spread = float(np.std(average)) if average.size > 1 else 0.5
     return np.asarray(average + 0.1 * (spread + 0.02) * noise, np.float32)
 
 
