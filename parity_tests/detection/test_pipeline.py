@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -321,6 +321,28 @@ def test_an_interrupt_ends_the_process_though_workers_are_busy() -> None:
         [sys.executable, "-c", INTERRUPTED, str(ROOT)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written\n")
+
+
+def test_an_interrupt_leaves_out_the_other_images_of_the_batch(detector: Detector) -> None:
+    """It comes while the network computes the second batch, and the first image of the first is drawn."""
+    pipeline, drawn, drawing = Pipeline(detector, batch_size=3, workers=1), list[int](), threading.Event()
+
+    def finish(item: int, *_: object) -> None:
+        drawn.append(item)
+        drawing.set()
+        pipeline._stopped.wait(20)
+
+    def interrupt(_: Tensor) -> NoReturn:
+        assert drawing.wait(60)
+        raise KeyboardInterrupt
+
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    runs = pipeline.run(
+        range(6), lambda _: DecodedImage(pixels, "none"), finish, [(3, [None]), (3, [interrupt])]
+    )
+    with pytest.raises(KeyboardInterrupt), closing(runs):
+        list(runs)
+    assert drawn == [0]
 
 
 # --- memory, and who does what ------------------------------------------------------------------------

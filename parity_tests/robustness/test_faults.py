@@ -364,6 +364,36 @@ def test_signals_leave_nothing_unpacked(work: Path, number: int, status: int) ->
     assert not list((work / "tmp").iterdir())
 
 
+IMPORTING = """
+import signal, sys
+sys.path.insert(0, sys.argv[1])
+from porting.cli import main, process
+
+class Swallows:
+    def find_spec(self, name, *_):
+        if name == "porting.cli.commands.inspect":
+            try:
+                signal.raise_signal(int(sys.argv[2]))
+            except BaseException:
+                print("swallowed")
+
+sys.meta_path.insert(0, Swallows())
+process.run(lambda: main.execute("inspect", ["--ckpt", "nothing"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_during_the_imports_end_at_once(number: int) -> None:
+    """PyTorch swallows any error that is raised while it imports NumPy."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, str(ROOT), str(int(number))],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # nohup ignores hangups
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
 ENDED = """
 import signal, sys
 sys.path.insert(0, sys.argv[1])

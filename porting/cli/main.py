@@ -101,7 +101,9 @@ def execute(name: str, arguments: Sequence[str], prog: str | None = None) -> int
     if command.one_thread:  # before NumPy is imported
         os.environ.update(dict.fromkeys(_THREAD_COUNTS, "1"))
     options = parse(command, arguments, prog)
-    status: int = importlib.import_module(f"porting.cli.commands.{command.module}").run(options)
+    with process.imports():
+        module = importlib.import_module(f"porting.cli.commands.{command.module}")
+    status: int = module.run(options)
     return status
 
 

@@ -7,8 +7,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 # Until `run` takes over, Ctrl-C ends the imports at once: nothing has been started that needs an end.
@@ -23,6 +23,8 @@ EXIT_FAILED = 1  # a check ran and failed
 EXIT_USAGE = 2  # bad usage or bad input
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141  # 128 + SIGPIPE, as shells report it: `| head` is not a failed check
+
+_INTERRUPT = signal.default_int_handler
 
 EXIT_CODES = (
     "exit status: 0 done; 1 a check failed; 2 bad usage or input; 130 interrupted; 141 pipe closed;\n"
@@ -46,7 +48,7 @@ def run(main: Callable[[], int]) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character still gets the rest
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _INTERRUPT)
         _replace_handlers(signal.SIG_DFL, _end)  # a signal that is ignored, as under nohup, stays ignored
         status = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done; an interrupt could only hide that
@@ -92,6 +94,22 @@ def print_json(content: Any) -> None:
     print()
 
 
+@contextmanager
+def imports() -> Iterator[None]:
+    """Inside, signals that would raise an error end the process at once.
+
+    PyTorch swallows an error raised while it imports NumPy, and work would go on with half of NumPy.
+    """
+    raising = {number: handler for number, handler in _handlers() if handler in (_end, _INTERRUPT)}
+    try:
+        for number in raising:
+            signal.signal(number, lambda number, _: os._exit(128 + number))
+        yield
+    finally:
+        for number, handler in raising.items():
+            signal.signal(number, handler)
+
+
 def end_at_once_on_signals() -> None:
     """Give SIGTERM and SIGHUP back their default action, for work that waits outside Python for others.
 
@@ -114,10 +132,15 @@ def _end(number: int, _: object) -> NoReturn:
 
 def _replace_handlers(old: object, new: Any) -> None:
     """Replace the handlers of SIGTERM and SIGHUP that are ``old``."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) == old:
+    for number, handler in _handlers():
+        if number != signal.SIGINT and handler == old:
             signal.signal(number, new)
+
+
+def _handlers() -> list[tuple[int, Any]]:
+    """The signals that a command answers, and how it does now. Windows has no SIGHUP."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [(number, signal.getsignal(number)) for number in numbers]
 
 
 def _system_error(error: OSError) -> str:

@@ -128,18 +128,17 @@ class Pipeline:
             lambda item: self._read(item, load), items, self.workers, self.batch_size + self.workers
         )
         computed = self._computed(reads, plan)
-        finished = behind(lambda batch: self._finished(batch, finish), computed, self.workers > 0)
+        finished = behind(
+            lambda batch: self._finished(batch, finish), computed, self.workers > 0, self._stopped.set
+        )
         with closing(reads), closing(finished):
-            try:
-                for batch, (decode, postprocessing, output) in finished:
-                    self.speed.images += len(batch.found[0])
-                    self.speed.decode += decode
-                    self.speed.postprocessing += postprocessing
-                    self.speed.output += output
-                    self.speed.wall = time.perf_counter() - begun
-                    yield batch
-            finally:
-                self._stopped.set()
+            for batch, (decode, postprocessing, output) in finished:
+                self.speed.images += len(batch.found[0])
+                self.speed.decode += decode
+                self.speed.postprocessing += postprocessing
+                self.speed.output += output
+                self.speed.wall = time.perf_counter() - begun
+                yield batch
 
     def _read(self, item: T, load: Callable[[T], DecodedImage]) -> _Read[T]:
         """In a worker. An image for a GPU is put into pinned memory, and resized there."""

@@ -88,11 +88,14 @@ class _Team(Generic[T, R]):
         self.room.release()
 
 
-def behind(work: Callable[[T], R], items: Iterable[T], threaded: bool) -> Generator[R, None, None]:
+def behind(
+    work: Callable[[T], R], items: Iterable[T], threaded: bool, end: Callable[[], object] = lambda: None
+) -> Generator[R, None, None]:
     """``work(item)`` for each of ``items``, in order, in one thread while the caller makes the next item.
 
     An error of ``items`` is raised after the results of the items before it. Close the iterator to end the
-    thread after the item that it is working on. Not ``threaded``: everything is done by the caller.
+    thread after the item that it is working on; ``end`` is called before, to hurry ``work``. Not
+    ``threaded``: everything is done by the caller.
     """
     if not threaded:
         yield from map(work, items)
@@ -118,4 +121,5 @@ def behind(work: Callable[[T], R], items: Iterable[T], threaded: bool) -> Genera
         if failure is not None:
             raise failure
     finally:
+        end()
         thread.shutdown(cancel_futures=True)
