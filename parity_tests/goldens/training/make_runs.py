@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from parity_tests.helpers.recordings import golden_recording
 from parity_tests.helpers.training import raw_value
 from parity_tests.training.recorded import OWN, TRUTH
-from parity_tests.training.runs import CONFIG, Run, run
+from parity_tests.training.steps.runs import CONFIG, Run, run
 
 NAME = "keras_float64_s128_b2_tightclip"
 KEPT = 24  # steps of a schedule

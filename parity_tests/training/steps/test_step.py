@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 from parity_tests.helpers.small_models import tiny
-from parity_tests.training.runs import AVERAGE, CONFIG, VARIABLES, Ours, run
+from parity_tests.training.steps.runs import AVERAGE, CONFIG, VARIABLES, Ours, run
 from porting.parity.gradients import shifts
 from porting.rules import rules
 from porting.transforms import FOLD_BIAS_INTO_MEAN
