@@ -229,6 +229,26 @@ def test_a_changed_tensor_is_noticed(tmp_path: Path, suffix: str) -> None:
         read_weights(path)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_tensors_that_share_memory_can_be_read_again(tmp_path: Path, suffix: str) -> None:
+    """A layer used twice, one value for a whole tensor, a part of a larger tensor, columns before rows."""
+    network, path = tiny(), tmp_path / f"weights{suffix}"
+    state, first = network.state_dict(), dict[tuple[int, ...], torch.Tensor]()
+    for key, tensor in state.items():
+        if key.startswith("backbone.") and tensor.is_floating_point():
+            state[key] = tensor.new_tensor(0.5).expand(tensor.shape)
+        elif key.startswith("bifpn.") and tensor.is_floating_point():
+            state[key] = torch.stack([tensor] * 4)[1]
+        elif tensor.ndim == 4:
+            state[key] = tensor.contiguous(memory_format=torch.channels_last)
+        elif tensor.is_floating_point():
+            state[key] = first.setdefault(tuple(tensor.shape), tensor)
+    write_weights(path, state, network.config, {})
+    found, _, _ = read_weights(path)
+    assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    assert path.stat().st_size < 1.5 * sum(tensor.nbytes for tensor in state.values()) + 500_000
+
+
 def test_changed_metadata_is_noticed(tmp_path: Path) -> None:
     network, path = tiny(), tmp_path / "weights.safetensors"
     write_weights(path, network.state_dict(), network.config, {"source": "a test"})
@@ -350,8 +370,9 @@ def test_only_plain_tensors_are_read(kind: str, tmp_path: Path) -> None:
 def test_a_float8_safetensors_file_is_rejected(tmp_path: Path) -> None:
     network = tiny()
     state = {**network.state_dict(), STEM: torch.zeros(32).to(torch.float8_e4m3fn)}
-    with pytest.raises(WeightsError, match=rf"cannot write w\.safetensors: {STEM} is float8_e4m3fn"):
-        write_weights(tmp_path / "w.safetensors", state, network.config, {})
+    for name in ("w.safetensors", "w.pth"):
+        with pytest.raises(WeightsError, match=rf"cannot write {name}: {STEM} is float8_e4m3fn"):
+            write_weights(tmp_path / name, state, network.config, {})
     assert not list(tmp_path.iterdir())
     config = json.dumps(network.config.to_dict())
     safetensors.torch.save_file(state, tmp_path / "w.safetensors", {"config": config})

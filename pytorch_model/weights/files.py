@@ -38,6 +38,12 @@ def write_weights(
     (:func:`content_digest`). Only ``.pth`` needs PyTorch. Not atomic: callers write to a temporary name and
     rename. Raises :class:`WeightsError` on another suffix or dtype, ``OSError`` from the disk.
     """
+    for key, tensor in state_dict.items():
+        if dtype_name(tensor) not in DTYPES:
+            raise WeightsError(
+                f"cannot write {path.name}: {key} is {dtype_name(tensor)}, which could not be read again; "
+                "save it as float32"
+            )
     config_json = json.dumps(config.to_dict())
     about = {**metadata, "config": config_json}
     about[DIGEST] = content_digest(state_dict, about)
@@ -45,10 +51,20 @@ def write_weights(
         _write_safetensors(path, state_dict, {**about, "format": "pt"})
     elif path.suffix == ".pth":
         del about["config"]
-        content = {"state_dict": as_tensors(state_dict), "config": config_json, "metadata": about}
+        content = {"state_dict": _apart(as_tensors(state_dict)), "config": config_json, "metadata": about}
         path.write_bytes(torch_bytes(content))
     else:
         raise WeightsError(f"cannot write {path.name}: use a name that ends in {' or '.join(SUFFIXES)}")
+
+
+def _apart(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor with memory of its own. Shared or larger memory would be stored as it is."""
+    import torch
+
+    return {
+        key: tensor.detach().clone(memory_format=torch.contiguous_format)
+        for key, tensor in state_dict.items()
+    }
 
 
 def torch_bytes(content: Any) -> memoryview:
@@ -68,12 +84,6 @@ def _write_safetensors(path: Path, state_dict: Mapping[str, AnyTensor], metadata
     Source: the format's description, https://github.com/huggingface/safetensors.
     """
     kinds = list(DTYPES)
-    for key, tensor in state_dict.items():
-        if dtype_name(tensor) not in kinds:
-            raise WeightsError(
-                f"cannot write {path.name}: {key} is {dtype_name(tensor)}, which could not be read again; "
-                "save it as float32"
-            )
     order = sorted(state_dict, key=lambda key: (kinds.index(dtype_name(state_dict[key])), key))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
