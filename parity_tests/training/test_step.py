@@ -330,6 +330,20 @@ def test_accumulating_equals_the_whole_batch(hparams: dict[str, float | str]) ->
     )
 
 
+@pytest.mark.parametrize("trainer", RECIPES)
+def test_a_step_does_not_wait_for_the_device(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reads a tensor's value, so an accelerator's queue never runs empty."""
+    step = small_step(RECIPES[trainer])
+    batch = small_batch(step)
+
+    def read(*_: object) -> None:
+        raise AssertionError("a value was read")
+
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    step(batch)
+
+
 def test_the_moving_normaliser_begins_at_zero() -> None:
     plain, moving = (small_step(with_hparams(Recipe(), h)) for h in ({}, {"positives_momentum": 0.75}))
     batch = small_batch(plain)
