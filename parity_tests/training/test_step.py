@@ -295,12 +295,12 @@ def state(step: TrainStep) -> torch.Tensor:
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    """A process with its part of the batch; the first writes its weights."""
+    """A process with its part of the batch; the second writes its weights and averages."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     step = still(small_step(RECIPES["legacy"], seed=rank))  # the first process's weights count
     batch = small_batch(step)
     results = [step(list(halves(batch))[rank]) for _ in range(2)]
-    if rank == 0:
+    if rank == 1:  # which began with other weights
         totals = torch.stack([result.total for result in results])
         torch.save((totals, state(step), dict(step.averages.values)), folder / "result.pt")
     dist.destroy_process_group()
