@@ -76,14 +76,13 @@ class TrainStep:
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.recipe, self.schedule = model, recipe, schedule
+        if dist.is_initialized():
+            _take_weights_of_first(model)
         if recipe.var_freeze_expr:
             freeze(model, recipe.var_freeze_expr, variables)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters.values(), recipe)
         self.averages = Averages(model, recipe, averages)
-        if dist.is_initialized():
-            for tensor in [*model.parameters(), *model.buffers()]:
-                dist.broadcast(tensor.detach(), src=0)
         self.steps = 0
         self.normaliser: float | Tensor = 0.0  # the moving one of ``positives_momentum``
         self._anchors = anchors_yxyx
@@ -127,6 +126,13 @@ class TrainStep:
         loss = detection_loss(classes, boxes, part.targets, normaliser, self.recipe.losses, self._anchors)
         loss.total.backward()  # type: ignore[no-untyped-call]
         return torch.stack(loss).detach()
+
+
+def _take_weights_of_first(model: EfficientDet) -> None:
+    for tensor in model.state_dict().values():
+        value = tensor.contiguous()  # as a message must be, whatever the memory format
+        dist.broadcast(value, src=0)
+        tensor.copy_(value)
 
 
 def _sum_over_processes(tensors: Sequence[Tensor]) -> None:

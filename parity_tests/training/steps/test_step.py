@@ -295,12 +295,12 @@ def state(step: TrainStep) -> torch.Tensor:
 
 
 def one_of_two(rank: int, folder: Path) -> None:
-    """A process with its part of the batch; the first writes its weights."""
+    """A process with its part of the batch; the second writes its weights and averages."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     step = still(small_step(RECIPES["legacy"], seed=rank))  # the first process's weights count
     batch = small_batch(step)
     results = [step(list(halves(batch))[rank]) for _ in range(2)]
-    if rank == 0:
+    if rank == 1:  # which began with other weights
         totals = torch.stack([result.total for result in results])
         torch.save((totals, state(step), dict(step.averages.values)), folder / "result.pt")
     dist.destroy_process_group()
@@ -328,6 +328,20 @@ def test_accumulating_equals_the_whole_batch(hparams: dict[str, float | str]) ->
     assert torch.linalg.vector_norm(state(whole) - state(parts)) <= 1e-12 * torch.linalg.vector_norm(
         state(whole)
     )
+
+
+@pytest.mark.parametrize("trainer", RECIPES)
+def test_a_step_does_not_wait_for_the_device(trainer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reads a tensor's value, so an accelerator's queue never runs empty."""
+    step = small_step(RECIPES[trainer])
+    batch = small_batch(step)
+
+    def read(*_: object) -> None:
+        raise AssertionError("a value was read")
+
+    for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    step(batch)
 
 
 def test_the_moving_normaliser_begins_at_zero() -> None:
