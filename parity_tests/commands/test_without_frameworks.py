@@ -209,6 +209,15 @@ def test_a_file_can_be_written_from_its_own_tensors(tmp_path: Path, state: dict[
         assert torch.equal(tensor, state[key])
 
 
+def test_a_link_stays_a_link(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    path, link = tmp_path / "w.safetensors", tmp_path / "link.safetensors"
+    write_weights(path, state, CONFIG, {})
+    link.symlink_to(path)
+    write_weights(link, read_weights(link)[0], CONFIG, {"note": "new"})
+    assert link.is_symlink()
+    assert read_weights(path)[2]["note"] == "new"
+
+
 def test_what_is_shared_cannot_be_written_to(checkpoint: Path) -> None:
     """Else a network in training would change the variables that it is compared with."""
     with open_checkpoint(checkpoint) as opened:

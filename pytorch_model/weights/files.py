@@ -96,7 +96,8 @@ def _write_safetensors(path: Path, state_dict: Mapping[str, AnyTensor], metadata
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format aligns its tensors
     if path.is_file():
-        path.unlink()  # the tensors may be views of this very file, whose content stays as long as they do
+        # The tensors may be views of this very file, whose content then stays as long as they do.
+        path.resolve().unlink()
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:

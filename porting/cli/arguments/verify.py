@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=NAMES,
         help="also prove this engine: its head outputs and detections against the eager network's and the "
-        "reference's (repeatable; auto: the one that detect.py takes; compile takes minutes)",
+        "reference's (one name; repeatable; auto: the one that detect.py takes; compile takes minutes)",
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write report.json and report.html there")
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
