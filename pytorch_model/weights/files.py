@@ -20,7 +20,7 @@ from pytorch_model.errors import ConfigError, WeightsError, first_line
 from pytorch_model.files import check_regular
 from pytorch_model.weights import CONFIG_FILE, MODEL_FILE, SUFFIXES
 from pytorch_model.weights.checks import DIGEST, check_digest, content_digest, plain_tensors
-from pytorch_model.weights.tensors import DTYPES, AnyTensor, as_tensors, dtype_name, raw_bytes
+from pytorch_model.weights.tensors import DTYPES, AnyTensor, as_tensors, dtype_name, is_tensor, raw_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ def write_weights(
     rename. Raises :class:`WeightsError` on another suffix or dtype, ``OSError`` from the disk.
     """
     for key, tensor in state_dict.items():
-        if dtype_name(tensor) not in DTYPES:
+        if is_tensor(tensor) and dtype_name(tensor) not in DTYPES:
             raise WeightsError(
                 f"cannot write {path.name}: {key} is {dtype_name(tensor)}, which could not be read again; "
                 "save it as float32"
@@ -58,12 +58,12 @@ def write_weights(
 
 
 def _apart(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor with memory of its own. Shared or larger memory would be stored as it is."""
+    """Each tensor with memory of its own: shared or larger memory would be stored as it is."""
     import torch
 
     return {
-        key: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for key, tensor in state_dict.items()
+        key: value.detach().clone(memory_format=torch.contiguous_format) if is_tensor(value) else value
+        for key, value in state_dict.items()
     }
 
 

@@ -80,11 +80,11 @@ class Worker:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer: dict[str, Any] = json.loads(line) if line else {"problem": self._end()}
+        answer: dict[str, Any] = json.loads(line) if line else {"problem": self._how_it_ended()}
         self.problem = answer.get("problem")
         return {} if self.problem is not None else answer
 
-    def _end(self) -> str:
+    def _how_it_ended(self) -> str:
         status = self._process.wait()
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
         return f"its process ended ({how}); it may have run out of memory"

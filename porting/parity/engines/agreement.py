@@ -63,12 +63,12 @@ def agreement(
         score, box = (max(a, *b, 0.0) for a, b in zip((score, box), differences, strict=True))
         for one, other, place in ((mine, theirs, 0), (theirs, mine, 1)):
             alone = np.delete(one["scores"].cpu().numpy(), [pair[place] for pair in pairs])
-            at_the_end += int((alone <= _end(other, nms) + score_tolerance).sum())
+            at_the_end += int((alone <= _last_score(other, nms) + score_tolerance).sum())
     counts = [sum(len(image["scores"]) for image in side) for side in (ours, expected)]
     return Agreement(counts[0], counts[1], equal, at_the_end, score, box, score_tolerance)
 
 
-def _end(found: Mapping[str, Tensor], nms: NMSConfig) -> float:
+def _last_score(found: Mapping[str, Tensor], nms: NMSConfig) -> float:
     """The score below which a detection is not in the list."""
     full = len(found["scores"]) >= nms.max_output_size
     return float(found["scores"].min()) if full else nms.effective_score_thresh
