@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from porting.errors import OutputError
 from porting.export import Weights
 from porting.export.network import quiet
+from pytorch_model.engines import not_installed
 from pytorch_model.engines.weights import FoldedWeights
 from pytorch_model.files import check_writable
 from pytorch_model.weights.tensors import as_tensors
@@ -29,7 +29,7 @@ def check_onnx(out: Path, packages: Sequence[str] = ("onnx", "onnxruntime")) -> 
     """Raise OutputError if ``out`` is not an ``.onnx`` name, cannot be written, or packages are missing."""
     if out.suffix != ".onnx":
         raise OutputError(f"cannot write {out}: use a name that ends in .onnx")
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    missing = not_installed(packages)
     if missing:
         raise OutputError(
             f"cannot write {out}: ONNX needs {', '.join(missing)}: pip install 'efficientdet-porting[onnx]'"

@@ -8,9 +8,14 @@ An engine is made of a model and an image size, and is a function from normalise
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+
+def not_installed(packages: Iterable[str]) -> tuple[str, ...]:
+    """Those of ``packages``, by their names in ``import``, that are not installed."""
+    return tuple(package for package in packages if importlib.util.find_spec(package) is None)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class Engine:
     @property
     def missing(self) -> tuple[str, ...]:
         """The packages that are not installed."""
-        return tuple(package for package in self.packages if importlib.util.find_spec(package) is None)
+        return not_installed(self.packages)
 
 
 EAGER = "eager"

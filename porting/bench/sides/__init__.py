@@ -5,12 +5,11 @@ A new side is a module here with ``make(setup) -> Runner`` and a line in :data:`
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytorch_model.engines import ENGINES
+from pytorch_model.engines import ENGINES, not_installed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +35,7 @@ class Side:
     @property
     def missing(self) -> tuple[str, ...]:
         """The packages that are not installed."""
-        return tuple(package for package in self.packages if importlib.util.find_spec(package) is None)
+        return not_installed(self.packages)
 
 
 @dataclass(frozen=True)
